@@ -1,0 +1,461 @@
+// The only file that knows Python: takes tensors apart, checks them once, calls the kernels without the GIL.
+
+#include <omp.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "block_lanczos.hpp"
+#include "dispatch.hpp"
+#include "dlpack.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using hesd::BlockLanczos;
+using hesd::EngineError;
+using hesd::Panel;
+using hesd::Precision;
+
+using Matrix = py::array_t<double, py::array::c_style>;
+
+std::string type_name(const hesd::dlpack::DataType& dtype) {
+    const char* kind = "unknown";
+    switch (dtype.code) {
+        case hesd::dlpack::kInt:
+            kind = "int";
+            break;
+        case hesd::dlpack::kUInt:
+            kind = "uint";
+            break;
+        case hesd::dlpack::kFloat:
+            kind = "float";
+            break;
+        case hesd::dlpack::kBfloat:
+            kind = "bfloat";
+            break;
+        case hesd::dlpack::kComplex:
+            kind = "complex";
+            break;
+        case hesd::dlpack::kBool:
+            kind = "bool";
+            break;
+        default:
+            break;
+    }
+    return kind + std::to_string(dtype.bits);
+}
+
+// A 2-D tensor lent by Python for as long as this object lives.
+class LentPanel {
+   public:
+    // `working` restricts the precision to float64 and float32.
+    LentPanel(const py::object& object, const std::string& name, bool working) : name_(name) {
+        if (!py::hasattr(object, "__dlpack__")) {
+            fail("is a " + std::string(py::str(py::type::of(object).attr("__name__"))) +
+                 "; wanted a torch.Tensor, a numpy.ndarray or another object with __dlpack__");
+        }
+        py::object capsule;
+        try {
+            capsule = object.attr("__dlpack__")();
+        } catch (py::error_already_set& error) {
+            fail(std::string("cannot be lent by DLPack (") + std::string(py::str(error.value())) +
+                 "); a tensor that requires grad needs .detach(), a read-only array needs a copy");
+        }
+        auto* managed = static_cast<hesd::dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+        if (managed == nullptr) {
+            PyErr_Clear();
+            fail("gave no DLPack capsule named 'dltensor'");
+        }
+        PyCapsule_SetName(capsule.ptr(), "used_dltensor");
+        managed_ = {managed, [](hesd::dlpack::ManagedTensor* lent) {
+                        if (lent->deleter != nullptr) {
+                            lent->deleter(lent);
+                        }
+                    }};
+        check(managed->tensor, working);
+    }
+
+    [[nodiscard]] const Panel& panel() const { return panel_; }
+    [[nodiscard]] const std::string& name() const { return name_; }
+
+    [[noreturn]] void fail(const std::string& what) const { throw EngineError("`" + name_ + "` " + what); }
+
+    void require_shape(std::int64_t rows, std::int64_t columns) const {
+        if (panel_.rows != rows || panel_.columns != columns) {
+            fail("has shape (" + std::to_string(panel_.rows) + ", " + std::to_string(panel_.columns) + "); wanted (" +
+                 std::to_string(rows) + ", " + std::to_string(columns) + ")");
+        }
+    }
+
+   private:
+    void check(const hesd::dlpack::Tensor& tensor, bool working) {
+        if (tensor.device.type != hesd::dlpack::kCpu && tensor.device.type != hesd::dlpack::kCudaHost) {
+            fail(tensor.device.type == hesd::dlpack::kCuda
+                     ? "is on a CUDA device; this build has no CUDA kernels. Move it to the CPU"
+                     : "is on a device this build has no kernels for. Move it to the CPU");
+        }
+        if (tensor.ndim != 2) {
+            fail("has " + std::to_string(tensor.ndim) + " dimensions; wanted 2: (vectors, elements)");
+        }
+        const auto dtype = tensor.dtype;
+        if (dtype.lanes == 1 && dtype.code == hesd::dlpack::kFloat && dtype.bits == 64) {
+            panel_.precision = Precision::float64;
+        } else if (dtype.lanes == 1 && dtype.code == hesd::dlpack::kFloat && dtype.bits == 32) {
+            panel_.precision = Precision::float32;
+        } else if (dtype.lanes == 1 && dtype.code == hesd::dlpack::kFloat && dtype.bits == 16 && !working) {
+            panel_.precision = Precision::float16;
+        } else if (dtype.lanes == 1 && dtype.code == hesd::dlpack::kBfloat && dtype.bits == 16 && !working) {
+            panel_.precision = Precision::bfloat16;
+        } else {
+            fail("has dtype " + type_name(dtype) + "; wanted " +
+                 (working ? "float64 or float32" : "float64, float32, bfloat16 or float16"));
+        }
+        panel_.rows = tensor.shape[0];
+        panel_.columns = tensor.shape[1];
+        panel_.stride = panel_.columns;
+        if (tensor.strides != nullptr) {
+            if (panel_.columns > 1 && tensor.strides[1] != 1) {
+                fail("has a stride of " + std::to_string(tensor.strides[1]) +
+                     " elements within a vector; wanted 1. Pass a contiguous panel");
+            }
+            if (panel_.rows > 1) {
+                panel_.stride = tensor.strides[0];
+                if (panel_.stride < panel_.columns) {
+                    fail("has vectors " + std::to_string(panel_.stride) +
+                         " elements apart that overlap or run backwards; wanted at least " +
+                         std::to_string(panel_.columns));
+                }
+            }
+        }
+        panel_.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+        const auto address = reinterpret_cast<std::uintptr_t>(panel_.data);
+        if (panel_.rows * panel_.columns > 0 && address % hesd::element_bytes(panel_.precision) != 0) {
+            fail("starts at an address that is not a multiple of its element size; wanted aligned memory");
+        }
+    }
+
+    std::string name_;
+    std::shared_ptr<hesd::dlpack::ManagedTensor> managed_;
+    Panel panel_{};
+};
+
+void require_equal_columns(const LentPanel& a, const LentPanel& b) {
+    if (a.panel().columns != b.panel().columns) {
+        a.fail("has vectors of " + std::to_string(a.panel().columns) + " elements and `" + b.name() + "` of " +
+               std::to_string(b.panel().columns) + "; wanted the same length");
+    }
+}
+
+bool overlaps(const Panel& a, const Panel& b) {
+    const auto extent = [](const Panel& p) {
+        const auto first = reinterpret_cast<std::uintptr_t>(p.data);
+        const std::int64_t elements = p.rows > 0 && p.columns > 0 ? (p.rows - 1) * p.stride + p.columns : 0;
+        return std::pair(first, first + static_cast<std::uintptr_t>(elements * hesd::element_bytes(p.precision)));
+    };
+    const auto [a_first, a_last] = extent(a);
+    const auto [b_first, b_last] = extent(b);
+    return a_first < b_last && b_first < a_last;
+}
+
+void require_apart(const LentPanel& a, const LentPanel& b) {
+    if (overlaps(a.panel(), b.panel())) {
+        a.fail("shares memory with `" + b.name() + "`; wanted separate panels");
+    }
+}
+
+Matrix checked_matrix(const py::object& object, const std::string& name, std::int64_t rows, std::int64_t columns) {
+    const auto matrix = Matrix::ensure(object);
+    if (!matrix || matrix.ndim() != 2 || matrix.shape(0) != rows || matrix.shape(1) != columns) {
+        PyErr_Clear();
+        throw EngineError("`" + name + "` is not a float64 matrix of shape (" + std::to_string(rows) + ", " +
+                          std::to_string(columns) + ")");
+    }
+    return matrix;
+}
+
+Matrix to_numpy(const hesd::SmallMatrix& matrix) {
+    Matrix result({matrix.rows, matrix.columns});
+    std::copy(matrix.values.begin(), matrix.values.end(), result.mutable_data());
+    return result;
+}
+
+// Calls a Python function that sums its argument, a float64 array, over all shards in place.
+class PythonReduction {
+   public:
+    explicit PythonReduction(py::object function) : function_(std::move(function)) {}
+    ~PythonReduction() {
+        const py::gil_scoped_acquire gil;
+        function_ = py::object();
+    }
+    PythonReduction(const PythonReduction&) = delete;
+    PythonReduction& operator=(const PythonReduction&) = delete;
+
+    hesd::Reduction hook() { return function_.is_none() ? hesd::Reduction{} : hesd::Reduction{&call, this}; }
+
+   private:
+    static void call(void* context, double* values, std::int64_t count) {
+        const py::gil_scoped_acquire gil;
+        const auto& self = *static_cast<PythonReduction*>(context);
+        const py::capsule unowned(values, [](void*) {});
+        self.function_(py::array_t<double>(count, values, unowned));
+    }
+
+    py::object function_;
+};
+
+Matrix panel_gram(const py::object& v_object, const py::object& w_object) {
+    const LentPanel v(v_object, "V", false);
+    const LentPanel w(w_object, "W", true);
+    require_equal_columns(v, w);
+    Matrix gram({v.panel().rows, w.panel().rows});
+    double* data = gram.mutable_data();
+    {
+        const py::gil_scoped_release unlocked;
+        hesd::cpu_kernels().panel_gram(v.panel(), w.panel(), data);
+    }
+    return gram;
+}
+
+py::tuple panel_project(const py::object& w_object, const py::object& v_object, const py::object& c_object) {
+    const LentPanel w(w_object, "W", true);
+    const LentPanel v(v_object, "V", false);
+    require_equal_columns(v, w);
+    require_apart(w, v);
+    const Matrix c = checked_matrix(c_object, "C", v.panel().rows, w.panel().rows);
+    Matrix gram({v.panel().rows, w.panel().rows});
+    Matrix self_gram({w.panel().rows, w.panel().rows});
+    double* gram_data = gram.mutable_data();
+    double* self_data = self_gram.mutable_data();
+    const double* c_data = c.data();
+    {
+        const py::gil_scoped_release unlocked;
+        hesd::cpu_kernels().panel_project(w.panel(), v.panel(), c_data, gram_data, self_data);
+    }
+    return py::make_tuple(gram, self_gram);
+}
+
+py::tuple panel_orthonormalize(const py::object& w_object, const py::object& out_object, double tolerance,
+                               std::int64_t max_rank, const py::object& reduce) {
+    const LentPanel w(w_object, "W", true);
+    const LentPanel out(out_object, "out", true);
+    out.require_shape(w.panel().rows, w.panel().columns);
+    if (out.panel().precision != w.panel().precision) {
+        out.fail("has another precision than `W`; wanted the same");
+    }
+    if (out.panel().data != w.panel().data || out.panel().stride != w.panel().stride) {
+        require_apart(w, out);
+    }
+    if (!(tolerance >= 0.0)) {
+        throw EngineError("`tolerance` is " + std::to_string(tolerance) + "; wanted a number >= 0");
+    }
+    const std::int64_t b = w.panel().rows;
+    Matrix factor({b, b});
+    double* data = factor.mutable_data();
+    PythonReduction reduction(reduce);
+    hesd::OrthonormalizeResult result{};
+    {
+        const py::gil_scoped_release unlocked;
+        result = hesd::cpu_kernels().panel_orthonormalize(w.panel(), out.panel(), tolerance, max_rank,
+                                                          reduction.hook(), data);
+    }
+    return py::make_tuple(result.rank, result.weakest, factor);
+}
+
+void panel_combine(const py::object& s_object, const py::object& v_object, const py::object& x_object) {
+    const LentPanel v(v_object, "V", false);
+    const LentPanel x(x_object, "X", true);
+    require_equal_columns(v, x);
+    require_apart(x, v);
+    const Matrix s = checked_matrix(s_object, "S", x.panel().rows, v.panel().rows);
+    const double* data = s.data();
+    const py::gil_scoped_release unlocked;
+    hesd::cpu_kernels().panel_combine(data, v.panel(), x.panel());
+}
+
+void accumulate_hvp(const py::object& out_object, const std::vector<py::object>& part_objects,
+                    const std::vector<std::int64_t>& offsets, double alpha, const py::object& compensation_object) {
+    const LentPanel out(out_object, "out", true);
+    if (part_objects.size() != offsets.size()) {
+        throw EngineError("`parts` has " + std::to_string(part_objects.size()) + " tensors and `offsets` " +
+                          std::to_string(offsets.size()) + " numbers; wanted one offset for each part");
+    }
+    std::vector<LentPanel> lent;
+    std::vector<hesd::HvpPart> parts;
+    lent.reserve(part_objects.size());
+    std::vector<std::pair<std::int64_t, std::int64_t>> ranges;
+    for (std::size_t i = 0; i < part_objects.size(); ++i) {
+        lent.emplace_back(part_objects[i], "parts[" + std::to_string(i) + "]", false);
+        const Panel& part = lent.back().panel();
+        if (part.rows != out.panel().rows || offsets[i] < 0 || offsets[i] > out.panel().columns - part.columns) {
+            lent.back().fail("has shape (" + std::to_string(part.rows) + ", " + std::to_string(part.columns) +
+                             ") at offset " + std::to_string(offsets[i]) + ", which does not fit into `out` of shape (" +
+                             std::to_string(out.panel().rows) + ", " + std::to_string(out.panel().columns) + ")");
+        }
+        if (hesd::element_bytes(part.precision) > hesd::element_bytes(out.panel().precision)) {
+            lent.back().fail("has a higher precision than `out`; wanted the same or a lower one");
+        }
+        require_apart(lent.back(), out);
+        parts.push_back({part, offsets[i]});
+        if (part.columns > 0) {
+            ranges.emplace_back(offsets[i], offsets[i] + part.columns);
+        }
+    }
+    std::sort(ranges.begin(), ranges.end());
+    for (std::size_t i = 1; i < ranges.size(); ++i) {
+        if (ranges[i].first < ranges[i - 1].second) {
+            throw EngineError("`offsets` makes two parts overlap at column " + std::to_string(ranges[i].first) +
+                              " of `out`; wanted disjoint column ranges");
+        }
+    }
+    std::optional<LentPanel> compensation;
+    if (!compensation_object.is_none()) {
+        compensation.emplace(compensation_object, "compensation", true);
+        compensation->require_shape(out.panel().rows, out.panel().columns);
+        if (compensation->panel().precision != out.panel().precision) {
+            compensation->fail("has another precision than `out`; wanted the same");
+        }
+        require_apart(*compensation, out);
+    }
+    const py::gil_scoped_release unlocked;
+    hesd::cpu_kernels().accumulate_hvp(out.panel(), parts.data(), static_cast<std::int64_t>(parts.size()), alpha,
+                                       compensation ? &compensation->panel() : nullptr);
+}
+
+void fill_probes(const py::object& out_object, std::uint64_t seed, std::uint32_t first_probe,
+                 std::uint64_t first_index, const std::string& kind) {
+    const LentPanel out(out_object, "out", true);
+    if (kind != "rademacher" && kind != "gaussian") {
+        throw EngineError("`kind` is '" + kind + "'; wanted 'rademacher' or 'gaussian'");
+    }
+    const auto value = kind == "gaussian" ? hesd::ProbeKind::gaussian : hesd::ProbeKind::rademacher;
+    const py::gil_scoped_release unlocked;
+    hesd::cpu_kernels().fill_probes(out.panel(), seed, first_probe, first_index, value);
+}
+
+hesd::Reorthogonalization parse_reorthogonalization(const std::string& name) {
+    if (name == "full") {
+        return hesd::Reorthogonalization::full;
+    }
+    if (name == "window") {
+        return hesd::Reorthogonalization::window;
+    }
+    if (name == "none") {
+        return hesd::Reorthogonalization::none;
+    }
+    throw EngineError("`reorthogonalization` is '" + name + "'; wanted 'full', 'window' or 'none'");
+}
+
+// BlockLanczos with the panels and the reduction that Python lends it.
+class PythonBlockLanczos {
+   public:
+    PythonBlockLanczos(const py::object& basis, const py::object& work, std::int64_t max_steps,
+                       std::int64_t global_size, const std::string& reorthogonalization, double breakdown_multiple,
+                       const py::object& reduce)
+        : basis_(basis, "basis", true),
+          work_(work, "work", true),
+          reduction_(reduce),
+          lanczos_(hesd::cpu_kernels(), basis_.panel(), work_.panel(),
+                   {parse_reorthogonalization(reorthogonalization), work_.panel().rows, max_steps, global_size,
+                    breakdown_multiple},
+                   reduction_.hook()) {
+        require_apart(work_, basis_);
+    }
+
+    void start() {
+        const py::gil_scoped_release unlocked;
+        lanczos_.start();
+    }
+    void advance() {
+        const py::gil_scoped_release unlocked;
+        lanczos_.advance();
+    }
+    [[nodiscard]] const BlockLanczos& lanczos() const { return lanczos_; }
+
+   private:
+    LentPanel basis_;
+    LentPanel work_;
+    PythonReduction reduction_;
+    BlockLanczos lanczos_;
+};
+
+py::list matrices(const std::vector<hesd::SmallMatrix>& blocks) {
+    py::list result;
+    for (const auto& block : blocks) {
+        result.append(to_numpy(block));
+    }
+    return result;
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["version"] = HESD_VERSION;
+    info["compiler"] = HESD_COMPILER;
+    info["cpu_target"] = hesd::cpu_kernels().name;
+    info["cpu_targets_available"] = hesd::available_targets();
+    info["threads"] = omp_get_max_threads();
+    info["cuda"] = false;
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_engine, module) {
+    module.doc() = "Compiled kernels and block Lanczos of hesd-fast. Use hesd_fast.kernels and hesd_fast.block_lanczos.";
+
+    py::register_exception_translator([](std::exception_ptr pointer) {
+        try {
+            if (pointer) {
+                std::rethrow_exception(pointer);
+            }
+        } catch (const EngineError& error) {
+            const py::object type = py::module_::import("hesd_fast.errors").attr("EngineError");
+            PyErr_SetString(type.ptr(), error.what());
+        }
+    });
+
+    module.def("build_info", &build_info);
+    module.def("select_target", &hesd::select_target, py::arg("name"));
+    module.def("panel_gram", &panel_gram, py::arg("V"), py::arg("W"));
+    module.def("panel_project", &panel_project, py::arg("W"), py::arg("V"), py::arg("C"));
+    module.def("panel_orthonormalize", &panel_orthonormalize, py::arg("W"), py::arg("out"), py::arg("tolerance"),
+               py::arg("max_rank"), py::arg("reduce"));
+    module.def("panel_combine", &panel_combine, py::arg("S"), py::arg("V"), py::arg("X"));
+    module.def("accumulate_hvp", &accumulate_hvp, py::arg("out"), py::arg("parts"), py::arg("offsets"),
+               py::arg("alpha"), py::arg("compensation"));
+    module.def("fill_probes", &fill_probes, py::arg("out"), py::arg("seed"), py::arg("first_probe"),
+               py::arg("first_index"), py::arg("kind"));
+
+    py::class_<PythonBlockLanczos>(module, "BlockLanczos")
+        .def(py::init<const py::object&, const py::object&, std::int64_t, std::int64_t, const std::string&, double,
+                      const py::object&>(),
+             py::arg("basis"), py::arg("work"), py::arg("max_steps"), py::arg("global_size"),
+             py::arg("reorthogonalization"), py::arg("breakdown_multiple"), py::arg("reduce"))
+        .def("start", &PythonBlockLanczos::start)
+        .def("advance", &PythonBlockLanczos::advance)
+        .def_property_readonly("current_row", [](const PythonBlockLanczos& self) { return self.lanczos().current_row(); })
+        .def_property_readonly("current_width",
+                               [](const PythonBlockLanczos& self) { return self.lanczos().current().rows; })
+        .def_property_readonly("finished", [](const PythonBlockLanczos& self) { return self.lanczos().finished(); })
+        .def_property_readonly("invariant", [](const PythonBlockLanczos& self) { return self.lanczos().invariant(); })
+        .def_property_readonly("steps", [](const PythonBlockLanczos& self) { return self.lanczos().steps(); })
+        .def_property_readonly("start_factor",
+                               [](const PythonBlockLanczos& self) { return to_numpy(self.lanczos().start_factor()); })
+        .def_property_readonly("diagonal",
+                               [](const PythonBlockLanczos& self) { return matrices(self.lanczos().diagonal()); })
+        .def_property_readonly("offdiagonal",
+                               [](const PythonBlockLanczos& self) { return matrices(self.lanczos().offdiagonal()); })
+        .def_property_readonly("scale", [](const PythonBlockLanczos& self) { return self.lanczos().scale(); })
+        .def_property_readonly("recurrence_error",
+                               [](const PythonBlockLanczos& self) { return self.lanczos().recurrence_error(); })
+        .def_property_readonly("extra_sweeps",
+                               [](const PythonBlockLanczos& self) { return self.lanczos().extra_sweeps(); });
+}

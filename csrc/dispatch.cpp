@@ -1,0 +1,76 @@
+#include "dispatch.hpp"
+
+#include <atomic>
+#include <cstdlib>
+
+#include "cpu/targets.hpp"
+
+namespace hesd {
+namespace {
+
+struct Target {
+    Kernels kernels;
+    bool (*supported)();
+};
+
+#define HESD_TARGET_KERNELS(target)                                                                               \
+    {#target,              target::accumulate_hvp,       target::fill_probes,  target::panel_gram, \
+     target::panel_project, target::panel_orthonormalize, target::panel_combine}
+
+bool always() { return true; }
+
+#if defined(HESD_HAS_X86_TARGETS)
+bool has_avx2() { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; }
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+           __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
+}
+#endif
+
+// Best first.
+const Target kTargets[] = {
+#if defined(HESD_HAS_X86_TARGETS)
+    {HESD_TARGET_KERNELS(avx512), has_avx512},
+    {HESD_TARGET_KERNELS(avx2), has_avx2},
+#endif
+    {HESD_TARGET_KERNELS(generic), always},
+};
+
+std::atomic<const Kernels*> selected{nullptr};
+
+}  // namespace
+
+std::vector<std::string> available_targets() {
+    std::vector<std::string> names;
+    for (const Target& target : kTargets) {
+        if (target.supported()) {
+            names.emplace_back(target.kernels.name);
+        }
+    }
+    return names;
+}
+
+void select_target(const std::string& name) {
+    for (const Target& target : kTargets) {
+        if (name == target.kernels.name && target.supported()) {
+            selected.store(&target.kernels);
+            return;
+        }
+    }
+    std::string known;
+    for (const std::string& available : available_targets()) {
+        known += (known.empty() ? "" : ", ") + available;
+    }
+    throw EngineError("CPU target '" + name + "' is not in this build or not supported by this processor; available: " +
+                      known + ". Set HESD_FAST_TARGET to one of them or leave it unset");
+}
+
+const Kernels& cpu_kernels() {
+    if (selected.load() == nullptr) {
+        const char* wanted = std::getenv("HESD_FAST_TARGET");
+        select_target(wanted != nullptr && *wanted != '\0' ? wanted : available_targets().front());
+    }
+    return *selected.load();
+}
+
+}  // namespace hesd

@@ -1,0 +1,36 @@
+// The one place that chooses a backend.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "hesd/accumulate_hvp.hpp"
+#include "hesd/fill_probes.hpp"
+#include "hesd/panel_combine.hpp"
+#include "hesd/panel_gram.hpp"
+#include "hesd/panel_orthonormalize.hpp"
+#include "hesd/panel_project.hpp"
+
+namespace hesd {
+
+// One backend's kernels, by their contracts.
+struct Kernels {
+    const char* name;
+    AccumulateHvp accumulate_hvp;
+    FillProbes fill_probes;
+    PanelGram panel_gram;
+    PanelProject panel_project;
+    PanelOrthonormalize panel_orthonormalize;
+    PanelCombine panel_combine;
+};
+
+// Names of the CPU targets in this build that this processor can run, best first.
+std::vector<std::string> available_targets();
+
+// The CPU kernels in use. Chosen at first use: the target named by HESD_FAST_TARGET, else the best available.
+const Kernels& cpu_kernels();
+
+// Switches the CPU target; throws EngineError naming the available ones.
+void select_target(const std::string& name);
+
+}  // namespace hesd

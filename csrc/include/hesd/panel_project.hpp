@@ -1,0 +1,23 @@
+// panel_project: subtract combinations of V from W and, while the data is in cache, take the next Gram matrices.
+//
+//   W       <- W - C^T V
+//   gram     = V W^T        (k, b), of the new W; skipped when null
+//   self_gram = W W^T       (b, b), of the new W; skipped when null
+//
+// W      (b, n), float64 or float32, overwritten.
+// V      (k, n), float64, float32, bfloat16 or float16.
+// C      (k, b) row-major float64.
+//
+// The update is computed in float64 and rounded once to W's precision; the Gram matrices are those of the rounded
+// W, summed as in panel_gram (same bits for any thread count). k = 0 leaves W and still gives self_gram.
+// Traffic: V once (its second use comes from cache), W read and written once.
+#pragma once
+
+#include "hesd/panel.hpp"
+
+namespace hesd {
+
+using PanelProject = void (*)(const Panel& w, const Panel& v, const double* coefficients, double* gram,
+                              double* self_gram);
+
+}  // namespace hesd

@@ -1,0 +1,1 @@
+"""Hessian eigenvalue spectral densities of PyTorch models."""

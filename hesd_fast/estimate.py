@@ -1,0 +1,41 @@
+"""A number together with the interval it is known to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and the interval ``[low, high]`` that contains it.
+
+    Attributes
+    ----------
+    value : float
+        The point estimate.
+    low, high : float
+        The ends of the interval; either may be infinite.
+    method : str
+        One phrase saying what the interval accounts for.
+    """
+
+    value: float
+    low: float
+    high: float
+    method: str = ""
+
+    def __post_init__(self) -> None:
+        ordered = self.low <= self.value <= self.high
+        if not ordered and not any(math.isnan(x) for x in (self.value, self.low, self.high)):
+            raise ValueError(
+                f"an Estimate needs low <= value <= high, got low={self.low!r}, "
+                f"value={self.value!r}, high={self.high!r}"
+            )
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".4g"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def __str__(self) -> str:
+        return format(self)

@@ -1,0 +1,214 @@
+"""Exact Hessian-vector products by differentiating the gradient: reverse over reverse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from hesd_fast import kernels
+from hesd_fast.errors import OperatorError
+from hesd_fast.problem import LossTerm, Problem
+
+# What PyTorch says of an operation without a second derivative.
+_NO_SECOND_DERIVATIVE = re.compile(
+    r"derivative for '?(?P<op>[\w:.]+)'? is not implemented|differentiate twice|double.?backward|once_differentiable",
+    re.IGNORECASE,
+)
+
+
+class DoubleBackward:
+    """Multiply a panel exactly, one batch after the other.
+
+    Per batch, one forward pass and one differentiable gradient serve all b vectors; each vector then costs one backward
+    pass through the gradient: about 3F + 6F b with F the cost of a forward pass (Pearlmutter, Neural Computation 6(1),
+    1994). Memory: the graph of one batch's gradient. A parameter that the loss does not use, or uses linearly, gets zeros.
+
+    Parameters
+    ----------
+    compensated
+        Carry the rounding error of adding up the batches in a second panel of out's size.
+    """
+
+    name = "double_backward"
+
+    def __init__(self, compensated: bool = False) -> None:
+        self.compensated = compensated
+
+    def prepare(self, problem: Problem) -> None:
+        """Prepare the problem, and multiply one vector on its first batch to see that second derivatives exist.
+
+        Raises
+        ------
+        ProblemError
+            If the problem cannot be used.
+        OperatorError
+            If an operation of model or loss has no second derivative; the message names it.
+        """
+        problem.prepare()
+        self.problem = problem
+        with problem.session():
+            for term in problem.terms():
+                _check_second_derivatives(problem, term)
+                break
+
+    def apply(self, panel: Tensor, out: Tensor) -> None:
+        """Overwrite row j of ``out`` (b, n) by H times row j of ``panel`` (b, n)."""
+        problem = self.problem
+        out.zero_()
+        compensation = torch.zeros_like(out) if self.compensated else None
+        rows = [_as_gradients(problem, row) for row in panel]
+        with problem.session():
+            for term in problem.terms():
+                gradient = _Gradient.of(problem, term.evaluate())
+                for j, row in enumerate(rows):
+                    # The last product frees the graph, so only one batch's graph exists at a time.
+                    products = gradient.multiply(row, keep_graph=j + 1 < len(rows))
+                    kernels.accumulate_hvp(
+                        out[j : j + 1],
+                        [product.reshape(1, -1) for _, product in products],
+                        [problem.offsets[i] for i, _ in products],
+                        alpha=term.weight,
+                        compensation=None if compensation is None else compensation[j : j + 1],
+                    )
+                    del products
+                del gradient
+        if compensation is not None:
+            out += compensation
+
+
+@dataclass
+class _Gradient:
+    """The gradient of one batch's loss, with its graph: the entries that still depend on the parameters."""
+
+    parameters: list[nn.Parameter]
+    entries: list[Tensor] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, problem: Problem, loss: Tensor, seed: Tensor | None = None) -> _Gradient:
+        """Differentiate a loss; ``seed`` is the derivative to start from, 1 by default."""
+        gradient = cls(list(problem.parameters.values()))
+        with torch.autocast(problem.device.type, enabled=False):
+            found = torch.autograd.grad(
+                loss, gradient.parameters, grad_outputs=seed, create_graph=True, allow_unused=True
+            )
+        for i, entry in enumerate(found):
+            if entry is not None and entry.requires_grad:
+                gradient.entries.append(entry)
+                gradient.positions.append(i)
+        return gradient
+
+    def multiply(self, vector: list[Tensor], keep_graph: bool) -> list[tuple[int, Tensor]]:
+        """Return (position, product) for each parameter on which the gradient depends."""
+        if not self.entries:
+            return []
+        with torch.autocast(self.parameters[0].device.type, enabled=False):
+            products = torch.autograd.grad(
+                self.entries,
+                self.parameters,
+                grad_outputs=[vector[i] for i in self.positions],
+                retain_graph=keep_graph,
+                allow_unused=True,
+            )
+        # Embeddings with sparse=True have sparse derivatives.
+        return [
+            (i, product if product.layout is torch.strided else product.to_dense())
+            for i, product in enumerate(products)
+            if product is not None
+        ]
+
+
+def _as_gradients(problem: Problem, row: Tensor) -> list[Tensor]:
+    """Return views of a panel row, one per parameter, copied only where a parameter has another dtype."""
+    views = zip(problem.unflatten(row), problem.parameters.values(), strict=True)
+    return [view.to(parameter.dtype) for view, parameter in views]
+
+
+def _check_second_derivatives(problem: Problem, term: LossTerm) -> None:
+    """Raise an OperatorError if an operation in one batch's loss has no second derivative."""
+    loss = term.evaluate()
+    # A once_differentiable function refuses only where the derivative coming in has a graph, and its refusal is a dead
+    # end that a second backward pass would take for a zero. So the start gets a graph, and dead ends are looked for.
+    seed = torch.ones_like(loss, requires_grad=True)
+    try:
+        gradient = _Gradient.of(problem, loss, seed)
+        if any(node.name() == "torch::autograd::Error" for node in _graph([entry.grad_fn for entry in gradient.entries])):
+            raise RuntimeError("a function marked with @once_differentiable cannot be differentiated twice")
+        gradient.multiply([torch.ones_like(parameter) for parameter in gradient.parameters], keep_graph=True)
+    except RuntimeError as error:
+        match = _NO_SECOND_DERIVATIVE.search(str(error))
+        if match is None:
+            raise
+        raise OperatorError(_no_second_derivative(problem, term, match["op"], str(error))) from error
+
+
+def _no_second_derivative(problem: Problem, term: LossTerm, operation: str | None, message: str) -> str:
+    culprits = _culprits(problem, term, operation)
+    names = operation or ", ".join(sorted(set(culprits.values()))) or "an operation of the model or the loss"
+    where = f" (module {', '.join(map(repr, culprits))})" if culprits else ""
+    remedy = "replace it by an implementation of ordinary PyTorch operations, or leave the parameters before it out"
+    if "scaled_dot_product" in names:
+        remedy = "do not force a flash or memory-efficient attention backend in the model; the MATH backend has one"
+    elif "compile" in message:
+        remedy = "give the model without torch.compile"
+    elif "cudnn_rnn" in names:
+        remedy = "run the model under torch.backends.cudnn.flags(enabled=False)"
+    return f"{names}{where} has no second derivative; {remedy}. PyTorch says: {message.splitlines()[0]}"
+
+
+def _culprits(problem: Problem, term: LossTerm, operation: str | None) -> dict[str, str]:
+    """Return the innermost modules whose forward pass ran the operation, and the graph's name for it.
+
+    Without an operation's name, the once_differentiable functions are looked for.
+    """
+    seen: set[Node] = set()
+    found: dict[str, str] = {}
+
+    def look(name: str, output: Any) -> None:
+        outputs = [leaf.grad_fn for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        for node in _graph(outputs, seen):
+            if _is_culprit(node, operation):
+                found.setdefault(name, node.name())
+
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: look(name or "model", output))
+        for name, module in problem.model.named_modules()
+    ]
+    try:
+        loss = term.evaluate()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    look("loss", loss)
+    return found
+
+
+def _is_culprit(node: Node, operation: str | None) -> bool:
+    if operation is None:
+        backward = getattr(getattr(type(node), "_forward_cls", None), "backward", None)
+        return getattr(backward, "__wrapped__", None) is not None
+    return _plain(node.name()) == _plain(operation.split("::")[-1])
+
+
+def _plain(name: str) -> str:
+    """Return an operation's name without spelling: ``aten::_some_op_backward`` and ``SomeOpBackward0`` agree."""
+    return re.sub(r"_|backward\d*$", "", name.lower())
+
+
+def _graph(roots: list[Node | None], seen: set[Node] | None = None) -> Iterator[Node]:
+    """Yield the nodes of an autograd graph that are not in ``seen``, and add them to it."""
+    seen = set() if seen is None else seen
+    stack = [root for root in roots if root is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(following for following, _ in node.next_functions if following is not None)

@@ -1,0 +1,257 @@
+"""The compiled kernels, on PyTorch tensors or NumPy arrays.
+
+A panel is a row-major block of vectors, shape (vectors, elements), contiguous along each vector; the vectors may lie
+further apart than their length (:func:`empty_panel` spaces them to whole cache lines). Kernels fill the panels they are given and never
+copy them. Small matrices come back as float64, as a tensor where the first panel is one and as an array otherwise. Every
+kernel gives the same bits for any number of threads and has a twin in plain PyTorch in :mod:`hesd_fast.reference`. The
+contracts are the headers in ``csrc/include/hesd``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch  # before the extension: brings the OpenMP runtime that both share
+
+from hesd_fast import _engine
+from hesd_fast.errors import EngineError
+
+Panel: TypeAlias = torch.Tensor | npt.NDArray[Any]
+Matrix: TypeAlias = torch.Tensor | npt.NDArray[np.float64]
+Reduce: TypeAlias = Callable[[npt.NDArray[np.float64]], None]
+
+_CACHE_LINE = 64
+
+
+class OrthonormalFactor(NamedTuple):
+    """What :func:`panel_orthonormalize` found: ``W = factor @ Q``, and the norm of the weakest direction kept."""
+
+    factor: Matrix
+    rank: int
+    weakest: float
+
+
+def empty_panel(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Allocate an uninitialized panel whose vectors start on cache lines.
+
+    Parameters
+    ----------
+    rows, columns : int
+        Number of vectors and their length.
+    dtype : torch.dtype
+        Element type.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (rows, columns), unit stride within a vector, vectors a multiple of 64 bytes apart.
+    """
+    if rows < 0 or columns < 0:
+        raise EngineError(f"a panel of {rows} vectors of {columns} elements was asked for; wanted both >= 0")
+    per_line = _CACHE_LINE // torch.empty((), dtype=dtype).element_size()
+    stride = max(math.ceil(columns / per_line), 1) * per_line
+    return torch.empty((rows, stride), dtype=dtype)[:, :columns]
+
+
+def _like(matrix: npt.NDArray[np.float64], panel: Panel) -> Matrix:
+    return torch.from_numpy(matrix) if isinstance(panel, torch.Tensor) else matrix
+
+
+def _as_array(matrix: Matrix) -> npt.NDArray[np.float64]:
+    return np.ascontiguousarray(matrix, dtype=np.float64)
+
+
+def panel_gram(V: Panel, W: Panel) -> Matrix:
+    """Inner products ``V @ W.T`` of two panels, summed in float64.
+
+    Parameters
+    ----------
+    V : panel (k, n)
+        float64, float32, bfloat16 or float16.
+    W : panel (b, n)
+        float64 or float32.
+
+    Returns
+    -------
+    matrix (k, b), float64
+        Cost: reads V and W once, 2 k b n operations.
+
+    Raises
+    ------
+    EngineError
+        For a panel of another dtype, device, shape or with a stride within its vectors.
+    """
+    return _like(_engine.panel_gram(V, W), V)
+
+
+def panel_project(W: Panel, V: Panel, C: Matrix) -> tuple[Matrix, Matrix]:
+    """Subtract ``C.T @ V`` from W in place and return the next Gram matrices.
+
+    Parameters
+    ----------
+    W : panel (b, n)
+        float64 or float32; overwritten by ``W - C.T @ V``.
+    V : panel (k, n)
+        float64, float32, bfloat16 or float16; must not overlap W.
+    C : matrix (k, b)
+        float64 coefficients.
+
+    Returns
+    -------
+    gram : matrix (k, b), float64
+        ``V @ W.T`` of the new W.
+    self_gram : matrix (b, b), float64
+        ``W @ W.T`` of the new W.
+
+    Raises
+    ------
+    EngineError
+        As :func:`panel_gram`; also when W and V overlap.
+    """
+    gram, self_gram = _engine.panel_project(W, V, _as_array(C))
+    return _like(gram, W), _like(self_gram, W)
+
+
+def panel_orthonormalize(
+    W: Panel,
+    out: Panel | None = None,
+    *,
+    tolerance: float | None = None,
+    max_rank: int | None = None,
+    reduce: Reduce | None = None,
+) -> OrthonormalFactor:
+    """Orthonormalize the vectors of W by repeated Cholesky QR, dropping dependent ones.
+
+    Parameters
+    ----------
+    W : panel (b, n)
+        float64 or float32; overwritten.
+    out : panel (b, n), optional
+        Receives Q in its first ``rank`` vectors and zeros in the rest. Default: W itself.
+    tolerance : float, optional
+        Directions whose remaining norm is at most this are dropped. Default: 8 machine epsilons times the longest
+        vector of W.
+    max_rank : int, optional
+        Keep at most this many directions, the largest first. Default: b.
+    reduce : callable, optional
+        Sums a float64 array over all shards of the vectors, in place.
+
+    Returns
+    -------
+    OrthonormalFactor
+        ``factor`` (b, rank) with ``W = factor @ Q`` up to the tolerance, ``rank``, and ``weakest``, the norm of the
+        weakest direction kept.
+
+    Raises
+    ------
+    EngineError
+        For a panel that cannot be used and for non-finite values in W.
+
+    References
+    ----------
+    Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, ETNA 44, 2015 (CholeskyQR2).
+    """
+    if tolerance is None:
+        squares = np.diagonal(_engine.panel_gram(W, W)).copy()
+        if reduce is not None:
+            reduce(squares)
+        if not np.isfinite(squares).all():
+            raise EngineError("`W` has non-finite values; wanted finite vectors")
+        epsilon = torch.finfo(torch.float64 if str(W.dtype).endswith("float64") else torch.float32).eps
+        tolerance = 8 * epsilon * math.sqrt(squares.max(initial=0.0))
+    rank, weakest, factor = _engine.panel_orthonormalize(
+        W, W if out is None else out, tolerance, W.shape[0] if max_rank is None else max_rank, reduce
+    )
+    return OrthonormalFactor(_like(factor[:, :rank], W), rank, weakest)
+
+
+def panel_combine(S: Matrix, V: Panel, out: Panel) -> None:
+    """Fill ``out`` with the linear combinations ``S @ V``.
+
+    Parameters
+    ----------
+    S : matrix (r, k)
+        float64 coefficients.
+    V : panel (k, n)
+        float64, float32, bfloat16 or float16.
+    out : panel (r, n)
+        float64 or float32; overwritten; must not overlap V.
+
+    Raises
+    ------
+    EngineError
+        As :func:`panel_gram`; also when ``out`` and V overlap.
+    """
+    _engine.panel_combine(_as_array(S), V, out)
+
+
+def accumulate_hvp(
+    out: Panel,
+    parts: Sequence[Panel],
+    offsets: Sequence[int],
+    alpha: float = 1.0,
+    compensation: Panel | None = None,
+) -> None:
+    """Add ``alpha`` times each part to its column range of ``out``.
+
+    Parameters
+    ----------
+    out : panel (b, n)
+        float64 or float32; accumulated into.
+    parts : sequence of panels (b, length_i)
+        Of out's precision or a lower one, bfloat16 and float16 included.
+    offsets : sequence of int
+        First column of each part in ``out``. Ranges must not overlap.
+    alpha : float
+        The batch's weight.
+    compensation : panel (b, n), optional
+        The rounding error of each addition is added to it, so that ``out + compensation`` is accurate to about
+        twice the working precision.
+
+    Raises
+    ------
+    EngineError
+        For parts that do not fit, overlap or are more precise than ``out``.
+    """
+    _engine.accumulate_hvp(out, list(parts), list(offsets), alpha, compensation)
+
+
+def fill_probes(
+    out: Panel, seed: int, *, first_probe: int = 0, first_index: int = 0, kind: str = "rademacher"
+) -> None:
+    """Fill a panel with random probes that depend only on (seed, probe number, parameter index).
+
+    Parameters
+    ----------
+    out : panel (b, n)
+        float64 or float32; vector j, element i becomes value ``first_index + i`` of probe ``first_probe + j``.
+    seed : int
+        0 <= seed < 2**64.
+    first_probe, first_index : int
+        Where in the infinite table of probe values the panel lies; a shard passes the global index of its first
+        parameter.
+    kind : {"rademacher", "gaussian"}
+        Signs or standard normals.
+
+    Raises
+    ------
+    EngineError
+        For an unknown kind or a seed out of range.
+
+    References
+    ----------
+    Salmon, Moraes, Dror, Shaw, SC 2011 (Philox 4x32-10).
+    """
+    for name, value, bits in (("seed", seed, 64), ("first_probe", first_probe, 32), ("first_index", first_index, 64)):
+        if not 0 <= value < 2**bits:
+            raise EngineError(f"`{name}` is {value}; wanted an integer in [0, 2**{bits})")
+    _engine.fill_probes(out, seed, first_probe, first_index, kind)
+
+
+def select_target(name: str) -> None:
+    """Switch the instruction set of the CPU kernels, for tests; see ``build_info()["cpu_targets_available"]``."""
+    _engine.select_target(name)

@@ -1,0 +1,175 @@
+"""The user's model is borrowed: everything a forward pass can change is put back, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hesd_fast.errors import OperatorError
+
+StreamState = tuple[list[tuple[torch.Generator, Tensor]], dict[str, Any], tuple[Any, ...]]
+
+_ABSENT = object()
+
+
+class RandomStreams:
+    """The random number streams a forward pass or a data loader may draw from.
+
+    These are the global streams of torch (CPU, and every CUDA device once CUDA is in use), NumPy and Python.
+
+    Parameters
+    ----------
+    generators
+        Further torch generators, for example those of a DataLoader.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator] = ()) -> None:
+        self._generators = list(generators)
+
+    def _torch_generators(self) -> list[torch.Generator]:
+        # torch.manual_seed would also reseed devices that are not in use yet, which could not be undone.
+        devices = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+        return [torch.default_generator, *devices, *self._generators]
+
+    def state(self) -> StreamState:
+        """Return the state of every stream."""
+        torch_states = [(generator, generator.get_state()) for generator in self._torch_generators()]
+        return torch_states, np.random.get_state(legacy=False), random.getstate()
+
+    def set_state(self, state: StreamState) -> None:
+        """Put every stream back to a state got from ``state()``."""
+        torch_states, numpy_state, python_state = state
+        for generator, value in torch_states:
+            generator.set_state(value)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+    def seed(self, seed: int) -> None:
+        """Start every stream from ``seed``."""
+        for generator in self._torch_generators():
+            generator.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+
+
+class ModelState:
+    """What a model looked like when it was borrowed.
+
+    Buffers, and tensors that are plain attributes of a module, are set aside: each forward pass gets fresh copies of
+    the buffers, so the originals are never written to, and every pass computes the same function.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._training = [module.training for module in self._modules]
+        self._buffers = [dict(module._buffers) for module in self._modules]
+        self._non_persistent = [set(module._non_persistent_buffers_set) for module in self._modules]
+        self._attributes = [dict(vars(module)) for module in self._modules]
+        self._parameters = dict(model.named_parameters())
+        self._requires_grad = [parameter.requires_grad for parameter in self._parameters.values()]
+        self._gradients = [parameter.grad for parameter in self._parameters.values()]
+        self._versions = tensor_versions(model)
+
+    def set_training(self, training: bool) -> None:
+        """Set the training flag of every module, without the side effects that an overridden ``train`` may have."""
+        for module in self._modules:
+            module.training = training
+
+    def set_selected(self, selected: Sequence[nn.Parameter]) -> None:
+        """Let the selected parameters require gradients and no others, and hide every ``.grad``."""
+        wanted = {id(parameter) for parameter in selected}
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(id(parameter) in wanted)
+            parameter.grad = None
+
+    def refresh_buffers(self) -> None:
+        """Give the model fresh copies of its buffers; cost: one copy of all of them."""
+        copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
+        for buffers in self._buffers:
+            for buffer in buffers.values():
+                if buffer is not None and id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.detach().clone()
+        self._put_back_tensors(copies)
+
+    def changed_tensor(self) -> str | None:
+        """Return the name of a parameter or original buffer that was written to, or None."""
+        return next((name for name, tensor, version in self._versions if version_of(tensor) != version), None)
+
+    def restore(self) -> None:
+        """Put everything back; cost: no copies."""
+        self._put_back_tensors({})
+        for module, training in zip(self._modules, self._training, strict=True):
+            module.training = training
+        for parameter, requires_grad, gradient in zip(
+            self._parameters.values(), self._requires_grad, self._gradients, strict=True
+        ):
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+    def _put_back_tensors(self, copies: dict[int, Tensor]) -> None:
+        for module, buffers, non_persistent, attributes in zip(
+            self._modules, self._buffers, self._non_persistent, self._attributes, strict=True
+        ):
+            module._buffers.clear()
+            module._buffers.update({name: copies.get(id(buffer), buffer) for name, buffer in buffers.items()})
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(non_persistent)
+            present = vars(module)
+            for name in present.keys() | attributes.keys():
+                before, now = attributes.get(name, _ABSENT), present.get(name, _ABSENT)
+                if now is before or not (isinstance(before, Tensor) or isinstance(now, Tensor)):
+                    continue
+                if before is _ABSENT:
+                    del present[name]
+                else:
+                    present[name] = before
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written to in place; inference tensors do not count, so 0 for them."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def tensor_versions(model: nn.Module) -> list[tuple[str, Tensor, int]]:
+    """Return name, tensor and version of every parameter and buffer of a model."""
+    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, tensor, version_of(tensor)) for name, tensor in tensors]
+
+
+@contextmanager
+def borrowed(
+    model: nn.Module, selected: Sequence[nn.Parameter], mode: str, streams: RandomStreams
+) -> Iterator[ModelState]:
+    """Borrow a model: set its mode and differentiable parameters, and give it back exactly as it was.
+
+    Attention runs in the MATH backend meanwhile, the only one with a second derivative.
+
+    Raises
+    ------
+    OperatorError
+        At the end, if the forward pass wrote to a weight, or to a buffer behind the model's back.
+    """
+    state = ModelState(model)
+    random_state = streams.state()
+    try:
+        if mode != "as_is":
+            state.set_training(mode == "train")
+        state.set_selected(selected)
+        state.refresh_buffers()
+        with sdpa_kernel(SDPBackend.MATH):
+            yield state
+    finally:
+        state.restore()
+        streams.set_state(random_state)
+    if (changed := state.changed_tensor()) is not None:
+        raise OperatorError(
+            f"{changed!r} was written to in place while the loss was computed, so the loss is not one fixed function "
+            "and the model is no longer as it was; reload it, and make forward and loss leave the weights alone"
+        )

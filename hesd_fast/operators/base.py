@@ -1,0 +1,161 @@
+"""What a curvature operator is, and the checks that all of ours share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesd_fast.errors import OperatorError
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+
+@runtime_checkable
+class CurvatureOperator(Protocol):
+    """A symmetric n x n matrix, known by its products with panels.
+
+    Attributes
+    ----------
+    size : int
+        n.
+    dtype : torch.dtype
+        float32 or float64, that of every panel.
+    device : torch.device
+        Where the panels are.
+    products : int
+        How many vectors have been multiplied so far.
+
+    An operator may also have ``describe(column) -> str``, which names a column in error messages.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def products(self) -> int: ...
+
+    def matmat(self, panel: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the panel (b, n) whose row j is H times row j of ``panel``; written to ``out`` if given."""
+        ...
+
+
+class OperatorBase(ABC):
+    """A curvature operator whose panels are checked at the door; a subclass multiplies in ``_multiply``.
+
+    Parameters
+    ----------
+    size, dtype, device
+        See :class:`CurvatureOperator`.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.size = size
+        self.dtype = dtype
+        self.device = device
+        self.products = 0
+
+    @abstractmethod
+    def _multiply(self, panel: Tensor, out: Tensor) -> None:
+        """Overwrite row j of ``out`` by H times row j of ``panel``."""
+
+    def describe(self, column: int) -> str:
+        """Return what a column is called in error messages."""
+        return f"column {column}"
+
+    def matmat(self, panel: Tensor, out: Tensor | None = None) -> Tensor:
+        """Multiply a panel.
+
+        Parameters
+        ----------
+        panel : tensor (b, n)
+            One vector per row, each contiguous.
+        out : tensor (b, n), optional
+            Overwritten by the products; must not overlap ``panel``.
+
+        Returns
+        -------
+        tensor (b, n)
+            Row j is H times row j of ``panel``; ``out`` if it was given.
+
+        Raises
+        ------
+        OperatorError
+            For a panel or out of another shape, dtype, device or stride, and where a product is not finite.
+        """
+        self._check_panel("panel", panel)
+        if panel.ndim != 2:
+            raise OperatorError(f"the panel has shape {tuple(panel.shape)}; give (b, {self.size}), or use matvec")
+        if out is None:
+            out = torch.empty(panel.shape, dtype=self.dtype, device=self.device)
+        else:
+            self._check_panel("out", out)
+            if out.shape != panel.shape:
+                raise OperatorError(f"out has shape {tuple(out.shape)}; give the panel's, {tuple(panel.shape)}")
+            if out.numel() and out.untyped_storage().data_ptr() == panel.untyped_storage().data_ptr():
+                raise OperatorError("out and the panel share memory; give out a storage of its own")
+        if len(panel):
+            self._multiply(panel.detach(), out)
+            self._check_finite(panel, out)
+            self.products += len(panel)
+        return out
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return H times one vector (n,), as a vector (n,)."""
+        if not isinstance(vector, Tensor) or vector.ndim != 1:
+            got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else f"type {type(vector).__name__}"
+            raise OperatorError(f"matvec got a vector of {got}; give a tensor of shape ({self.size},)")
+        return self.matmat(vector[None])[0]
+
+    def to_scipy(self) -> LinearOperator:
+        """Return a SciPy ``LinearOperator`` (n, n) that takes and gives float64 arrays on the CPU.
+
+        The products themselves have the operator's own precision.
+        """
+        from scipy.sparse.linalg import LinearOperator
+
+        def matmat(columns: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+            rows = np.ascontiguousarray(columns.reshape(self.size, -1).T)
+            products = self.matmat(torch.from_numpy(rows).to(self.device, self.dtype))
+            result: np.ndarray[Any, np.dtype[np.float64]] = products.T.double().cpu().numpy()
+            return result.reshape(columns.shape)
+
+        return LinearOperator((self.size, self.size), matvec=matmat, matmat=matmat, rmatvec=matmat, dtype=np.float64)
+
+    def _check_panel(self, name: str, panel: Any) -> None:
+        if not isinstance(panel, Tensor):
+            raise OperatorError(f"{name} is of type {type(panel).__name__}; give a tensor (b, {self.size})")
+        if panel.ndim == 0 or panel.shape[-1] != self.size:
+            raise OperatorError(f"{name} has shape {tuple(panel.shape)}; give (b, {self.size})")
+        if panel.dtype != self.dtype:
+            raise OperatorError(f"{name} has dtype {panel.dtype}; give {self.dtype}")
+        if panel.device != self.device:
+            raise OperatorError(f"{name} is on {panel.device}; give it on {self.device}")
+        if self.size > 1 and panel.stride(-1) != 1:
+            raise OperatorError(
+                f"{name} has stride {panel.stride(-1)} within its vectors; make them contiguous with .contiguous()"
+            )
+
+    def _check_finite(self, panel: Tensor, out: Tensor) -> None:
+        # The maximum norm reads the panel once, copies nothing, and is not finite as soon as one number is not.
+        norms = torch.linalg.vector_norm(out, ord=torch.inf, dim=1)
+        if bool(torch.isfinite(norms).all()):
+            return
+        for name, culprit in (("the panel given", panel), ("the product", out)):
+            bad = (~torch.isfinite(culprit)).nonzero()
+            if len(bad):
+                row, column = bad[0].tolist()
+                raise OperatorError(
+                    f"{name} holds {float(culprit[row, column])} in vector {row} at {self.describe(column)}; "
+                    "finite numbers are wanted: check weights, data and loss, or use a higher precision"
+                )

@@ -1,0 +1,118 @@
+"""A matrix the user brings, as a curvature operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from hesd_fast.errors import OperatorError
+from hesd_fast.operators.base import CurvatureOperator, OperatorBase
+
+_NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+class MatrixOperator(OperatorBase):
+    """A symmetric matrix given as a torch tensor, a NumPy array, a SciPy sparse matrix or a SciPy ``LinearOperator``.
+
+    A float32 or half-precision matrix is multiplied in float32, any other in float64. All but tensors are on the CPU.
+
+    Parameters
+    ----------
+    matrix : (n, n)
+        Must be finite, and symmetric to 64 n times machine epsilon times its largest element. A ``LinearOperator`` is
+        checked with two products.
+
+    Raises
+    ------
+    OperatorError
+        If the matrix is not square, real, finite and symmetric.
+    """
+
+    def __init__(self, matrix: Any) -> None:
+        _check_square(matrix)
+        if isinstance(matrix, Tensor):
+            dtype = _panel_dtype(matrix.dtype.itemsize, matrix.is_floating_point(), matrix.is_complex())
+            super().__init__(matrix.shape[0], dtype, matrix.device)
+            self._matrix: Any = matrix.detach().to(dtype)
+            _check_symmetric(self._matrix, float((self._matrix - self._matrix.T).abs().max()))
+            return
+        kind = np.dtype(matrix.dtype or np.float64)
+        dtype = _panel_dtype(kind.itemsize, kind.kind == "f", kind.kind == "c")
+        super().__init__(matrix.shape[0], dtype, torch.device("cpu"))
+        if isinstance(matrix, LinearOperator):
+            self._matrix = matrix
+            self._check_linear_operator()
+        elif scipy.sparse.issparse(matrix):
+            self._matrix = matrix.tocsr().astype(_NUMPY_DTYPES[dtype])
+            values = torch.from_numpy(self._matrix.data) if self._matrix.nnz else torch.zeros(1, dtype=dtype)
+            _check_symmetric(values, float(abs(self._matrix - self._matrix.T).max()), self.size)
+        else:
+            self._matrix = torch.from_numpy(np.array(matrix, dtype=_NUMPY_DTYPES[dtype]))
+            _check_symmetric(self._matrix, float((self._matrix - self._matrix.T).abs().max()))
+
+    def _multiply(self, panel: Tensor, out: Tensor) -> None:
+        if isinstance(self._matrix, Tensor):
+            torch.mm(panel, self._matrix, out=out)  # symmetric, so the rows of V H are H times the rows of V
+            return
+        columns = np.asarray(self._matrix @ panel.numpy().T, dtype=_NUMPY_DTYPES[self.dtype])
+        out.copy_(torch.from_numpy(columns).T)
+
+    def _check_linear_operator(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        u, v = torch.randn(2, self.size, dtype=self.dtype, generator=generator)
+        image_u, image_v = self.matvec(u), self.matvec(v)
+        self.products = 0
+        scale = float(torch.linalg.vector_norm(u) * torch.linalg.vector_norm(image_v))
+        difference = abs(float(u @ image_v - v @ image_u))
+        if not difference <= 64 * self.size * torch.finfo(self.dtype).eps * scale:
+            raise OperatorError(
+                f"the LinearOperator is not symmetric: u.Av and v.Au differ by {difference:.3g}; give a symmetric one"
+            )
+
+
+def as_operator(operator: Any) -> CurvatureOperator:
+    """Return a curvature operator as it is, and a matrix as a :class:`MatrixOperator`.
+
+    Raises
+    ------
+    OperatorError
+        If it is neither.
+    """
+    if isinstance(operator, CurvatureOperator):
+        return operator
+    if isinstance(operator, Tensor | np.ndarray | LinearOperator) or scipy.sparse.issparse(operator):
+        return MatrixOperator(operator)
+    raise OperatorError(
+        f"{type(operator).__name__} is not an operator; give a HessianOperator, a symmetric matrix, or an object with "
+        "size, dtype, device, products and matmat(panel, out=None)"
+    )
+
+
+def _check_square(matrix: Any) -> None:
+    shape = getattr(matrix, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        got = f"shape {tuple(shape)}" if shape is not None else f"type {type(matrix).__name__}"
+        raise OperatorError(f"the matrix has {got}; give a square matrix (n, n) with n >= 1")
+
+
+def _panel_dtype(itemsize: int, is_floating: bool, is_complex: bool) -> torch.dtype:
+    if is_complex:
+        raise OperatorError("the matrix is complex; give a real symmetric one")
+    return torch.float32 if is_floating and itemsize <= 4 else torch.float64
+
+
+def _check_symmetric(values: Tensor, difference: float, size: int | None = None) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise OperatorError("the matrix holds NaN or Inf; give finite numbers")
+    scale = float(values.abs().max())
+    tolerance = 64 * (size or len(values)) * torch.finfo(values.dtype).eps * scale
+    if not difference <= tolerance:
+        raise OperatorError(
+            f"the matrix is not symmetric: it differs from its transpose by {difference:.3g}, at most {tolerance:.3g} "
+            "is rounding; give a symmetric matrix, for example (A + A.T) / 2"
+        )

@@ -1,0 +1,180 @@
+"""Which parameters are analysed, and where each one lies in a vector of length n."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from hesd_fast.errors import ProblemError
+
+Selection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise a ProblemError unless the model is a module whose tensors all exist and are finite."""
+    if not isinstance(model, nn.Module):
+        raise ProblemError(f"model is of type {type(model).__name__}; give a torch.nn.Module")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ProblemError(f"module {name or 'model'!r} is a TorchScript module; give the original Python module")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ProblemError(f"{name!r} is not initialized (lazy module); run one forward pass first")
+        if tensor.is_meta:
+            raise ProblemError(f"{name!r} is on the meta device and has no values; load the weights first")
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ProblemError(f"parameter {name!r} was made in inference mode; build the model outside of it")
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ProblemError(f"parameter {name!r} holds NaN or Inf; give a model with finite weights")
+
+
+def select_parameters(model: nn.Module, selection: Selection = None) -> dict[str, nn.Parameter]:
+    """Return the selected parameters by name, in the order of the model.
+
+    Parameters
+    ----------
+    model
+        Its parameters are seen under every name they have. A tied parameter can be selected by any of its names,
+        counts once, and is listed under the first.
+    selection
+        None for all with ``requires_grad``; a regular expression that must match a whole name; exact names; or a
+        predicate ``(name, parameter) -> bool``. All but None may pick frozen parameters.
+
+    Raises
+    ------
+    ProblemError
+        If nothing matches, a name does not exist, or a selected parameter cannot be differentiated.
+    """
+    everything = list(model.named_parameters(remove_duplicate=False))
+    names = [name for name, _ in everything]
+    if not names:
+        raise ProblemError(f"the model ({type(model).__name__}) has no parameters; give one that has")
+    chosen = _chosen_names(everything, selection)
+    identities = {id(parameter) for name, parameter in everything if name in chosen}
+    selected = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in identities}
+    if not selected:
+        raise ProblemError(_nothing_selected(names, selection))
+    for name, parameter in selected.items():
+        _check_parameter(name, parameter)
+    if not any(parameter.numel() for parameter in selected.values()):
+        raise ProblemError(f"the selected parameters have no elements: {', '.join(selected)}; select others")
+    devices = {parameter.device: name for name, parameter in selected.items()}
+    if len(devices) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ProblemError(f"the selected parameters are on several devices ({places}); move them to one device")
+    return selected
+
+
+def _chosen_names(everything: list[tuple[str, nn.Parameter]], selection: Selection) -> set[str]:
+    if selection is None:
+        return {name for name, parameter in everything if parameter.requires_grad}
+    if isinstance(selection, str):
+        try:
+            pattern = re.compile(selection)
+        except re.error as error:
+            raise ProblemError(f"parameters={selection!r} is not a regular expression: {error}") from error
+        return {name for name, _ in everything if pattern.fullmatch(name)}
+    if callable(selection):
+        return {name for name, parameter in everything if selection(name, parameter)}
+    if not isinstance(selection, Iterable):
+        raise ProblemError(
+            f"parameters is of type {type(selection).__name__}; give None, a regular expression, names or a predicate"
+        )
+    known = [name for name, _ in everything]
+    chosen = set()
+    for name in selection:
+        if not isinstance(name, str):
+            raise ProblemError(f"parameters holds an item of type {type(name).__name__}; give names (strings)")
+        if name not in known:
+            raise ProblemError(f"parameter {name!r} does not exist; the closest names are {_closest(name, known)}")
+        chosen.add(name)
+    return chosen
+
+
+def _nothing_selected(names: list[str], selection: Selection) -> str:
+    if selection is None:
+        return "no parameter has requires_grad=True; select frozen ones by name, as in parameters='.*'"
+    if isinstance(selection, str):
+        return (
+            f"parameters={selection!r} matches no parameter name in full; "
+            f"the closest names are {_closest(selection, names)}"
+        )
+    return f"parameters={selection!r} selects no parameter; the first names are {', '.join(map(repr, names[:3]))}"
+
+
+def _closest(name: str, known: list[str]) -> str:
+    return ", ".join(map(repr, difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]))
+
+
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    if not parameter.is_floating_point():
+        raise ProblemError(
+            f"parameter {name!r} has dtype {parameter.dtype}; only real floating-point parameters have a Hessian here, "
+            "leave it out of the selection"
+        )
+    # torch.autograd.grad passes its result through these hooks, so the product would not be the loss's Hessian.
+    if parameter._backward_hooks:
+        raise ProblemError(
+            f"parameter {name!r} has gradient hooks (register_hook), which would change its derivatives; remove them first"
+        )
+
+
+class ParameterLayout:
+    """Where each parameter lies in a vector of length n: one after the other, each in row-major order.
+
+    Parameters
+    ----------
+    parameters
+        The parameters by name, in order.
+
+    Attributes
+    ----------
+    offsets : list of int
+        First column of each parameter; parameter i has the columns ``[offsets[i], offsets[i] + numel_i)``.
+    size : int
+        n, the number of columns.
+    dtype : torch.dtype
+        float64 if any parameter is float64, else float32.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.names = list(parameters)
+        self.shapes = [parameter.shape for parameter in parameters.values()]
+        ends = list(accumulate((parameter.numel() for parameter in parameters.values()), initial=0))
+        self.offsets = ends[:-1]
+        self.size = ends[-1]
+        double = any(parameter.dtype == torch.float64 for parameter in parameters.values())
+        self.dtype = torch.float64 if double else torch.float32
+
+    def describe(self, column: int) -> str:
+        """Return the name of the parameter that a column belongs to."""
+        if not 0 <= column < self.size:
+            raise ProblemError(f"column {column} does not exist; give one of 0 to {self.size - 1}")
+        return self.names[bisect_right(self.offsets, column) - 1]
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return one vector (n,) of the layout's dtype from one tensor per parameter."""
+        shapes = [tensor.shape for tensor in tensors]
+        if shapes != self.shapes:
+            raise ProblemError(
+                f"flatten got tensors of shapes {[tuple(s) for s in shapes]}; "
+                f"give one per parameter, of shapes {[tuple(s) for s in self.shapes]}"
+            )
+        return torch.cat([tensor.detach().reshape(-1).to(self.dtype) for tensor in tensors])
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Return one view of a vector (n,) per parameter, in the parameter's shape."""
+        if vector.shape != (self.size,):
+            raise ProblemError(f"unflatten got shape {tuple(vector.shape)}; give a vector of shape ({self.size},)")
+        return [
+            vector[offset : offset + shape.numel()].view(shape)
+            for offset, shape in zip(self.offsets, self.shapes, strict=True)
+        ]

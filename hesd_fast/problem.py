@@ -1,0 +1,413 @@
+"""A model, a loss and data as one fixed function of the selected parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hesd_fast import data as _data
+from hesd_fast.errors import OperatorError, ProblemError
+from hesd_fast.model_state import ModelState, RandomStreams, borrowed, tensor_versions, version_of
+from hesd_fast.parameters import ParameterLayout, Selection, check_model, select_parameters
+
+Loss = Callable[[Any, Any], Any]
+
+MODES = ("eval", "train", "as_is")
+
+
+class LossTerm:
+    """One batch's part of the loss, which is L = sum over terms of ``weight`` times ``evaluate()``.
+
+    Attributes
+    ----------
+    index : int
+        Position of the batch in the data.
+    batch : Any
+        The batch itself.
+    weight : float
+        Share of the batch: count / total count for a mean loss, 1 / total count for a ``(sum, count)`` loss.
+    """
+
+    def __init__(self, problem: Problem, index: int, batch: Any, weight: float) -> None:
+        self._problem = problem
+        self.index = index
+        self.batch = batch
+        self.weight = weight
+        self.value: Tensor | None = None
+
+    def evaluate(self) -> Tensor:
+        """Return the batch's loss, a scalar with its graph; cost: one forward pass."""
+        loss, _ = self._problem._batch_loss(self.index, self.batch)
+        self.value = loss.detach()
+        return loss
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the first pass over the data found."""
+
+    values: list[float]
+    dtype: torch.dtype
+    weights: list[float]
+    digests: list[int]
+    total_count: float
+
+
+class Problem:
+    """The loss of a model over data, L(theta) = sum of all loss terms / their number.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Given back exactly as it was after every use: modes, ``.grad``, ``requires_grad``, buffers, random state, weights.
+    loss : callable
+        ``loss(model, batch)`` returns the mean loss of a batch, or ``(sum, count)``. A mean loss counts as many terms
+        as the batch's leading dimension; where that is not their number (padding), return ``(sum, count)``.
+        Only the selected parameters require gradients while it runs.
+    data
+        A re-iterable of batches, one batch, or a dataset of samples; see :func:`hesd_fast.data.as_batches`.
+        Every pass starts from the same random state, so a shuffling DataLoader yields the same batches each time.
+    parameters
+        Which parameters the Hessian is of: None for all that require gradients, a regular expression that must match a
+        whole name, exact names, or a predicate ``(name, parameter) -> bool``. A tied parameter counts once.
+    mode : {"eval", "train", "as_is"}
+        The training flag of every module meanwhile (an overridden ``train`` method is not called). In train mode every
+        batch has its own fixed random seed, so dropout draws the same mask at every pass.
+    batch_size : int, optional
+        Samples per batch, 256 by default; only for a dataset.
+
+    Raises
+    ------
+    ProblemError
+        If the model, the loss, the data or an option cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Any,
+        parameters: Selection = None,
+        mode: str = "eval",
+        batch_size: int | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ProblemError(f"mode is {mode!r}; give one of {', '.join(map(repr, MODES))}")
+        check_model(model)
+        if not callable(loss):
+            raise ProblemError(
+                f"loss of type {type(loss).__name__} is not callable; give a function loss(model, batch), "
+                "or build one with hesd_fast.losses"
+            )
+        self.model = model
+        self.loss = loss
+        self.mode = mode
+        self.data = _data.as_batches(data, batch_size)
+        self.parameters = select_parameters(model, parameters)
+        self._layout = ParameterLayout(self.parameters)
+        self._streams = RandomStreams(_data.loader_generators(self.data))
+        self._state: ModelState | None = None
+        self._facts: _Facts | None = None
+        self._versions: list[tuple[str, Tensor, int]] = []
+
+    @property
+    def size(self) -> int:
+        """n, the number of selected parameters."""
+        return self._layout.size
+
+    @property
+    def offsets(self) -> list[int]:
+        """First panel column of each parameter."""
+        return self._layout.offsets
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of panels: float64 if any selected parameter is float64, else float32."""
+        return self._layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the selected parameters, and so the panels, are."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def parameter_norm_squared(self) -> float:
+        """Squared Euclidean norm of the selected parameters, summed in float64."""
+        norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64) for p in self.parameters.values()]
+        return float(torch.stack(norms).square().sum())
+
+    def describe(self, column: int) -> str:
+        """Return the name of the parameter that a panel column belongs to."""
+        return self._layout.describe(column)
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return one vector (n,) from one tensor per parameter."""
+        return self._layout.flatten(tensors)
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Return one view of a vector (n,) per parameter, in the parameter's shape."""
+        return self._layout.unflatten(vector)
+
+    @property
+    def loss_value(self) -> float:
+        """L at the current parameters, summed in float64."""
+        facts = self._prepared()
+        return math.fsum(w * v for w, v in zip(facts.weights, facts.values, strict=True) if w)
+
+    @property
+    def total_count(self) -> float:
+        """Number of loss terms in the data."""
+        return self._prepared().total_count
+
+    @property
+    def batch_count(self) -> int:
+        """Number of batches in the data."""
+        return len(self._prepared().weights)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of parameters, buffers, selection, mode and data; cost: one reading of the weights."""
+        digests = self._prepared().digests
+        self._check_unchanged()
+        code = hashlib.blake2b(digest_size=16)
+        selected = {id(parameter) for parameter in self.parameters.values()}
+        for name, tensor, _ in tensor_versions(self.model):
+            code.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{id(tensor) in selected}".encode())
+            code.update(_data.tensor_bytes(tensor))
+        code.update(f"{self.mode}|{digests}".encode())
+        return code.hexdigest()
+
+    def prepare(self) -> None:
+        """Read the data once, check every batch and its loss, and note what later passes must find again.
+
+        Does nothing the second time. Cost: one forward pass per batch, and a backward pass on the first.
+
+        Raises
+        ------
+        ProblemError
+            If data or loss cannot be used.
+        """
+        self._prepared()
+
+    def _prepared(self) -> _Facts:
+        facts = self._facts
+        if facts is None:
+            with self.session():
+                facts = self._first_pass()
+            self._facts, self._versions = facts, tensor_versions(self.model)
+        return facts
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Borrow the model while terms are evaluated; on leaving, also by an exception, it is exactly as before.
+
+        Sessions nest, and an inner one costs next to nothing. Gradients are enabled whatever the caller has set.
+
+        Raises
+        ------
+        ProblemError
+            If the weights have been changed since the problem was prepared.
+        OperatorError
+            If the forward pass wrote to the weights.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            if self._state is not None:
+                yield
+                return
+            self._check_unchanged()
+            with borrowed(self.model, list(self.parameters.values()), self.mode, self._streams) as self._state:
+                try:
+                    yield
+                finally:
+                    self._state = None
+
+    def terms(self) -> Iterator[LossTerm]:
+        """Yield the loss terms, in a session; one call is one pass over the data. Batches without terms are left out.
+
+        Every batch is compared with the first pass: reading it again is cheap next to a forward pass. The losses are
+        compared at the end of the pass, so that a GPU is waited for only once.
+
+        Raises
+        ------
+        ProblemError
+            If the data differs from that of the first pass.
+        OperatorError
+            If the loss differs although the data does not.
+        """
+        facts = self._prepared()
+        evaluated: list[tuple[int, Tensor]] = []
+        index = -1
+        for index, batch in self._batches():
+            if index >= len(facts.digests) or _data.digest(batch) != facts.digests[index]:
+                raise ProblemError(_data_changed(f"batch {index} differs from that of the first pass"))
+            if facts.weights[index] == 0:
+                continue
+            term = LossTerm(self, index, batch, facts.weights[index])
+            yield term
+            if term.value is not None:
+                evaluated.append((index, term.value))
+        if index + 1 != len(facts.digests):
+            raise ProblemError(_data_changed(f"this pass has {index + 1} batches, the first had {len(facts.digests)}"))
+        self._check_losses(facts, evaluated)
+
+    def _batches(self) -> Iterator[tuple[int, Any]]:
+        # The data has a random stream of its own, so that what a forward pass draws does not decide what comes next.
+        self._streams.seed(0)
+        iterator = iter(self.data)
+        stream = self._streams.state()
+        for index in itertools.count():
+            self._streams.set_state(stream)
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            stream = self._streams.state()
+            yield index, batch
+
+    def _batch_loss(self, index: int, batch: Any) -> tuple[Tensor, Any]:
+        """Return the loss of one batch, and its count if the loss returned one."""
+        if self._state is None:
+            raise RuntimeError("a loss term was evaluated outside of a session; use `with problem.session():`")
+        self._state.refresh_buffers()
+        self._streams.seed(index + 1)
+        result = self.loss(self.model, batch)
+        if isinstance(result, tuple) and len(result) == 2:
+            return _checked_loss(result[0], index), result[1]
+        return _checked_loss(result, index), None
+
+    def _first_pass(self) -> _Facts:
+        values: list[float] = []
+        counts: list[float] = []
+        digests: list[int] = []
+        is_sum: list[bool] = []
+        dtype = self.dtype
+        for index, batch in self._batches():
+            _data.check_finite(batch, index)
+            digests.append(_data.digest(batch))
+            loss, count = self._batch_loss(index, batch)
+            counts.append(_term_count(count, batch, index))
+            is_sum.append(count is not None)
+            if is_sum[-1] != is_sum[0]:
+                raise ProblemError(
+                    f"the loss of batch {index} is {'(sum, count)' if is_sum[-1] else 'a mean'}, unlike that of batch 0; "
+                    "return the same kind for every batch"
+                )
+            values.append(float(loss.detach()))
+            dtype = loss.dtype
+            if counts[-1] > 0:
+                self._check_first_value(loss, values[-1], index, first=sum(c > 0 for c in counts) == 1)
+        if not digests:
+            raise ProblemError("the data yields no batch; give at least one (a used-up iterator yields none)")
+        total = math.fsum(counts)
+        if total <= 0:
+            raise ProblemError(f"the {len(counts)} batches hold {total:g} loss terms; at least one is wanted")
+        weights = [(1.0 if s and c else c) / total for s, c in zip(is_sum, counts, strict=True)]
+        return _Facts(values, dtype, weights, digests, total)
+
+    def _check_first_value(self, loss: Tensor, value: float, index: int, first: bool) -> None:
+        if not math.isfinite(value):
+            raise ProblemError(f"the loss of batch {index} is {value}; a finite loss is wanted, check model and data")
+        parameters = list(self.parameters.values())
+        # The data may require gradients too, so that only a backward pass shows what the loss depends on.
+        if not loss.requires_grad or (first and all(g is None for g in _gradients(loss, parameters))):
+            raise ProblemError(
+                f"the loss of batch {index} does not depend on the selected parameters "
+                f"({', '.join(list(self.parameters)[:3])}{', ...' if len(parameters) > 3 else ''}); "
+                "select others, and do not use torch.no_grad, .detach() or .item() in the loss"
+            )
+
+    def _check_unchanged(self) -> None:
+        present = dict(self.model.named_parameters())
+        stale = next((name for name, parameter in self.parameters.items() if present.get(name) is not parameter), None)
+        if stale is None:
+            stale = next((name for name, tensor, version in self._versions if version_of(tensor) != version), None)
+        if stale is not None:
+            raise ProblemError(f"{stale!r} of the model has been changed since the problem was made; make a new Problem")
+
+    def _check_losses(self, facts: _Facts, evaluated: list[tuple[int, Tensor]]) -> None:
+        if not evaluated:
+            return
+        found = torch.stack([value.double() for _, value in evaluated]).tolist()
+        epsilon = torch.finfo(facts.dtype).eps
+        # A GPU's atomic additions come in any order. Many ulps of a half-precision loss would let everything pass.
+        ulps = 2 if epsilon > 1e-6 else 64 if self.device.type == "cpu" else 1024
+        for (index, _), value in zip(evaluated, found, strict=True):
+            wanted = facts.values[index]
+            if not abs(value - wanted) <= ulps * epsilon * abs(wanted):
+                raise OperatorError(
+                    f"the loss is not deterministic: batch {index} gave {wanted!r} at first and now {value!r}, "
+                    f"from the same data and random seed; {_likely_causes(self.model)}"
+                )
+
+
+def _checked_loss(loss: Any, index: int) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise ProblemError(
+            f"the loss of batch {index} is of type {type(loss).__name__}; return a scalar tensor with its graph "
+            "(no .item()), or (sum, count)"
+        )
+    if loss.ndim != 0:
+        raise ProblemError(
+            f"the loss of batch {index} has shape {tuple(loss.shape)}; return a scalar, for example its .mean()"
+        )
+    if not loss.is_floating_point():
+        raise ProblemError(f"the loss of batch {index} has dtype {loss.dtype}; return a real floating-point scalar")
+    return loss
+
+
+def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise OperatorError(f"the gradient of the loss cannot be computed with torch.autograd.grad: {error}") from error
+
+
+def _term_count(count: Any, batch: Any, index: int) -> float:
+    if count is None:
+        leading = _data.leading_dimension(batch)
+        if leading is None:
+            raise ProblemError(
+                f"batch {index} has no tensor with a leading dimension, so the terms of its mean loss cannot be "
+                "counted; return (sum, count) from the loss"
+            )
+        return float(leading)
+    if isinstance(count, Tensor) and count.ndim == 0 and not count.is_complex():
+        number = float(count.detach())
+    elif isinstance(count, int | float | np.number):
+        number = float(count)
+    else:
+        got = f"has shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"is of type {type(count).__name__}"
+        raise ProblemError(f"the count of batch {index} {got}; return (sum, count) with a number as count")
+    if not (math.isfinite(number) and number >= 0):
+        raise ProblemError(f"the count of batch {index} is {number}; return a finite count that is not negative")
+    return number
+
+
+def _data_changed(what: str) -> str:
+    return (
+        f"the data changed between two passes: {what}; likely shuffling or random augmentation with its own random "
+        "source, or an iterable that can be read only once; give data that is the same each time, for example list(data)"
+    )
+
+
+def _likely_causes(model: nn.Module) -> str:
+    suspects = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if module.training and any(word in type(module).__name__ for word in ("Drop", "Norm"))
+    ]
+    if suspects:
+        return f"likely causes are {', '.join(suspects[:3])} in train mode; use mode='eval'"
+    return "likely causes are a random generator of its own, or a counter that forward or loss keeps; remove them"

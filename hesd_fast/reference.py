@@ -1,0 +1,170 @@
+"""The kernels' twins in plain PyTorch: slow, short, and what the compiled ones are tested against.
+
+Each function has the name, the arguments and the meaning of the kernel in :mod:`hesd_fast.kernels`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+_MASK = 0xFFFFFFFF
+
+
+def panel_gram(V: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """``V @ W.T`` in float64, shape (k, b)."""
+    return V.double() @ W.double().T
+
+
+def panel_project(W: torch.Tensor, V: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``W -= C.T @ V`` in place; ``V @ W.T`` (k, b) and ``W @ W.T`` (b, b) of the new W."""
+    W.copy_(W.double() - C.T @ V.double())
+    return panel_gram(V, W), panel_gram(W, W)
+
+
+def panel_orthonormalize(W: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q (rank, n) and L (b, rank) with ``W = L @ Q`` up to the tolerance, from the singular value decomposition."""
+    left, singular_values, right = torch.linalg.svd(W.double(), full_matrices=False)
+    rank = int((singular_values > tolerance).sum())
+    return right[:rank].to(W.dtype), left[:, :rank] * singular_values[:rank]
+
+
+def panel_combine(S: torch.Tensor, V: torch.Tensor, out: torch.Tensor) -> None:
+    """``out[:] = S @ V``."""
+    out.copy_(S.double() @ V.double())
+
+
+def accumulate_hvp(
+    out: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    offsets: Sequence[int],
+    alpha: float = 1.0,
+    compensation: torch.Tensor | None = None,
+) -> None:
+    """``out[:, offset_i : offset_i + length_i] += alpha * part_i``; each addition's rounding error into compensation."""
+    factor = torch.tensor(alpha, dtype=out.dtype)
+    for part, offset in zip(parts, offsets, strict=True):
+        columns = slice(offset, offset + part.shape[1])
+        old = out[:, columns].clone()
+        term = factor * part.to(out.dtype)
+        total = old + term
+        if compensation is not None:
+            shared = total - old
+            compensation[:, columns] += (old - (total - shared)) + (term - shared)
+        out[:, columns] = total
+
+
+def philox(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
+    """Philox 4x32-10 of counters (..., 4), words as int64 in [0, 2**32); the same shape."""
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high1, low1 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low word of a 32 by 32 bit product, through 16-bit halves that int64 can hold."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def fill_probes(
+    out: torch.Tensor, seed: int, first_probe: int = 0, first_index: int = 0, kind: str = "rademacher"
+) -> None:
+    """Probe values of rows ``first_probe + j`` and indices ``first_index + i``; bit for bit the kernel's."""
+    values_per_block = 128 if kind == "rademacher" else 4
+    index = first_index + torch.arange(out.shape[1], dtype=torch.int64)
+    block = torch.div(index, values_per_block, rounding_mode="floor")
+    item = index - block * values_per_block
+    for row in range(out.shape[0]):
+        counter = torch.stack(
+            (
+                block & _MASK,
+                block >> 32,
+                torch.full_like(block, first_probe + row),
+                torch.full_like(block, 0 if kind == "rademacher" else 1),
+            ),
+            dim=-1,
+        )
+        words = philox(counter, (seed & _MASK, seed >> 32))
+        if kind == "rademacher":
+            word = words.gather(-1, (item // 32).unsqueeze(-1)).squeeze(-1)
+            out[row] = (2 * ((word >> (item % 32)) & 1) - 1).to(out.dtype)
+        else:
+            pair = (item // 2) * 2
+            uniform = (words.gather(-1, pair.unsqueeze(-1)).squeeze(-1).double() + 1.0) * 2.0**-32
+            turn = words.gather(-1, (pair + 1).unsqueeze(-1)).squeeze(-1)
+            # NumPy's square root is correctly rounded; PyTorch's vectorized one is sometimes off in the last bit
+            radius = torch.from_numpy(np.sqrt((-2.0 * _logarithm(uniform)).numpy()))
+            cosine, sine = _cosine_sine(turn)
+            out[row] = (radius * torch.where(item % 2 == 0, cosine, sine)).to(out.dtype)
+
+
+def _logarithm(value: torch.Tensor) -> torch.Tensor:
+    fraction, exponent = torch.frexp(value)  # fraction in [1/2, 1)
+    fraction, exponent = 2.0 * fraction, exponent.double() - 1.0
+    large = fraction > 1.4142135623730951
+    fraction = torch.where(large, 0.5 * fraction, fraction)
+    exponent = torch.where(large, exponent + 1.0, exponent)
+    s = (fraction - 1.0) / (fraction + 1.0)
+    square = s * s
+    series = torch.zeros_like(s)
+    for degree in range(21, 0, -2):
+        series = series * square + 1.0 / degree
+    return exponent * 0.6931471805599453 + 2.0 * s * series
+
+
+def _cosine_sine(turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    quadrant = turn >> 30
+    within = turn & 0x3FFFFFFF
+    beyond_half = within > 0x20000000
+    offset = torch.where(beyond_half, 0x40000000 - within, within)
+    x = offset.double() * (0.7853981633974483 / 536870912.0)
+    square = x * x
+    near = torch.ones_like(x)
+    far = torch.ones_like(x)
+    for degree in range(16, 0, -2):
+        near = 1.0 - near * square * (1.0 / (degree * (degree - 1)))
+        far = 1.0 - far * square * (1.0 / (degree * (degree + 1)))
+    far = far * x
+    c = torch.where(beyond_half, far, near)
+    s = torch.where(beyond_half, near, far)
+    cosine = torch.where(quadrant == 0, c, torch.where(quadrant == 1, -s, torch.where(quadrant == 2, -c, s)))
+    sine = torch.where(quadrant == 0, s, torch.where(quadrant == 1, c, torch.where(quadrant == 2, -s, -c)))
+    return cosine, sine
+
+
+def lanczos_quadrature(
+    operator: torch.Tensor, steps: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nodes and weights of one probe by single-vector Lanczos as the pure-Python peers write it: a list of vectors.
+
+    ``operator`` is a dense symmetric matrix (n, n). Full reorthogonalization by modified Gram-Schmidt. The baseline
+    of the benchmarks.
+    """
+    n = operator.shape[0]
+    probe = torch.empty((1, n), dtype=operator.dtype)
+    fill_probes(probe, seed)
+    basis = [probe[0] / math.sqrt(n)]
+    diagonal: list[torch.Tensor] = []
+    offdiagonal: list[torch.Tensor] = []
+    for _ in range(steps):
+        vector = operator @ basis[-1]
+        diagonal.append(torch.dot(vector, basis[-1]))
+        for other in basis:
+            vector = vector - torch.dot(vector, other) * other
+        norm = torch.linalg.vector_norm(vector)
+        offdiagonal.append(norm)
+        basis.append(vector / norm)
+    matrix = torch.diag(torch.stack(diagonal)) + torch.diag(torch.stack(offdiagonal[:-1]), 1)
+    matrix = matrix + torch.diag(torch.stack(offdiagonal[:-1]), -1)
+    nodes, vectors = torch.linalg.eigh(matrix)
+    return nodes, vectors[0] ** 2

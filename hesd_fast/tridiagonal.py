@@ -1,0 +1,224 @@
+"""The block tridiagonal matrix that block Lanczos leaves behind, and its Ritz values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import CheckpointError, ProblemError
+
+Array: TypeAlias = npt.NDArray[np.float64]
+
+RITZ_ROUNDING = 16.0
+"""Rounding allowance of a Ritz value, in units of ``epsilon * max|Ritz value|``."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTridiagonal:
+    """The matrix ``T = Q H Q^T`` of ``m`` block Lanczos steps, with all that is needed to judge it.
+
+    The probes are the rows of ``Z = L_0 Q_0``, the rows of ``Q_j`` are orthonormal, and
+
+        ``H Q_j = C_{j-1}^T Q_{j-1} + A_j Q_j + C_j Q_{j+1}``   (each ``Q_j`` read as a set of row vectors).
+
+    Blocks may shrink from one step to the next (deflation), never grow.
+
+    Attributes
+    ----------
+    size : int
+        Order ``n`` of ``H``.
+    start : ndarray, shape (b, p_0)
+        ``L_0``; ``b`` probes, of which ``p_0`` are linearly independent.
+    diagonal : tuple of m ndarrays
+        ``A_0 ... A_{m-1}``; ``A_j`` is symmetric of order ``p_j``.
+    offdiagonal : tuple of m ndarrays
+        ``C_0 ... C_{m-1}``; ``C_j`` has shape ``(p_j, p_{j+1})``. The last one couples to the block that was not
+        taken; it has no columns when the Krylov space is invariant.
+    epsilon : float
+        Unit roundoff of the panels the recurrence worked in, such as ``2**-23``.
+    reorthogonalization : str
+        The mode that made this matrix. Only ``"full"`` and ``"partial"`` make the bounds derived from it rigorous.
+    products : int
+        Number of Hessian-vector products spent.
+    orthogonality : float or None
+        Measured ``max |Q Q^T - I|``, or None when it was not measured.
+    breakdown : bool
+        Whether the Krylov space became invariant, so that all results are exact up to rounding.
+    probe_kind : str
+        ``"rademacher"`` or ``"gaussian"`` for random probes. Any other word means vectors that somebody chose; then no
+        sampling error is attached to anything.
+
+    Raises
+    ------
+    ProblemError
+        If there is no step, a shape does not fit, a block grows, a diagonal block is not symmetric, or a number is not
+        finite.
+
+    References
+    ----------
+    Golub and Meurant, *Matrices, Moments and Quadrature with Applications*, Princeton 2010, section 4.7.
+    """
+
+    size: int
+    start: Array
+    diagonal: tuple[Array, ...]
+    offdiagonal: tuple[Array, ...]
+    epsilon: float
+    reorthogonalization: str
+    products: int
+    orthogonality: float | None
+    breakdown: bool
+    probe_kind: str = "rademacher"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", _frozen(self.start))
+        object.__setattr__(self, "diagonal", tuple(_frozen(block) for block in self.diagonal))
+        object.__setattr__(self, "offdiagonal", tuple(_frozen(block) for block in self.offdiagonal))
+        self._validate()
+        object.__setattr__(self, "diagonal", tuple(_frozen((a + a.T) / 2) for a in self.diagonal))
+
+    def _validate(self) -> None:
+        if not self.diagonal or len(self.diagonal) != len(self.offdiagonal):
+            raise ProblemError(
+                f"a block tridiagonal matrix needs at least one step and as many off-diagonal as diagonal blocks, got "
+                f"{len(self.diagonal)} diagonal and {len(self.offdiagonal)} off-diagonal blocks; take a Lanczos step"
+            )
+        if self.start.ndim != 2 or 0 in self.start.shape or self.start.shape[1] > self.start.shape[0]:
+            raise ProblemError(
+                f"start must have shape (b, p_0) with b >= p_0 >= 1, got {self.start.shape}; pass L_0 of Z = L_0 Q_0"
+            )
+        rows = self.start.shape[1]
+        for step, (a, c) in enumerate(zip(self.diagonal, self.offdiagonal, strict=True)):
+            if rows == 0 or a.shape != (rows, rows) or c.ndim != 2 or c.shape[0] != rows or c.shape[1] > rows:
+                raise ProblemError(
+                    f"step {step} has a diagonal block of shape {a.shape} and an off-diagonal block of shape {c.shape}, "
+                    f"wanted ({rows}, {rows}) and ({rows}, at most {rows}), {rows} >= 1; check the block sizes"
+                )
+            rows = c.shape[1]
+        for name, blocks in (("start", (self.start,)), ("diagonal", self.diagonal), ("offdiagonal", self.offdiagonal)):
+            if not all(np.isfinite(block).all() for block in blocks):
+                raise ProblemError(f"{name} holds a number that is not finite; check the Hessian products")
+        if not 0.0 < self.epsilon < 1.0:
+            raise ProblemError(f"epsilon must be a unit roundoff in (0, 1), got {self.epsilon!r}; pass 2**-23 for fp32")
+        if sum(self.block_sizes) > self.size:
+            raise ProblemError(f"{sum(self.block_sizes)} basis vectors do not fit into size={self.size}; check size")
+        if self.products < 0:
+            raise ProblemError(f"products must not be negative, got {self.products}")
+        if self.breakdown != (self.offdiagonal[-1].shape[1] == 0):
+            raise ProblemError(
+                f"breakdown={self.breakdown} contradicts a last coupling of shape {self.offdiagonal[-1].shape}; "
+                "a breakdown leaves a coupling without columns"
+            )
+        for step, a in enumerate(self.diagonal):
+            asymmetry = float(np.abs(a - a.T).max())
+            if asymmetry > math.sqrt(self.epsilon) * float(np.abs(a).max()):
+                raise ProblemError(
+                    f"the diagonal block of step {step} is asymmetric by {asymmetry:.3g}, more than sqrt(epsilon) of its "
+                    "largest entry; the operator must be one fixed symmetric matrix"
+                )
+
+    @property
+    def probes(self) -> int:
+        """Number of probes ``b``."""
+        return int(self.start.shape[0])
+
+    @property
+    def steps(self) -> int:
+        """Number of block steps ``m``."""
+        return len(self.diagonal)
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """The sizes ``p_0 ... p_{m-1}`` of the blocks that were taken."""
+        return tuple(int(a.shape[0]) for a in self.diagonal)
+
+    def matrix(self) -> Array:
+        """Return the dense symmetric ``T``, shape ``(k, k)`` with ``k`` the sum of the block sizes."""
+        ends = np.cumsum((0, *self.block_sizes))
+        dense = np.zeros((int(ends[-1]), int(ends[-1])))
+        for step, a in enumerate(self.diagonal):
+            here = slice(ends[step], ends[step + 1])
+            dense[here, here] = a
+            if step + 1 < self.steps:
+                following = slice(ends[step + 1], ends[step + 2])
+                dense[here, following] = self.offdiagonal[step]
+                dense[following, here] = self.offdiagonal[step].T
+        return dense
+
+    def truncated(self, steps: int) -> BlockTridiagonal:
+        """Return what block Lanczos would have left after its first ``steps`` steps; exact.
+
+        Raises
+        ------
+        ProblemError
+            If ``steps`` is not in ``1 ... m``.
+        """
+        if not 1 <= steps <= self.steps:
+            raise ProblemError(f"steps must be between 1 and {self.steps}, got {steps}; nothing longer was computed")
+        return replace(
+            self,
+            diagonal=self.diagonal[:steps],
+            offdiagonal=self.offdiagonal[:steps],
+            products=min(self.products, sum(self.block_sizes[:steps])),
+            breakdown=self.breakdown and steps == self.steps,
+        )
+
+    def ritz(self) -> tuple[Array, Array, Array]:
+        """Return Ritz values (k,) in ascending order, the eigenvectors of ``T`` (k, k) as columns, residual norms (k,).
+
+        Some eigenvalue of ``H`` lies within the residual norm of each Ritz value. The norm is
+        ``||C_{m-1}^T E_m^T s_i||`` plus a rounding allowance of ``RITZ_ROUNDING * epsilon * max|Ritz value|``, so it
+        does not fall to zero at a breakdown. Costs one dense symmetric eigenproblem of order ``k``.
+
+        References
+        ----------
+        Golub and Meurant, 2010, section 4.7; Parlett, *The Symmetric Eigenvalue Problem*, SIAM 1998, theorem 4.5.1.
+        """
+        values, vectors = np.linalg.eigh(self.matrix())
+        coupling = self.offdiagonal[-1]
+        residuals = np.linalg.norm(coupling.T @ vectors[-coupling.shape[0] :], axis=0)
+        allowance = RITZ_ROUNDING * self.epsilon * float(np.abs(values).max())
+        return values, vectors, residuals + allowance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dictionary that JSON can hold; numbers come back bit for bit."""
+        return {
+            "size": int(self.size),
+            "start": self.start.tolist(),
+            "diagonal": [block.tolist() for block in self.diagonal],
+            "offdiagonal": [block.tolist() for block in self.offdiagonal],
+            "epsilon": float(self.epsilon),
+            "reorthogonalization": self.reorthogonalization,
+            "products": int(self.products),
+            "orthogonality": None if self.orthogonality is None else float(self.orthogonality),
+            "breakdown": bool(self.breakdown),
+            "probe_kind": self.probe_kind,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BlockTridiagonal:
+        """Return the matrix that `to_dict` wrote.
+
+        Raises
+        ------
+        CheckpointError
+            If an entry is missing, unknown, or does not describe a block tridiagonal matrix.
+        """
+        try:
+            arguments = dict(data)
+            for name in ("diagonal", "offdiagonal"):
+                arguments[name] = tuple(np.asarray(block, dtype=np.float64) for block in arguments[name])
+            return cls(**arguments)
+        except (KeyError, TypeError, ValueError, ProblemError) as error:
+            raise CheckpointError(f"this is not a saved block tridiagonal matrix: {error}; save it again") from error
+
+
+def _frozen(array: npt.ArrayLike) -> Array:
+    copy = np.array(array, dtype=np.float64)
+    copy.flags.writeable = False
+    return copy
