@@ -1,0 +1,228 @@
+"""Drives the compiled block Lanczos with a curvature operator."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesd_fast import _engine, kernels
+from hesd_fast.errors import EngineError, OperatorError, PlanError, ProblemError
+from hesd_fast.operators import as_operator
+from hesd_fast.operators.base import CurvatureOperator
+from hesd_fast.tridiagonal import BlockTridiagonal
+
+REORTHOGONALIZATIONS = ("full", "window", "none")
+PROBE_KINDS = ("rademacher", "gaussian")
+
+BREAKDOWN_MULTIPLE = 8.0
+"""A direction is dropped when its norm is at most this many machine epsilons times the largest product so far."""
+
+
+@dataclass(frozen=True)
+class LanczosProgress:
+    """What a progress callback is told after each step: steps done, products done, and the whole of each."""
+
+    step: int
+    steps: int
+    products: int
+
+
+def block_lanczos(
+    operator: CurvatureOperator | Any,
+    steps: int = 25,
+    block_size: int = 4,
+    *,
+    seed: int = 0,
+    reorthogonalization: str = "full",
+    window: int = 10,
+    probe_kind: str = "rademacher",
+    probes: Tensor | None = None,
+    on_step: Callable[[LanczosProgress], None] | None = None,
+) -> BlockTridiagonal:
+    """Run block Lanczos from random probes.
+
+    Parameters
+    ----------
+    operator : CurvatureOperator or symmetric matrix (n, n)
+        Multiplies panels; see :func:`hesd_fast.operators.as_operator` for what is accepted.
+    steps : int
+        Block steps m. Fewer are taken when the Krylov space becomes invariant.
+    block_size : int
+        Probes b, 1 <= b <= n.
+    seed : int
+        Chooses the probes, 0 <= seed < 2**64.
+    reorthogonalization : {"full", "window", "none"}
+        Against all previous vectors (memory (m + 1) b n elements); against the last ``window`` vectors; or the three-term recurrence alone
+        (3 b n elements), where converged Ritz values reappear as copies that share their weight.
+    window : int
+        Number of vectors kept in "window" mode, rounded up to whole blocks, at least two blocks.
+    probe_kind : {"rademacher", "gaussian"}
+        Distribution of the probes.
+    probes : tensor (b, n), optional
+        Probes to use instead of random ones; ``block_size``, ``seed`` and ``probe_kind`` then have no say. Results carry no sampling error.
+    on_step : callable, optional
+        Called with a :class:`LanczosProgress` after each step.
+
+    Returns
+    -------
+    BlockTridiagonal
+        Cost: m b products, and in full mode 3 m^2 b n / 2 elements of basis read.
+
+    Raises
+    ------
+    ProblemError
+        For options that do not fit together or the operator.
+    PlanError
+        When the basis does not fit into the available memory.
+    OperatorError
+        When a product is not finite.
+    EngineError
+        When the operator lives on a device without kernels.
+
+    References
+    ----------
+    Golub and Underwood, *The block Lanczos method for computing eigenvalues*, 1977. Golub and Meurant, *Matrices,
+    Moments and Quadrature with Applications*, 2010, section 4.7.
+    """
+    operator = as_operator(operator)
+    n = operator.size
+    if probes is not None:
+        _check_probes(probes, n)
+        block_size, probe_kind = probes.shape[0], "given"
+    _check_options(n, steps, block_size, reorthogonalization, window, probe_kind, seed)
+    if operator.device.type != "cpu":
+        raise EngineError(
+            f"the operator is on {operator.device}; this build has kernels for the CPU only. Move the model and data to the CPU"
+        )
+    steps = min(steps, n)
+    blocks = {"full": steps, "window": max(2, math.ceil(window / block_size)), "none": 2}[reorthogonalization]
+    blocks = min(blocks, steps)
+    _check_memory((blocks + 1) * block_size, n, operator.dtype)
+
+    basis = kernels.empty_panel(blocks * block_size, n, operator.dtype)
+    work = kernels.empty_panel(block_size, n, operator.dtype)
+    if probes is None:
+        kernels.fill_probes(work, seed, kind=probe_kind)
+    else:
+        work.copy_(probes)
+    engine = _engine.BlockLanczos(
+        basis,
+        work,
+        max_steps=steps,
+        global_size=n,
+        reorthogonalization=reorthogonalization,
+        breakdown_multiple=BREAKDOWN_MULTIPLE,
+        reduce=None,
+    )
+    engine.start()
+    products = 0
+    while not engine.finished:
+        row, width = engine.current_row, engine.current_width
+        product = work[:width]
+        operator.matmat(basis[row : row + width], out=product)
+        products += width
+        try:
+            engine.advance()
+        except EngineError as error:  # raised before the product is touched
+            _name_non_finite(product, operator, error)
+            raise
+        if on_step is not None:
+            on_step(LanczosProgress(engine.steps, steps, products))
+
+    diagonal = tuple(engine.diagonal)
+    orthogonality = None
+    if reorthogonalization == "full":
+        orthogonality = _loss_of_orthogonality(basis, block_size, [len(block) for block in diagonal])
+    return BlockTridiagonal(
+        size=n,
+        start=engine.start_factor,
+        diagonal=diagonal,
+        offdiagonal=tuple(engine.offdiagonal),
+        epsilon=torch.finfo(operator.dtype).eps,
+        reorthogonalization=reorthogonalization,
+        products=products,
+        orthogonality=orthogonality,
+        breakdown=engine.invariant,
+        probe_kind=probe_kind,
+        recurrence_error=engine.recurrence_error,
+    )
+
+
+def _check_probes(probes: Tensor, n: int) -> None:
+    if not isinstance(probes, Tensor) or probes.ndim != 2 or probes.shape[1] != n or not probes.is_floating_point():
+        got = f"{tuple(probes.shape)} {probes.dtype}" if isinstance(probes, Tensor) else type(probes).__name__
+        raise ProblemError(f"probes is {got}; wanted a floating-point tensor of shape (b, {n})")
+    if not bool(torch.isfinite(probes).all()):
+        raise ProblemError("probes holds a number that is not finite; wanted finite vectors")
+
+
+def _check_options(
+    n: int, steps: int, block_size: int, reorthogonalization: str, window: int, probe_kind: str, seed: int
+) -> None:
+    for name, value in (("steps", steps), ("block_size", block_size), ("window", window), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ProblemError(f"{name} is {value!r}; wanted an integer")
+    if steps < 1:
+        raise ProblemError(f"steps is {steps}; wanted at least 1")
+    if block_size < 1 or block_size > n:
+        raise ProblemError(
+            f"block_size is {block_size}; wanted 1 to {n}, the number of parameters. Use fewer probes"
+        )
+    if window < 1:
+        raise ProblemError(f"window is {window}; wanted at least 1 vector")
+    if not 0 <= seed < 2**64:
+        raise ProblemError(f"seed is {seed}; wanted an integer in [0, 2**64)")
+    if reorthogonalization not in REORTHOGONALIZATIONS:
+        raise ProblemError(f"reorthogonalization is {reorthogonalization!r}; wanted one of {REORTHOGONALIZATIONS}")
+    if probe_kind not in (*PROBE_KINDS, "given"):
+        raise ProblemError(f"probe_kind is {probe_kind!r}; wanted one of {PROBE_KINDS}")
+
+
+def available_memory() -> int | None:
+    """Return how many bytes can be allocated without swapping, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def _check_memory(rows: int, n: int, dtype: torch.dtype) -> None:
+    needed = rows * n * dtype.itemsize
+    available = available_memory()
+    if available is not None and needed > available:
+        raise PlanError(
+            f"the Lanczos basis takes {needed / 2**30:.1f} GiB ({rows} vectors of {n} {dtype}), but {available / 2**30:.1f} GiB "
+            'are available; take fewer steps, or reorthogonalization="none", which keeps three panels'
+        )
+
+
+def _name_non_finite(product: Tensor, operator: CurvatureOperator, error: EngineError) -> None:
+    places = (~torch.isfinite(product)).nonzero()
+    if len(places) == 0:
+        return
+    row, column = places[0].tolist()
+    describe = getattr(operator, "describe", None)
+    where = describe(column) if callable(describe) else f"column {column}"
+    raise OperatorError(
+        f"the product of vector {row} is {float(product[row, column])} at {where}; wanted finite numbers. "
+        "Check weights, data and loss, or use float64"
+    ) from error
+
+
+def _loss_of_orthogonality(basis: Tensor, block_size: int, widths: list[int]) -> float:
+    """Return max |Q Q_last^T - I| of the last block against all: one read of the basis."""
+    last = len(widths) - 1
+    first = last * block_size
+    overlap = torch.as_tensor(kernels.panel_gram(basis[: first + widths[last]], basis[first : first + widths[last]]))
+    overlap[first:] -= torch.eye(widths[last], dtype=overlap.dtype)
+    return float(overlap.abs().max())
