@@ -13,9 +13,10 @@ from .errors import ProblemError
 from .estimate import Estimate
 from .jacobi import cdf_band
 from .spectrum import SpectralMeasure, standard_error
-from .tridiagonal import Array
+from .tridiagonal import Array, BlockTridiagonal
 
 STEP_COUNTS = 8
+BOUNDED = "bounds of the distribution function and two standard errors of the probes"
 BARE = "the measure as given, two standard errors over its probes"
 
 
@@ -28,16 +29,16 @@ class Criteria:
     r_e : Estimate
         ``|lambda_min / lambda_max|``: 0 when no negative value is resolved, infinite when no positive one is.
     k_hn : Estimate
-        ``sum over theta_i < 0 of (|theta_i| w_i)^exponent``, divided by the same sum over ``theta_i > 0``. It depends on
-        the number of Lanczos steps and is there to compare with published values.
+        ``sum over theta_i < 0 of (|theta_i| w_i)^exponent``, divided by the same sum over ``theta_i > 0``. It depends
+        on the number of Lanczos steps and is there to compare with published values.
     k_mass : Estimate
         ``E_minus / E_plus`` with ``E_pm`` the integral of ``|lambda|^mass_exponent`` over ``pm lambda > resolution``.
         It does not depend on how the measure is split into nodes.
     balance : Estimate
         ``(E_plus - E_minus) / (E_plus + E_minus)`` in ``[-1, 1]``: 1 for positive, -1 for negative spectra.
     probe_balance : Estimate
-        The balance of this run's probes. What it leaves open can be decided by more Lanczos steps; what `balance` leaves
-        open beyond it, by more probes.
+        The balance of this run's probes. What it leaves open can be decided by more Lanczos steps; what `balance`
+        leaves open beyond it, by more probes.
     exponent, mass_exponent : float
         The exponents above.
     resolution : float
@@ -97,7 +98,8 @@ def criteria(
     Raises
     ------
     ProblemError
-        If an exponent is not positive or the resolution is negative.
+        If an exponent is not positive, the resolution is negative, or ``mass_exponent`` needs more moments than the
+        Lanczos steps give.
 
     Notes
     -----
@@ -112,11 +114,12 @@ def criteria(
             raise ProblemError(f"{name} must be positive and finite, got {value!r}; the published exponent is 0.5")
     if resolution is not None and not (resolution >= 0.0 and math.isfinite(resolution)):
         raise ProblemError(f"resolution must be finite and not negative, got {resolution!r}; leave it out if unknown")
-    threshold = max(measure.rounding * measure.largest_magnitude, resolution or 0.0)
-
-    if measure.tridiagonal is None:
-        parts = [_signed_sums(x, w, mass_exponent, threshold) for x, w in zip(measure.nodes, measure.weights, strict=True)]
-        inside = [float(w @ (np.abs(x) <= threshold)) for x, w in zip(measure.nodes, measure.weights, strict=True)]
+    threshold = _threshold(measure, resolution or 0.0)
+    tridiagonal = measure.tridiagonal
+    if tridiagonal is None:
+        pairs = list(zip(measure.nodes, measure.weights, strict=True))
+        parts = [_signed_sums(x, w, mass_exponent, threshold) for x, w in pairs]
+        inside = [float(w @ (np.abs(x) <= threshold)) for x, w in pairs]
         balance = _spread([_balance(plus, minus) for plus, minus in parts], -1.0, 1.0)
         return Criteria(
             r_e=_spread([_ratio(abs(float(x[0])), abs(float(x[-1]))) for x in measure.nodes], 0.0, math.inf),
@@ -134,9 +137,9 @@ def criteria(
     values = of_probes.middle()
     return Criteria(
         r_e=_extreme_ratio(measure, threshold),
-        k_hn=_k_hn_over_steps(measure, exponent, threshold),
-        k_mass=of_matrix.k_mass(values, "bounds of the distribution function and two standard errors of the probes"),
-        balance=of_matrix.balance(values, "bounds of the distribution function and two standard errors of the probes"),
+        k_hn=_k_hn_over_steps(measure, tridiagonal, exponent, threshold),
+        k_mass=of_matrix.k_mass(values, BOUNDED),
+        balance=of_matrix.balance(values, BOUNDED),
         probe_balance=of_probes.balance(values, "bounds of the distribution function, for these probes"),
         exponent=exponent,
         mass_exponent=mass_exponent,
@@ -149,19 +152,18 @@ def signed_moments(measure: SpectralMeasure, exponent: float, resolution: float)
     """Return ``E_plus`` and ``E_minus``, the integrals of ``|lambda|^exponent`` over ``pm lambda > resolution``.
 
     The intervals are the bounds of the distribution function and two standard errors of the probes. Needs a measure
-    made from a tridiagonal and a resolution of at least the noise floor.
+    made from a tridiagonal; below its noise floor the resolution is raised to it.
 
     Raises
     ------
     ProblemError
-        If the measure is bare.
+        If the measure is bare, or ``exponent`` needs more moments than the Lanczos steps give.
     """
     if measure.tridiagonal is None:
         raise ProblemError("signed moments need the recurrence, got bare nodes; use SpectralMeasure.from_tridiagonal")
-    _, of_probes, of_matrix = _signed_moments(measure, exponent, resolution)
+    _, of_probes, of_matrix = _signed_moments(measure, exponent, _threshold(measure, resolution))
     plus, minus = of_probes.middle()
-    method = "bounds of the distribution function and two standard errors of the probes"
-    return Estimate(plus, *of_matrix.plus, method), Estimate(minus, *of_matrix.minus, method)
+    return Estimate(plus, *of_matrix.plus, BOUNDED), Estimate(minus, *of_matrix.minus, BOUNDED)
 
 
 class _Interval(NamedTuple):
@@ -210,7 +212,8 @@ class _SignedMoments(NamedTuple):
         return [corner for corner in found if corner != (0.0, 0.0)]
 
     def k_mass(self, values: tuple[float, float], method: str) -> Estimate:
-        return _enclose(_ratio(values[1], values[0]), [_ratio(f, e) for e, f in self.corners()], (0.0, math.inf), method)
+        ends = [_ratio(f, e) for e, f in self.corners()]
+        return _enclose(_ratio(values[1], values[0]), ends, (0.0, math.inf), method)
 
     def balance(self, values: tuple[float, float], method: str) -> Estimate:
         return _enclose(_balance(*values), [_balance(e, f) for e, f in self.corners()], (-1.0, 1.0), method)
@@ -220,6 +223,12 @@ def _signed_moments(
     measure: SpectralMeasure, exponent: float, threshold: float
 ) -> tuple[Estimate, _SignedMoments, _SignedMoments]:
     """Return the unresolved mass, and what is known of ``E_plus``, ``E_minus`` of the probes and of the matrix."""
+    tridiagonal = measure.tridiagonal
+    if tridiagonal is not None and not tridiagonal.breakdown and exponent > tridiagonal.steps:
+        raise ProblemError(
+            f"mass_exponent={exponent:g} needs the moment of order {2 * exponent:g}, got {tridiagonal.steps} steps, "
+            f"which give the moments up to {2 * tridiagonal.steps}; take more steps"
+        )
     bands = [cdf_band(jacobi, threshold, exponent) for jacobi in measure.jacobi]
     sides = (bands, [band.reflected() for band in bands])
     plus, minus = (_mean([band.tail_moment(threshold, exponent) for band in side]) for side in sides)
@@ -232,7 +241,7 @@ def _signed_moments(
         inside.middle(),
         max(0.0, inside.low - inside_error),
         min(1.0, inside.high + inside_error),
-        "bounds of the distribution function and two standard errors of the probes",
+        BOUNDED,
     )
 
     errors = [2.0 * measure.sampling_error(square) for square in squares]
@@ -262,15 +271,16 @@ def _extreme_ratio(measure: SpectralMeasure, threshold: float) -> Estimate:
         high = _ratio(negative.high, positive.low) if largest.value > threshold else math.inf
         return Estimate(0.0, 0.0, high, method + "; no negative value is resolved")
     if largest.value <= threshold:
-        return Estimate(math.inf, _ratio(negative.low, positive.high), math.inf, method + "; no positive value is resolved")
+        low = _ratio(negative.low, positive.high)
+        return Estimate(math.inf, low, math.inf, method + "; no positive value is resolved")
     value = -smallest.value / largest.value
     return Estimate(value, negative.low / positive.high, _ratio(negative.high, positive.low), method)
 
 
-def _k_hn_over_steps(measure: SpectralMeasure, exponent: float, threshold: float) -> Estimate:
+def _k_hn_over_steps(
+    measure: SpectralMeasure, tridiagonal: BlockTridiagonal, exponent: float, threshold: float
+) -> Estimate:
     """Return K_Hn with its range over step counts, probes, and signs of the nodes within the threshold."""
-    tridiagonal = measure.tridiagonal
-    assert tridiagonal is not None  # the caller has seen to it; for the type checker
     steps = tridiagonal.steps
     value = float(np.mean(_k_hn(measure, exponent, 0.0, 0.0)))
     if measure.largest_magnitude <= threshold:
@@ -281,7 +291,8 @@ def _k_hn_over_steps(measure: SpectralMeasure, exponent: float, threshold: float
         for shift in (-threshold, threshold):
             spread = _spread(_k_hn(shorter, exponent, threshold, shift), 0.0, math.inf)
             ends += [spread.low, spread.high]
-    return Estimate(value, min(ends), max(ends), "range over step counts, two standard errors over the probes; no bound")
+    method = "range over step counts, two standard errors over the probes; not a bound"
+    return Estimate(value, min(ends), max(ends), method)
 
 
 def _k_hn(measure: SpectralMeasure, exponent: float, threshold: float, shift: float) -> list[float]:
@@ -299,6 +310,11 @@ def _signed_sums(nodes: Array, weights: Array, exponent: float, threshold: float
     return float(terms[nodes > threshold].sum()), float(terms[nodes < -threshold].sum())
 
 
+def _threshold(measure: SpectralMeasure, resolution: float) -> float:
+    """Return the larger of the resolution and the noise floor; never zero, so that a zero spectrum is within it."""
+    return max(measure.rounding * measure.largest_magnitude, resolution, float(np.finfo(np.float64).tiny))
+
+
 def _ratio(negative: float, positive: float) -> float:
     """Return ``negative / positive``: 0 when both are zero, infinite when only the divisor is."""
     if negative == 0.0:
@@ -307,8 +323,6 @@ def _ratio(negative: float, positive: float) -> float:
 
 
 def _balance(plus: float, minus: float) -> float:
-    if math.isinf(plus) or math.isinf(minus):
-        return 0.0 if plus == minus else math.copysign(1.0, plus - minus)
     return (plus - minus) / (plus + minus) if plus + minus > 0.0 else 0.0
 
 

@@ -55,8 +55,8 @@ def as_batches(data: Any, batch_size: int | None = None) -> Iterable[Any]:
         return data
     if isinstance(data, str | bytes | np.ndarray) or not hasattr(data, "__iter__"):
         raise ProblemError(
-            f"data of type {type(data).__name__} is neither a batch nor an iterable of batches; give a list of batches, "
-            "a DataLoader, a Dataset, or one batch (a tensor, tuple, mapping or dataclass); "
+            f"data of type {type(data).__name__} is neither a batch nor an iterable of batches; "
+            "give a list of batches, a DataLoader, a Dataset, or one batch (a tensor, tuple, mapping or dataclass); "
             "torch.from_numpy makes a tensor of an array"
         )
     batches: Iterable[Any] = data
@@ -126,12 +126,18 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def check_finite(batch: Any, index: int) -> None:
-    """Raise a ProblemError naming the batch and the leaf if a floating-point tensor of it holds NaN or Inf."""
+def check_batch(batch: Any, index: int) -> None:
+    """Raise a ProblemError naming batch and leaf if a tensor holds NaN or Inf, or cannot take part in autograd."""
     for path, leaf in leaves(batch):
-        if not isinstance(leaf, torch.Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+        if not isinstance(leaf, torch.Tensor):
             continue
-        if any(not torch.isfinite(part).all() for part in _strided_parts(leaf)):
+        if leaf.is_inference():
+            raise ProblemError(
+                f"{path} of batch {index} of the data was made in inference mode; make it outside, or clone it there"
+            )
+        if (leaf.is_floating_point() or leaf.is_complex()) and any(
+            not torch.isfinite(part).all() for part in _strided_parts(leaf)
+        ):
             raise ProblemError(
                 f"batch {index} of the data holds NaN or Inf in {path} (shape {tuple(leaf.shape)}); "
                 "clean the data, or use a boolean mask in place of non-finite numbers"
@@ -159,11 +165,10 @@ def digest(batch: Any) -> int:
     return crc
 
 
-def tensor_bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a dense tensor in row-major order; a copy only if it is strided or not on the CPU."""
     values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    data: np.ndarray[Any, np.dtype[np.uint8]] = values.reshape(-1).view(torch.uint8).numpy()
-    return data
+    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _strided_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -171,7 +176,7 @@ def _strided_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
         return list(tensor.unbind())
     if tensor.layout is torch.strided:
         return [tensor]
-    coordinates = tensor.to_sparse_coo().coalesce()
+    coordinates = tensor.to_sparse(layout=torch.sparse_coo).coalesce()
     return [coordinates.indices(), coordinates.values()]
 
 

@@ -1,4 +1,4 @@
-"""The exceptions of hesd-fast.
+"""The exceptions and the warning of hesd-fast.
 
 Every message says what was wrong, the value that was got, what is wanted and what to do about it.
 """
@@ -28,3 +28,7 @@ class PlanError(HESDError):
 
 class CheckpointError(HESDError):
     """A saved report cannot be read."""
+
+
+class HESDWarning(UserWarning):
+    """A run finished, but one of its own checks failed."""

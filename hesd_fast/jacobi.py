@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,22 +87,25 @@ class Jacobi:
         """Return ``1 / (e_s^T (J - x I)^{-1} e_s)``, the last pivot of the factorization of ``J - x I``."""
         # The least pivot keeps the next one finite; it moves a node by far less than rounding (as in Sturm counts).
         least = np.finfo(np.float64).tiny * max(1.0, float((self.offdiagonal**2).max()))
-        pivot = self.diagonal[0] - points
+        pivot: Array = self.diagonal[0] - points
         for alpha, beta in zip(self.diagonal[1:], self.offdiagonal[:-1], strict=True):
             pivot = alpha - points - beta**2 / _keep_away_from_zero(pivot, least)
         return pivot
 
-    def power_norm(self) -> float:
-        """Return ``(integral of x^(2s))^(1/(2s))``, exact up to rounding; it approaches ``max |lambda|`` as s grows."""
-        if self.scale == 0.0:
-            return 0.0
+    def power_norm(self) -> tuple[float, float]:
+        """Return ``q`` and ``(integral of |x|^q)^(1/q)`` for the largest order ``q`` known, exact up to rounding.
+
+        The order is ``2s``. It is infinite, and the norm is ``max |node|``, when the measure has only ``s`` points.
+        """
+        if self.offdiagonal[-1] == 0.0:
+            return math.inf, float(np.abs(self.gauss()[0]).max()) + self.position
         steps = self.diagonal.size
         extended = _dense(np.append(self.diagonal, 0.0), self.offdiagonal) / self.scale
         vector = np.zeros(steps + 1)
         vector[0] = 1.0
         for _ in range(steps):  # entry s + 1 of the diagonal, which is unknown, is never reached
             vector = extended @ vector
-        return float(self.scale * np.linalg.norm(vector) ** (1.0 / steps))
+        return 2.0 * steps, float(self.scale * np.linalg.norm(vector) ** (1.0 / steps))
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,19 +116,19 @@ class CDFBand:
     ----------
     points, low, high : ndarray, shape (r,)
         The points and the bounds there; both bounds increase.
-    power_norm, power : float
-        ``(integral of |x|^power)^(1/power)`` of the measure, which bounds what lies beyond the last point.
+    power, power_norm : float
+        A moment ``(integral of |x|^power)^(1/power)`` of the measure, which bounds what lies beyond the last point.
     """
 
     points: Array
     low: Array
     high: Array
+    power: float
     power_norm: float
-    power: int
 
     def reflected(self) -> CDFBand:
         """Return the band of the measure of ``-H``."""
-        return CDFBand(-self.points[::-1], 1.0 - self.high[::-1], 1.0 - self.low[::-1], self.power_norm, self.power)
+        return CDFBand(-self.points[::-1], 1.0 - self.high[::-1], 1.0 - self.low[::-1], self.power, self.power_norm)
 
     def tail_moment(self, threshold: float, exponent: float) -> tuple[float, float]:
         """Return bounds of the integral of ``x^exponent`` over ``x > threshold >= 0``.
@@ -132,7 +136,7 @@ class CDFBand:
         With ``G(x) = mu((x, inf))`` the integral is ``t^p G(t) + integral over x > t of G(x) d(x^p)``. ``G`` decreases,
         so left sums over the points bound it from above and right sums from below, whatever the spacing of the points.
         The part beyond the last point ``X`` is at most ``M^p G(X)^(1 - p/q)`` with ``M`` the power norm of order ``q``
-        (Hölder); it is infinite when ``exponent > q``.
+        (Hölder). ``exponent`` must not exceed ``q``.
         """
         keep = self.points > threshold
         powers = np.concatenate(([threshold], self.points[keep])) ** exponent
@@ -144,8 +148,6 @@ class CDFBand:
         cells = np.diff(powers)
         low = powers[0] * least[0] + float(cells @ least[1:])
         high = powers[0] * most[0] + float(cells @ most[:-1])
-        if exponent > self.power:
-            return low, float("inf")
         beyond = float(self.power_norm**exponent * max(most[-1], 0.0) ** (1.0 - exponent / self.power))
         return low, high + beyond
 
@@ -155,7 +157,8 @@ def jacobi_of_probe(tridiagonal: BlockTridiagonal, matrix: Array, probe: int) ->
 
     Takes at most ``m`` steps, because ``T`` has the probe's moments only up to ``2m``: the ``m`` diagonal and ``m - 1``
     inner coefficients need the moments up to ``2m - 1``, and the last coupling, which needs moment ``2m``, takes
-    ``C_{m-1}`` as well. Fully reorthogonalized, in double precision. Costs ``m`` products with ``T``.
+    ``C_{m-1}`` as well. After a breakdown ``T`` has all moments, and the recurrence goes on to its own end. Fully
+    reorthogonalized, in double precision. Costs one product with ``T`` per step.
 
     Parameters
     ----------
@@ -177,17 +180,18 @@ def jacobi_of_probe(tridiagonal: BlockTridiagonal, matrix: Array, probe: int) ->
     start = tridiagonal.start[probe]
     vector = np.zeros(order)
     vector[: start.size] = start / np.linalg.norm(start)
-    basis = np.empty((tridiagonal.steps, order))
+    steps = order if tridiagonal.breakdown else tridiagonal.steps
+    basis = np.empty((steps, order))
     alphas: list[float] = []
     betas: list[float] = []
-    for step in range(tridiagonal.steps):
+    for step in range(steps):
         basis[step] = vector
         product = matrix @ vector
         alphas.append(float(vector @ product))
         for _ in range(2):  # twice is enough
             product -= basis[: step + 1].T @ (basis[: step + 1] @ product)
         beta = float(np.linalg.norm(product))
-        if step + 1 == tridiagonal.steps:
+        if step + 1 == steps:
             beta = float(np.hypot(beta, np.linalg.norm(coupling.T @ vector[-coupling.shape[0] :])))
         betas.append(beta if beta > negligible else 0.0)
         if betas[-1] == 0.0:
@@ -218,7 +222,7 @@ def cdf_bounds(jacobi: Jacobi, points: Array) -> tuple[Array, Array]:
 
 
 def cdf_band(jacobi: Jacobi, threshold: float, exponent: float) -> CDFBand:
-    """Return a band fit for integrating ``|x|^exponent`` over ``|x| > threshold``.
+    """Return a band fit for integrating ``|x|^exponent`` over ``|x| > threshold > 0``.
 
     A Gauss-Radau rule bounds the distribution at every one of its nodes, not only at the prescribed one, so all nodes
     of all rules are kept. Points are prescribed on a logarithmic grid on both sides of zero, and close to the Gauss
@@ -228,9 +232,6 @@ def cdf_band(jacobi: Jacobi, threshold: float, exponent: float) -> CDFBand:
     """
     nodes, weights, residuals = jacobi.gauss()
     top = 2.0 * max(threshold, float(np.abs(nodes).max()) + float(residuals.max()))
-    if top == 0.0:
-        zero = np.zeros(1)
-        return CDFBand(zero, zero, np.ones(1), 0.0, 2 * jacobi.diagonal.size)
     grid = np.geomspace(max(threshold, top * jacobi.rounding), top, GRID_POINTS)
     largest = np.argsort(-weights * np.abs(nodes) ** exponent)[:REFINED_NODES]
     distance = np.maximum(residuals[largest], 2.0 * jacobi.position)
@@ -247,7 +248,7 @@ def cdf_band(jacobi: Jacobi, threshold: float, exponent: float) -> CDFBand:
     # A distribution function increases, so each bound holds on one side of its point too.
     low = np.maximum.accumulate(low[order])
     high = np.minimum.accumulate(high[order][::-1])[::-1]
-    return CDFBand(nodes.ravel()[order], low, high, jacobi.power_norm(), 2 * jacobi.diagonal.size)
+    return CDFBand(nodes.ravel()[order], low, high, *jacobi.power_norm())
 
 
 def _widen(low: Array, high: Array, rounding: float) -> tuple[Array, Array]:
@@ -258,14 +259,14 @@ def _widen(low: Array, high: Array, rounding: float) -> tuple[Array, Array]:
 
     def allowance(mass: Array) -> Array:
         smaller = np.clip(np.minimum(mass, 1.0 - mass), 0.0, None)
-        return 2.0 * rounding * np.sqrt(smaller) + rounding**2
+        return np.asarray(2.0 * rounding * np.sqrt(smaller) + rounding**2)
 
     return np.clip(low - allowance(low), 0.0, 1.0), np.clip(high + allowance(high), 0.0, 1.0)
 
 
 def _keep_away_from_zero(values: Array, least: float) -> Array:
-    return np.where(np.abs(values) < least, np.copysign(least, values), values)
+    return np.asarray(np.where(np.abs(values) < least, np.copysign(least, values), values))
 
 
 def _dense(diagonal: Array, offdiagonal: Array) -> Array:
-    return np.diag(diagonal) + np.diag(offdiagonal, 1) + np.diag(offdiagonal, -1)
+    return np.asarray(np.diag(diagonal) + np.diag(offdiagonal, 1) + np.diag(offdiagonal, -1))

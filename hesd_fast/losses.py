@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hesd_fast.data import leading_dimension, to_device
 from hesd_fast.errors import ProblemError
@@ -55,17 +55,17 @@ def supervised(criterion: Callable[[Any, Any], Tensor]) -> Callable[[nn.Module, 
             f"criterion of type {type(criterion).__name__} is not callable; give a torch loss module, "
             "for example nn.CrossEntropyLoss()"
         )
-    # The functions keep no options of their own here; as modules they count ignored targets.
-    criterion = {F.cross_entropy: nn.CrossEntropyLoss(), F.nll_loss: nn.NLLLoss()}.get(criterion, criterion)
+    # As modules, these two count the targets that are not ignored.
+    if criterion is functional.cross_entropy:
+        criterion = nn.CrossEntropyLoss()
+    elif criterion is functional.nll_loss:
+        criterion = nn.NLLLoss()
     reduction = getattr(criterion, "reduction", "mean")
     if reduction not in ("mean", "sum", "batchmean"):
         raise ProblemError(f"the criterion has reduction={reduction!r}; use 'mean' or 'sum'")
 
     def loss(model: nn.Module, batch: Any) -> SumAndCount:
-        device = _device_of(model)
-        inputs, targets = _inputs_and_targets(to_device(batch, device))
-        if isinstance(criterion, nn.Module):
-            criterion.to(device)  # class weights
+        inputs, targets = _inputs_and_targets(to_device(batch, _device_of(model)))
         return _sum_and_count(criterion, reduction, _logits(_call(model, inputs)), targets)
 
     return loss
@@ -75,10 +75,10 @@ def causal_lm() -> Callable[[nn.Module, Any], SumAndCount]:
     """Build the next-token cross-entropy of a language model, summed over the tokens that count.
 
     A batch is a tensor of token ids (N, T), a tuple of one such tensor, or a mapping with "input_ids" and optionally
-    "attention_mask" and "labels" (N, T; -100 is ignored; by default the input ids wherever the mask is not 0). The model
-    returns logits (N, T, vocabulary), as for :func:`supervised`; position t predicts the label at t + 1. Labels are never
-    handed to the model. A model whose ``forward`` names no ``input_ids`` gets them as its first argument, and one that
-    takes no ``attention_mask`` does not get it: the mask then only decides which tokens count.
+    "attention_mask" and "labels" (N, T; -100 is ignored; by default the input ids wherever the mask is not 0). The
+    model returns logits (N, T, vocabulary), as for :func:`supervised`; position t predicts the label at t + 1. Labels
+    are never handed to the model. A model whose ``forward`` names no ``input_ids`` gets them as its first argument, and
+    one that takes no ``attention_mask`` does not get it: the mask then only decides which tokens count.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def causal_lm() -> Callable[[nn.Module, Any], SumAndCount]:
         # Half precision cannot hold the sum over many tokens.
         logits = logits[:, :-1].float() if logits.dtype in (torch.float16, torch.bfloat16) else logits[:, :-1]
         labels = labels[:, 1:].reshape(-1)
-        total = F.cross_entropy(logits.reshape(labels.numel(), -1), labels, ignore_index=-100, reduction="sum")
+        total = functional.cross_entropy(logits.reshape(labels.numel(), -1), labels, ignore_index=-100, reduction="sum")
         return total, (labels != -100).sum()
 
     return loss
@@ -179,16 +179,17 @@ def _logits(output: Any) -> Tensor:
 
 
 def _sum_and_count(criterion: Any, reduction: str, output: Tensor, targets: Any) -> SumAndCount:
-    if reduction == "mean" and isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss | _ELEMENTWISE):
+    if reduction == "mean" and isinstance(criterion, (*_ELEMENTWISE, nn.CrossEntropyLoss, nn.NLLLoss)):
         summing = copy.copy(criterion)  # shallow, so that a subclass keeps its options
         summing.reduction = "sum"
         total = summing(output, targets)
         if isinstance(criterion, _ELEMENTWISE):
-            return total, float(torch.broadcast_shapes(output.shape, targets.shape).numel())
+            shape: torch.Size = torch.broadcast_shapes(output.shape, targets.shape)  # type: ignore[no-untyped-call]
+            return total, float(shape.numel())
         return total, _target_count(criterion, output, targets)
     count = leading_dimension(targets)
     if count is None:
-        raise ProblemError("the targets have no tensor with a leading dimension to count; give targets of shape (N, ...)")
+        raise ProblemError("the targets have no leading dimension to count terms by; give targets of shape (N, ...)")
     value = criterion(output, targets)
     return (value if reduction == "sum" else value * count), float(count)
 

@@ -35,27 +35,29 @@ class RandomStreams:
 
     def _torch_generators(self) -> list[torch.Generator]:
         # torch.manual_seed would also reseed devices that are not in use yet, which could not be undone.
-        devices = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+        devices = torch.cuda.default_generators if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
         return [torch.default_generator, *devices, *self._generators]
 
     def state(self) -> StreamState:
         """Return the state of every stream."""
         torch_states = [(generator, generator.get_state()) for generator in self._torch_generators()]
-        return torch_states, np.random.get_state(legacy=False), random.getstate()
+        # The legacy stream of NumPy is the one that is global, so the one to save.
+        numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
+        return torch_states, numpy_state, random.getstate()
 
     def set_state(self, state: StreamState) -> None:
         """Put every stream back to a state got from ``state()``."""
         torch_states, numpy_state, python_state = state
         for generator, value in torch_states:
             generator.set_state(value)
-        np.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
 
     def seed(self, seed: int) -> None:
         """Start every stream from ``seed``."""
         for generator in self._torch_generators():
             generator.manual_seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
         random.seed(seed)
 
 

@@ -123,7 +123,8 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
     # torch.autograd.grad passes its result through these hooks, so the product would not be the loss's Hessian.
     if parameter._backward_hooks:
         raise ProblemError(
-            f"parameter {name!r} has gradient hooks (register_hook), which would change its derivatives; remove them first"
+            f"parameter {name!r} has gradient hooks (register_hook), which would change its derivatives; "
+            "remove them first"
         )
 
 

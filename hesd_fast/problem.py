@@ -69,7 +69,8 @@ class Problem:
     Parameters
     ----------
     model : torch.nn.Module
-        Given back exactly as it was after every use: modes, ``.grad``, ``requires_grad``, buffers, random state, weights.
+        Given back after every use exactly as it was: modes, ``.grad``, ``requires_grad``, buffers, weights,
+        random state.
     loss : callable
         ``loss(model, batch)`` returns the mean loss of a batch, or ``(sum, count)``. A mean loss counts as many terms
         as the batch's leading dimension; where that is not their number (padding), return ``(sum, count)``.
@@ -292,15 +293,15 @@ class Problem:
         is_sum: list[bool] = []
         dtype = self.dtype
         for index, batch in self._batches():
-            _data.check_finite(batch, index)
+            _data.check_batch(batch, index)
             digests.append(_data.digest(batch))
             loss, count = self._batch_loss(index, batch)
             counts.append(_term_count(count, batch, index))
             is_sum.append(count is not None)
             if is_sum[-1] != is_sum[0]:
                 raise ProblemError(
-                    f"the loss of batch {index} is {'(sum, count)' if is_sum[-1] else 'a mean'}, unlike that of batch 0; "
-                    "return the same kind for every batch"
+                    f"the loss of batch {index} is {'(sum, count)' if is_sum[-1] else 'a mean'}, unlike that of "
+                    "batch 0; return the same kind for every batch"
                 )
             values.append(float(loss.detach()))
             dtype = loss.dtype
@@ -332,7 +333,7 @@ class Problem:
         if stale is None:
             stale = next((name for name, tensor, version in self._versions if version_of(tensor) != version), None)
         if stale is not None:
-            raise ProblemError(f"{stale!r} of the model has been changed since the problem was made; make a new Problem")
+            raise ProblemError(f"{stale!r} of the model has changed since the problem was made; make a new Problem")
 
     def _check_losses(self, facts: _Facts, evaluated: list[tuple[int, Tensor]]) -> None:
         if not evaluated:
@@ -398,7 +399,7 @@ def _term_count(count: Any, batch: Any, index: int) -> float:
 def _data_changed(what: str) -> str:
     return (
         f"the data changed between two passes: {what}; likely shuffling or random augmentation with its own random "
-        "source, or an iterable that can be read only once; give data that is the same each time, for example list(data)"
+        "source, or an iterable that can be read only once; give data that is the same each time, as list(data) is"
     )
 
 

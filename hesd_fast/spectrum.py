@@ -73,8 +73,8 @@ class SpectralMeasure:
         for probe, w in enumerate(weight_arrays):
             if w.min() < -WEIGHT_SUM_TOLERANCE or abs(w.sum() - 1.0) > WEIGHT_SUM_TOLERANCE:
                 raise ProblemError(
-                    f"the weights of probe {probe} have the least value {w.min():.3g} and the sum {w.sum():.9g}, wanted "
-                    f"no negative weight and a sum of 1 within {WEIGHT_SUM_TOLERANCE:g}; divide them by their sum"
+                    f"the weights of probe {probe} have the least value {w.min():.3g} and the sum {w.sum():.9g}, "
+                    f"wanted no negative weight and a sum of 1 within {WEIGHT_SUM_TOLERANCE:g}; normalize them"
                 )
         orders = [np.argsort(x, kind="stable") for x in node_arrays]
         self.nodes = tuple(_readonly(x[order]) for x, order in zip(node_arrays, orders, strict=True))
@@ -139,9 +139,8 @@ class SpectralMeasure:
 
     def integrate(self, function: ArrayFunction) -> float:
         """Return the integral of ``function``, which maps an array of nodes to an array, averaged over the probes."""
-        return float(
-            np.mean([w @ np.asarray(function(x), dtype=np.float64) for x, w in zip(self.nodes, self.weights, strict=True)])
-        )
+        pairs = zip(self.nodes, self.weights, strict=True)
+        return float(np.mean([w @ np.asarray(function(x), dtype=np.float64) for x, w in pairs]))
 
     def moment(self, order: int) -> float:
         """Return the moment of the given order; exact for the probes up to order ``2m - 1``."""
@@ -156,9 +155,8 @@ class SpectralMeasure:
     def cdf(self, x: npt.ArrayLike) -> Array:
         """Return the weight of the nodes at or below each ``x``: a step function, not a bound."""
         points = _points(x)
-        return np.asarray(
-            np.mean([_step(nodes, w, points, "right") for nodes, w in zip(self.nodes, self.weights, strict=True)], axis=0)
-        )
+        pairs = zip(self.nodes, self.weights, strict=True)
+        return np.asarray(np.mean([_step(nodes, w, points, "right") for nodes, w in pairs], axis=0))
 
     def cdf_bounds(self, x: npt.ArrayLike) -> tuple[Array, Array]:
         """Return ``(low, high)`` with ``low <= mu((-inf, x)) <= mu((-inf, x]) <= high`` for the probes' measure ``mu``.
@@ -200,7 +198,7 @@ class SpectralMeasure:
         if sigma is None:
             sigma = 0.01 * (float(nodes[-1] - nodes[0]) or self.largest_magnitude or 1.0)
         if not (sigma > 0.0 and math.isfinite(sigma)):
-            raise ProblemError(f"sigma must be positive and finite, got {sigma!r}; pass a width in units of the eigenvalues")
+            raise ProblemError(f"sigma must be positive and finite, got {sigma!r}; pass a width in eigenvalue units")
         flat = points.ravel()
         result = np.empty(flat.size)
         chunk = max(1, CHUNK_ENTRIES // nodes.size)
@@ -228,9 +226,9 @@ class SpectralMeasure:
         """The largest eigenvalue: the largest Ritz value, with ``[Ritz value, Ritz value + residual norm]``.
 
         Certain, up to rounding: the largest eigenvalue is not below the Ritz value, and some eigenvalue lies in the
-        interval. Only very likely: that this one is the largest. A random probe almost never misses an eigenvector, but
-        before convergence the largest eigenvalue can still lie beyond the interval. For a bare measure: the range of the
-        largest nodes of its probes.
+        interval. Only very likely: that this one is the largest. A random probe almost never misses an eigenvector,
+        but before convergence the largest eigenvalue can still lie beyond the interval. For a bare measure: the range
+        of the largest nodes of its probes.
         """
         return self._extreme(1.0)
 
@@ -266,20 +264,19 @@ class SpectralMeasure:
             If the measure does not know the size of the matrix.
         """
         if self.size is None:
-            raise ProblemError("the trace needs the order of the matrix, got size=None; pass SpectralMeasure(..., size=n)")
+            raise ProblemError("the trace needs the order of the matrix, got size=None; pass size=n to SpectralMeasure")
         mean = self.mean()
         if self.tridiagonal is None:
             margin = 2.0 * standard_error([float(w @ x) for x, w in zip(self.nodes, self.weights, strict=True)])
             method = "two standard errors over the measure's probes"
         else:
-            margin = 2.0 * self.sampling_error(self.second_moment_bound())
-            margin += self.mean_rounding
-            method = "two standard errors of the random probes" if self.random else "rounding only: the probes were given"
+            margin = 2.0 * self.sampling_error(self.second_moment_bound()) + self.mean_rounding
+            method = "two standard errors of the random probes" if self.random else "rounding; the probes were given"
         return Estimate(self.size * mean, self.size * (mean - margin), self.size * (mean + margin), method)
 
     @property
     def mean_rounding(self) -> float:
-        """Rounding allowance of the mean: an error ``r`` of a unit vector ``z`` changes ``z^T H z`` by ``2 r ||H z||``."""
+        """Rounding allowance of the mean: an error ``r`` of a unit probe ``z`` moves ``z^T H z`` by ``2 r ||H z||``."""
         return 2.0 * self.rounding * math.sqrt(self.second_moment_bound())
 
     @property

@@ -52,6 +52,9 @@ class BlockTridiagonal:
     probe_kind : str
         ``"rademacher"`` or ``"gaussian"`` for random probes. Any other word means vectors that somebody chose; then no
         sampling error is attached to anything.
+    recurrence_error : float or None
+        Largest deviation of the measured projections ``Q H Q^T`` from a symmetric block tridiagonal matrix, in the
+        units of ``H``: the noise and asymmetry of the Hessian products. None when it was not measured.
 
     Raises
     ------
@@ -74,6 +77,7 @@ class BlockTridiagonal:
     orthogonality: float | None
     breakdown: bool
     probe_kind: str = "rademacher"
+    recurrence_error: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", _frozen(self.start))
@@ -96,8 +100,9 @@ class BlockTridiagonal:
         for step, (a, c) in enumerate(zip(self.diagonal, self.offdiagonal, strict=True)):
             if rows == 0 or a.shape != (rows, rows) or c.ndim != 2 or c.shape[0] != rows or c.shape[1] > rows:
                 raise ProblemError(
-                    f"step {step} has a diagonal block of shape {a.shape} and an off-diagonal block of shape {c.shape}, "
-                    f"wanted ({rows}, {rows}) and ({rows}, at most {rows}), {rows} >= 1; check the block sizes"
+                    f"step {step} has a diagonal block of shape {a.shape} and an off-diagonal block of shape "
+                    f"{c.shape}, wanted ({rows}, {rows}) and ({rows}, at most {rows}) with {rows} >= 1; "
+                    "check the block sizes"
                 )
             rows = c.shape[1]
         for name, blocks in (("start", (self.start,)), ("diagonal", self.diagonal), ("offdiagonal", self.offdiagonal)):
@@ -118,8 +123,8 @@ class BlockTridiagonal:
             asymmetry = float(np.abs(a - a.T).max())
             if asymmetry > math.sqrt(self.epsilon) * float(np.abs(a).max()):
                 raise ProblemError(
-                    f"the diagonal block of step {step} is asymmetric by {asymmetry:.3g}, more than sqrt(epsilon) of its "
-                    "largest entry; the operator must be one fixed symmetric matrix"
+                    f"the diagonal block of step {step} is asymmetric by {asymmetry:.3g}, more than sqrt(epsilon) of "
+                    "its largest entry; the operator must be one fixed symmetric matrix"
                 )
 
     @property
@@ -198,6 +203,7 @@ class BlockTridiagonal:
             "orthogonality": None if self.orthogonality is None else float(self.orthogonality),
             "breakdown": bool(self.breakdown),
             "probe_kind": self.probe_kind,
+            "recurrence_error": None if self.recurrence_error is None else float(self.recurrence_error),
         }
 
     @classmethod

@@ -165,7 +165,7 @@ def test_slots_of_deflated_blocks_hold_nothing_stale():
     # in window mode slots are used again: a narrower block must clear what an older, wider one left
     eigenvalues = np.zeros(100)
     eigenvalues[:6] = np.linspace(1, 2, 6)
-    run = Recorder(matrix_with(eigenvalues), 12, 4, "window", 2)
+    run = Recorder(matrix_with(eigenvalues), 3, 4, "window", 2)
     assert [len(a) for a in run.diagonal] == [4, 4, 2]
     assert torch.equal(run.basis[2:4], torch.zeros(2, 100, dtype=torch.float64))
     assert run.recurrence_residual() <= 1e-12

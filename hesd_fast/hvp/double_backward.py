@@ -17,7 +17,8 @@ from hesd_fast.problem import LossTerm, Problem
 
 # What PyTorch says of an operation without a second derivative.
 _NO_SECOND_DERIVATIVE = re.compile(
-    r"derivative for '?(?P<op>[\w:.]+)'? is not implemented|differentiate twice|double.?backward|once_differentiable",
+    r"derivative for '?(?P<op>[\w:.]+)'? is not implemented|differentiate twice|double.?backward|once_differentiable"
+    r"|donated buffer",
     re.IGNORECASE,
 )
 
@@ -26,8 +27,9 @@ class DoubleBackward:
     """Multiply a panel exactly, one batch after the other.
 
     Per batch, one forward pass and one differentiable gradient serve all b vectors; each vector then costs one backward
-    pass through the gradient: about 3F + 6F b with F the cost of a forward pass (Pearlmutter, Neural Computation 6(1),
-    1994). Memory: the graph of one batch's gradient. A parameter that the loss does not use, or uses linearly, gets zeros.
+    pass through the gradient: about 3F + 6F b in all, with F the cost of a forward pass (Pearlmutter, Neural
+    Computation 6(1), 1994). Memory: the graph of one batch's gradient. A parameter that the loss does not use, or uses
+    linearly, gets zeros.
 
     Parameters
     ----------
@@ -71,7 +73,7 @@ class DoubleBackward:
                     products = gradient.multiply(row, keep_graph=j + 1 < len(rows))
                     kernels.accumulate_hvp(
                         out[j : j + 1],
-                        [product.reshape(1, -1) for _, product in products],
+                        [product.contiguous().view(1, -1) for _, product in products],
                         [problem.offsets[i] for i, _ in products],
                         alpha=term.weight,
                         compensation=None if compensation is None else compensation[j : j + 1],
@@ -138,7 +140,8 @@ def _check_second_derivatives(problem: Problem, term: LossTerm) -> None:
     seed = torch.ones_like(loss, requires_grad=True)
     try:
         gradient = _Gradient.of(problem, loss, seed)
-        if any(node.name() == "torch::autograd::Error" for node in _graph([entry.grad_fn for entry in gradient.entries])):
+        nodes = _graph([entry.grad_fn for entry in gradient.entries])
+        if any(node.name() == "torch::autograd::Error" for node in nodes):
             raise RuntimeError("a function marked with @once_differentiable cannot be differentiated twice")
         gradient.multiply([torch.ones_like(parameter) for parameter in gradient.parameters], keep_graph=True)
     except RuntimeError as error:
@@ -151,11 +154,11 @@ def _check_second_derivatives(problem: Problem, term: LossTerm) -> None:
 def _no_second_derivative(problem: Problem, term: LossTerm, operation: str | None, message: str) -> str:
     culprits = _culprits(problem, term, operation)
     names = operation or ", ".join(sorted(set(culprits.values()))) or "an operation of the model or the loss"
-    where = f" (module {', '.join(map(repr, culprits))})" if culprits else ""
+    where = f" (in {', '.join(culprits)})" if culprits else ""
     remedy = "replace it by an implementation of ordinary PyTorch operations, or leave the parameters before it out"
     if "scaled_dot_product" in names:
         remedy = "do not force a flash or memory-efficient attention backend in the model; the MATH backend has one"
-    elif "compile" in message:
+    elif "compile" in message.lower():
         remedy = "give the model without torch.compile"
     elif "cudnn_rnn" in names:
         remedy = "run the model under torch.backends.cudnn.flags(enabled=False)"
@@ -163,7 +166,7 @@ def _no_second_derivative(problem: Problem, term: LossTerm, operation: str | Non
 
 
 def _culprits(problem: Problem, term: LossTerm, operation: str | None) -> dict[str, str]:
-    """Return the innermost modules whose forward pass ran the operation, and the graph's name for it.
+    """Return the innermost places in model and loss that ran the operation, and the graph's name for it.
 
     Without an operation's name, the once_differentiable functions are looked for.
     """
@@ -177,7 +180,7 @@ def _culprits(problem: Problem, term: LossTerm, operation: str | None) -> dict[s
                 found.setdefault(name, node.name())
 
     hooks = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: look(name or "model", output))
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: look(f"module {name!r}", output))
         for name, module in problem.model.named_modules()
     ]
     try:
@@ -185,7 +188,7 @@ def _culprits(problem: Problem, term: LossTerm, operation: str | None) -> dict[s
     finally:
         for hook in hooks:
             hook.remove()
-    look("loss", loss)
+    look("the loss", loss)
     return found
 
 

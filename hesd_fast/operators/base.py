@@ -19,31 +19,28 @@ if TYPE_CHECKING:
 class CurvatureOperator(Protocol):
     """A symmetric n x n matrix, known by its products with panels.
 
-    Attributes
-    ----------
-    size : int
-        n.
-    dtype : torch.dtype
-        float32 or float64, that of every panel.
-    device : torch.device
-        Where the panels are.
-    products : int
-        How many vectors have been multiplied so far.
-
     An operator may also have ``describe(column) -> str``, which names a column in error messages.
     """
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Return n, the number of rows and columns."""
+        ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Return float32 or float64, the precision of every panel."""
+        ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Return where panels are."""
+        ...
 
     @property
-    def products(self) -> int: ...
+    def products(self) -> int:
+        """Return how many vectors have been multiplied so far."""
+        ...
 
     def matmat(self, panel: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the panel (b, n) whose row j is H times row j of ``panel``; written to ``out`` if given."""
@@ -55,8 +52,12 @@ class OperatorBase(ABC):
 
     Parameters
     ----------
-    size, dtype, device
-        See :class:`CurvatureOperator`.
+    size : int
+        n, the number of rows and columns.
+    dtype : torch.dtype
+        float32 or float64, the precision of every panel.
+    device : torch.device
+        Where panels are.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -127,8 +128,8 @@ class OperatorBase(ABC):
         def matmat(columns: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
             rows = np.ascontiguousarray(columns.reshape(self.size, -1).T)
             products = self.matmat(torch.from_numpy(rows).to(self.device, self.dtype))
-            result: np.ndarray[Any, np.dtype[np.float64]] = products.T.double().cpu().numpy()
-            return result.reshape(columns.shape)
+            result: np.ndarray[Any, np.dtype[np.float64]] = products.T.double().cpu().numpy().reshape(columns.shape)
+            return result
 
         return LinearOperator((self.size, self.size), matvec=matmat, matmat=matmat, rmatvec=matmat, dtype=np.float64)
 

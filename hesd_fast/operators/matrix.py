@@ -48,7 +48,7 @@ class MatrixOperator(OperatorBase):
             self._matrix = matrix
             self._check_linear_operator()
         elif scipy.sparse.issparse(matrix):
-            self._matrix = matrix.tocsr().astype(_NUMPY_DTYPES[dtype])
+            self._matrix = scipy.sparse.csr_array(matrix, dtype=_NUMPY_DTYPES[dtype])
             values = torch.from_numpy(self._matrix.data) if self._matrix.nnz else torch.zeros(1, dtype=dtype)
             _check_symmetric(values, float(abs(self._matrix - self._matrix.T).max()), self.size)
         else:

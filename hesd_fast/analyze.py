@@ -1,0 +1,235 @@
+"""The corridor end to end: a problem in, its report out."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from hesd_fast import _engine
+from hesd_fast.criteria import criteria
+from hesd_fast.errors import HESDWarning, ProblemError
+from hesd_fast.hesd_type import classify
+from hesd_fast.lanczos import block_lanczos
+from hesd_fast.operators import HessianOperator
+from hesd_fast.parameters import Selection
+from hesd_fast.problem import Loss, Problem
+from hesd_fast.progress import ProductProgress
+from hesd_fast.report import Check, Cost, ProblemFacts, Report
+from hesd_fast.spectrum import SpectralMeasure
+from hesd_fast.tridiagonal import BlockTridiagonal
+
+DEFAULT_BLOCK_SIZE = 4
+DEFAULT_MAX_STEPS = 100
+
+ORTHOGONALITY_MULTIPLE = 1024.0
+"""Loss of orthogonality, in machine epsilons, up to which a fully reorthogonalized run passes its check."""
+
+
+class Protocol(NamedTuple):
+    """The settings of a published protocol."""
+
+    block_size: int
+    max_steps: int
+    reorthogonalization: str
+    window: int
+
+
+PROTOCOLS = {
+    # Loss Landscape Analysis: one Rademacher probe, 100 steps against the last 10 vectors (arXiv 2412.10146).
+    "lla": Protocol(block_size=1, max_steps=100, reorthogonalization="window", window=10),
+}
+
+
+def analyze(
+    model: nn.Module | Problem,
+    loss: Loss | None = None,
+    data: Any = None,
+    *,
+    parameters: Selection = None,
+    mode: str | None = None,
+    block_size: int | str = "auto",
+    max_steps: int | None = None,
+    reorthogonalization: str | None = None,
+    protocol: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Compute the Hessian eigenvalue spectral density of a model, its type and its criteria.
+
+    Parameters
+    ----------
+    model, loss, data
+        A model, ``loss(model, batch)`` and the data; or a :class:`~hesd_fast.Problem` alone.
+    parameters, mode
+        As in :class:`~hesd_fast.Problem`; not together with one.
+    block_size : int or "auto"
+        Number of probes b; "auto" takes 4, or n if that is less.
+    max_steps : int, optional
+        Block steps m, 100 by default. Fewer are taken only when the Krylov space becomes invariant.
+    reorthogonalization : {"full", "window", "none"}, optional
+        See :func:`~hesd_fast.block_lanczos`; "full" by default.
+    protocol : {"lla"}, optional
+        A published protocol, which sets the three options before: numbers comparable with those of Loss Landscape Analysis.
+    seed : int
+        Chooses the probes.
+    progress : bool
+        Show a progress bar on a terminal.
+
+    Returns
+    -------
+    Report
+        Cost: m b exact Hessian-vector products over all of the data.
+
+    Raises
+    ------
+    ProblemError, OperatorError, PlanError, EngineError
+        Before any long work wherever the cause can be known by then. The model is as it was in every case.
+    """
+    problem = _as_problem(model, loss, data, parameters, mode)
+    settings = _settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
+    started = time.perf_counter()
+    with problem.session():
+        problem.prepare()
+        operator = HessianOperator(problem)
+        with ProductProgress(min(settings.max_steps * settings.block_size, problem.size), enabled=progress) as bar:
+            tridiagonal = block_lanczos(
+                operator,
+                settings.max_steps,
+                settings.block_size,
+                seed=seed,
+                reorthogonalization=settings.reorthogonalization,
+                window=settings.window,
+                on_step=bar.update,
+            )
+    seconds = time.perf_counter() - started
+    facts = ProblemFacts(
+        model=type(problem.model).__name__,
+        size=problem.size,
+        parameters=tuple(problem.parameters),
+        mode=problem.mode,
+        precision=str(problem.dtype).removeprefix("torch."),
+        loss=problem.loss_value,
+        parameter_norm_squared=problem.parameter_norm_squared,
+        batches=problem.batch_count,
+        terms=problem.total_count,
+        fingerprint=problem.fingerprint,
+    )
+    cost = Cost(tridiagonal.products, seconds, _peak_bytes(problem), operator.strategy.name)
+    return _report(tridiagonal, facts, cost, settings, protocol, seed)
+
+
+def _as_problem(
+    model: nn.Module | Problem, loss: Loss | None, data: Any, parameters: Selection, mode: str | None
+) -> Problem:
+    if isinstance(model, Problem):
+        given = [
+            name
+            for name, value in (("loss", loss), ("data", data), ("parameters", parameters), ("mode", mode))
+            if value is not None
+        ]
+        if given:
+            raise ProblemError(f"analyze got a Problem and also {', '.join(given)}; give them to the Problem")
+        return model
+    if loss is None or data is None:
+        missing = "loss" if loss is None else "data"
+        raise ProblemError(f"analyze got no {missing}; call analyze(model, loss, data) or analyze(Problem(...))")
+    return Problem(model, loss, data, parameters=parameters, mode=mode or "eval")
+
+
+def _settings(
+    size: int, block_size: int | str, max_steps: int | None, reorthogonalization: str | None, protocol: str | None
+) -> Protocol:
+    if protocol is not None:
+        if protocol not in PROTOCOLS:
+            raise ProblemError(f"protocol is {protocol!r}; wanted None or one of {', '.join(map(repr, PROTOCOLS))}")
+        if block_size != "auto" or max_steps is not None or reorthogonalization is not None:
+            raise ProblemError(
+                f"protocol={protocol!r} sets block_size, max_steps and reorthogonalization; leave them out, or the protocol"
+            )
+        return PROTOCOLS[protocol]
+    if isinstance(block_size, str):
+        if block_size != "auto":
+            raise ProblemError(f"block_size is {block_size!r}; wanted an integer or 'auto'")
+        block_size = min(DEFAULT_BLOCK_SIZE, size)
+    steps = DEFAULT_MAX_STEPS if max_steps is None else max_steps
+    return Protocol(block_size, steps, reorthogonalization or "full", 10)
+
+
+def _report(
+    tridiagonal: BlockTridiagonal, facts: ProblemFacts, cost: Cost, settings: Protocol, protocol: str | None, seed: int
+) -> Report:
+    measure = SpectralMeasure.from_tridiagonal(tridiagonal)
+    found = criteria(measure, resolution=tridiagonal.recurrence_error)
+    hesd_type, evidence = classify(
+        measure, found, loss_value=facts.loss, parameter_norm_squared=facts.parameter_norm_squared
+    )
+    checks = _checks(tridiagonal, measure)
+    for check in checks:
+        if not check.passed:
+            warnings.warn(f"the check of {check.name} failed: {check.detail}", HESDWarning, stacklevel=3)
+    options = {
+        "block_size": settings.block_size,
+        "max_steps": settings.max_steps,
+        "reorthogonalization": settings.reorthogonalization,
+        "protocol": protocol,
+        "seed": seed,
+    }
+    return Report(hesd_type, evidence, found, measure, facts, cost, checks, options, _versions())
+
+
+def _checks(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> tuple[Check, ...]:
+    """What the run itself shows about the operator and the engine, at no further product."""
+    scale = measure.largest_magnitude
+    noise = tridiagonal.recurrence_error or 0.0
+    relative = noise / scale if scale > 0.0 else 0.0
+    allowed = float(np.sqrt(tridiagonal.epsilon))
+    checks = [
+        Check(
+            "symmetry",
+            relative <= allowed,
+            f"u'Hv and v'Hu of all vectors u, v that met differ by at most {noise:.2g}, "
+            f"{relative:.2g} of the largest eigenvalue (allowed {allowed:.2g})",
+        ),
+        Check(
+            "weights",
+            bool(np.abs(measure.weight_sums - 1.0).max() <= 64 * tridiagonal.epsilon),
+            f"each probe's weights sum to 1 within {np.abs(measure.weight_sums - 1.0).max():.2g}",
+        ),
+        Check("determinism", True, "data and losses were found the same at every pass"),
+    ]
+    if tridiagonal.orthogonality is not None:
+        bound = ORTHOGONALITY_MULTIPLE * tridiagonal.epsilon
+        checks.append(
+            Check(
+                "orthogonality",
+                tridiagonal.orthogonality <= bound,
+                f"the last block is orthonormal to the basis within {tridiagonal.orthogonality:.2g} (allowed {bound:.2g})",
+            )
+        )
+    return tuple(checks)
+
+
+def _versions() -> dict[str, str]:
+    build = _engine.build_info()
+    return {
+        "hesd_fast": build["version"],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu_target": build["cpu_target"],
+        "threads": str(build["threads"]),
+    }
+
+
+def _peak_bytes(problem: Problem) -> int:
+    """Peak memory of this process so far: on the device of the problem, or resident."""
+    if problem.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(problem.device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,83 @@
+"""Pictures of spectral densities, on a logarithmic scale as the papers show them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hesd_fast.errors import ProblemError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hesd_fast.report import Report
+
+GRID_POINTS = 2000
+DECADES = 8.0
+"""How far below its peak a density is drawn."""
+
+
+def plot_densities(
+    reports: Mapping[str, Report], path: str | os.PathLike[str] | None = None, *, sigma: float | None = None
+) -> Figure:
+    """Draw the smoothed densities of one or several reports over the same axis.
+
+    Parameters
+    ----------
+    reports : mapping of str to Report
+        What to draw, by the name in the legend.
+    path : path, optional
+        File to write; its ending chooses the format.
+    sigma : float, optional
+        Standard deviation of the smoothing Gaussian, in eigenvalue units; 1 % of the whole range by default.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The figure.
+
+    Raises
+    ------
+    ProblemError
+        If there is no report or ``sigma`` is not positive.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not reports:
+        raise ProblemError("there is no report to draw; give at least one")
+    low = min(report.lambda_min.value for report in reports.values())
+    high = max(report.lambda_max.value for report in reports.values())
+    if sigma is None:
+        sigma = 0.01 * ((high - low) or abs(high) or 1.0)
+    margin = 4.0 * sigma + 0.02 * (high - low)
+    grid = np.linspace(low - margin, high + margin, GRID_POINTS)
+
+    figure = Figure(figsize=(8.0, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    peak = 0.0
+    for number, (name, report) in enumerate(reports.items()):
+        density = report.measure.density(grid, sigma)
+        peak = max(peak, float(density.max()))
+        color = f"C{number}"
+        found = report.criteria
+        label = (
+            f"{name}: {report.hesd_type.name}, $r_e$ = {found.r_e:.3g}, k_mass = {found.k_mass:.3g}"
+        )
+        axes.semilogy(grid, density, color=color, linewidth=1.2, label=label)
+        axes.fill_between(grid, density, peak * 1e-30, color=color, alpha=0.15, linewidth=0)
+        for extreme in (report.lambda_min, report.lambda_max):
+            axes.axvline(extreme.value, color=color, linewidth=0.8, linestyle=":")
+    axes.axvline(0.0, color="black", linewidth=0.6)
+    axes.set_ylim(peak * 10.0**-DECADES, peak * 3.0)
+    axes.set_xlim(grid[0], grid[-1])
+    axes.set_xlabel("eigenvalue of the Hessian")
+    axes.set_ylabel(f"density (Gaussian of σ = {sigma:.2g})")
+    axes.legend(loc="upper right", fontsize="small")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure

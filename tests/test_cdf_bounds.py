@@ -1,0 +1,142 @@
+"""The band of the distribution function holds everywhere, and tightens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from block_lanczos_numpy import EPSILON, Array, block_lanczos, rademacher, rotation
+from test_spectrum import SIZE, SPECTRA, scale_of
+
+from hesd_fast.jacobi import cdf_band, jacobi_of_probe
+from hesd_fast.spectrum import SpectralMeasure
+
+
+def probe_weights(z: Array) -> Array:
+    """The exact weights of the probes' measure, on the eigenvalues of a rotated matrix."""
+    return (z @ rotation(SIZE, 1)) ** 2 / SIZE
+
+
+def run(name: str, z: Array, steps: int) -> SpectralMeasure:
+    basis = rotation(SIZE, 1)
+    return SpectralMeasure.from_tridiagonal(block_lanczos((basis * SPECTRA[name]) @ basis.T, z, steps))
+
+
+def points_for(name: str, measure: SpectralMeasure, seed: int) -> Array:
+    """Points everywhere: random ones, close to eigenvalues and nodes, on nodes, far outside."""
+    random = np.random.default_rng(seed)
+    spectrum, scale = SPECTRA[name], max(scale_of(name), 1.0)
+    near = np.concatenate([spectrum, measure.nodes[0]])
+    shifted = [near + sign * distance * scale for distance in (1e-12, 1e-6, 1e-3) for sign in (-1.0, 1.0)]
+    return np.concatenate([random.uniform(-1.5, 1.5, 200) * scale, near, *shifted, [-1e3 * scale, 1e3 * scale]])
+
+
+@pytest.mark.parametrize("name", list(SPECTRA))
+@pytest.mark.parametrize(("probes", "steps"), [(1, 1), (2, 3), (3, 8), (2, 25), (4, 30)])
+def test_the_band_contains_the_probes_distribution(name: str, probes: int, steps: int) -> None:
+    for seed in range(2):
+        z = rademacher(probes, SIZE, seed)
+        measure = run(name, z, steps)
+        weights = probe_weights(z).mean(axis=0)
+        points = points_for(name, measure, seed)
+        low, high = measure.cdf_bounds(points)
+        # An eigenvalue known to rounding may lie on either side of a point this close to it.
+        slack = 100 * EPSILON * scale_of(name)
+        at_most = (weights * (SPECTRA[name] <= points[:, None] + slack)).sum(axis=1)
+        at_least = (weights * (SPECTRA[name] < points[:, None] - slack)).sum(axis=1)
+        tolerance = 100 * EPSILON
+        assert (low <= at_least + tolerance).all()
+        assert (at_most <= high + tolerance).all()
+        assert low[-2] <= tolerance  # left of everything
+        assert high[-1] >= 1.0 - tolerance
+
+
+def test_the_band_tightens_with_steps() -> None:
+    z = rademacher(2, SIZE, 0)
+    points = np.linspace(-3.0, 3.0, 301)
+    widths = []
+    for steps in (2, 5, 10, 20, 40):
+        low, high = run("indefinite", z, steps).cdf_bounds(points)
+        widths.append(float((high - low).mean()))
+    assert all(later < 0.8 * earlier for earlier, later in zip(widths, widths[1:], strict=False))
+
+
+@pytest.mark.parametrize("name", ["repeated", "low rank"])
+def test_the_band_closes_when_the_measure_has_few_points(name: str) -> None:
+    z = rademacher(2, SIZE, 0)
+    measure = run(name, z, 10)
+    points = np.linspace(-4.0, 4.0, 57) + 1e-3
+    low, high = measure.cdf_bounds(points)
+    weights = probe_weights(z).mean(axis=0)
+    truth = (weights * (SPECTRA[name] <= points[:, None])).sum(axis=1)
+    # The probe vectors are known to 8 * 2^-26, which moves a mass M by 2 sqrt(M) times that.
+    np.testing.assert_allclose(low, truth, atol=2 * 8 * 2.0**-26)
+    np.testing.assert_allclose(high, truth, atol=2 * 8 * 2.0**-26)
+
+
+def test_the_band_is_the_classical_one_at_the_gauss_nodes() -> None:
+    # Chebyshev-Markov-Stieltjes at a Gauss node is attained by the Gauss rule itself.
+    z = rademacher(1, SIZE, 0)
+    measure = run("indefinite", z, 6)
+    nodes, weights = measure.nodes[0], measure.weights[0]
+    low, high = measure.cdf_bounds(nodes)
+    sums = np.cumsum(weights)
+    np.testing.assert_allclose(low, sums - weights, atol=1e-6)
+    np.testing.assert_allclose(high, sums, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(SPECTRA))
+def test_jacobi_matrix_of_a_probe_has_its_moments(name: str) -> None:
+    z = rademacher(3, SIZE, 1)
+    t = run(name, z, 6).tridiagonal
+    assert t is not None
+    for j in range(3):
+        jacobi = jacobi_of_probe(t, t.matrix(), j)
+        weights = probe_weights(z)[j]
+        # Moment 2m as well: each rule with a prescribed node has it, and no Gauss rule of m nodes does.
+        nodes, masses = jacobi.radau(np.array([0.3, 1.7 * scale_of(name)]))
+        for order in range(2 * jacobi.diagonal.size + 1):
+            truth = float(weights @ SPECTRA[name] ** order)
+            tolerance = 1e5 * EPSILON * max(scale_of(name), 1.0) * float(weights @ np.abs(SPECTRA[name]) ** order)
+            got = (masses * nodes**order).sum(axis=1)
+            np.testing.assert_allclose(got[1], truth, atol=tolerance + 1e3 * EPSILON * (order == 0), rtol=1e-9)
+            if scale_of(name) > 0.0 and 0.3 < scale_of(name):
+                np.testing.assert_allclose(got[0], truth, atol=1e-8 * scale_of(name) ** order)
+        power, norm = jacobi.power_norm()
+        if np.isfinite(power):
+            assert norm == pytest.approx(float(weights @ SPECTRA[name] ** power) ** (1.0 / power), rel=1e-10)
+        else:
+            assert norm == pytest.approx(scale_of(name), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", list(SPECTRA))
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_tail_moments_enclose_the_truth(name: str, steps: int, exponent: float) -> None:
+    z = rademacher(2, SIZE, 7)
+    measure = run(name, z, steps)
+    for threshold in (1e-6, 1e-2, 0.6):
+        for j, jacobi in enumerate(measure.jacobi):
+            band = cdf_band(jacobi, threshold, exponent)
+            assert (np.diff(band.low) >= 0.0).all()
+            assert (np.diff(band.high) >= 0.0).all()
+            for side, sign in ((band, 1.0), (band.reflected(), -1.0)):
+                values = np.clip(sign * SPECTRA[name], 0.0, None)
+                for power in (exponent, 2.0 * exponent):
+                    truth = float(probe_weights(z)[j] @ np.where(values > threshold, values**power, 0.0))
+                    low, high = side.tail_moment(threshold, power)
+                    assert low <= truth + 100 * EPSILON
+                    assert truth <= high + 100 * EPSILON
+
+
+def test_a_coarser_roundoff_widens_the_band() -> None:
+    z = rademacher(1, SIZE, 0)
+    fine = run("indefinite", z, 10).tridiagonal
+    assert fine is not None
+    points = np.linspace(-2.0, 2.0, 41)
+    widths = []
+    for epsilon in (2.0**-52, 2.0**-8):
+        low, high = SpectralMeasure.from_tridiagonal(replace(fine, epsilon=epsilon)).cdf_bounds(points)
+        widths.append(high - low)
+    assert (widths[1] > widths[0]).all()
