@@ -134,7 +134,8 @@ def criteria(
         )
 
     unresolved, of_probes, of_matrix = _signed_moments(measure, mass_exponent, threshold)
-    values = of_probes.middle()
+    # Between bounds that hold nothing but rounding there is no value in the middle.
+    values = of_probes.middle() if measure.largest_magnitude > threshold else (0.0, 0.0)
     return Criteria(
         r_e=_extreme_ratio(measure, threshold),
         k_hn=_k_hn_over_steps(measure, tridiagonal, exponent, threshold),
@@ -236,7 +237,8 @@ def _signed_moments(
 
     below, above = (bounds.tolist() for bounds in measure.cdf_bounds([-threshold, threshold]))
     inside = _Interval(max(0.0, below[1] - above[0]), max(0.0, min(1.0, above[1] - below[0])))
-    inside_error = 2.0 * measure.sampling_error(inside.high)
+    # A share and its complement have the same variance.
+    inside_error = _two_standard_errors(measure, min(inside.high, 1.0 - inside.low), 1.0)
     unresolved = Estimate(
         inside.middle(),
         max(0.0, inside.low - inside_error),
@@ -244,7 +246,8 @@ def _signed_moments(
         BOUNDED,
     )
 
-    errors = [2.0 * measure.sampling_error(square) for square in squares]
+    most = max(measure.lambda_max.high, -measure.lambda_min.low) ** exponent
+    errors = [_two_standard_errors(measure, square, most) for square in squares]
     difference, difference_error = _Interval(-math.inf, math.inf), 0.0
     if exponent == 1.0:
         # The mean is exact, but what lies within the threshold adds to it and not to E_plus - E_minus.
@@ -259,6 +262,15 @@ def _signed_moments(
         _Interval(difference.low - difference_error, difference.high + difference_error),
     ).tightened()
     return unresolved, of_probes, of_matrix
+
+
+def _two_standard_errors(measure: SpectralMeasure, square: float, most: float) -> float:
+    """Return two standard errors of the integral of ``f``, given the integral of ``f^2`` and ``max |f|``.
+
+    Probes that miss an outlier also miss its share of the variance. Two standard errors of the integral of ``f^2``,
+    which follow from ``f^4 <= max|f|^2 f^2``, are therefore added to it.
+    """
+    return 2.0 * measure.sampling_error(square + 2.0 * most * measure.sampling_error(square))
 
 
 def _extreme_ratio(measure: SpectralMeasure, threshold: float) -> Estimate:

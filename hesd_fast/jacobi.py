@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 
 from .tridiagonal import Array, BlockTridiagonal
 
@@ -21,7 +22,6 @@ eigensolver then errs by ``2^-52`` times that. At a distance of ``sqrt(2^-52)`` 
 
 GRID_POINTS = 48
 REFINED_NODES = 16
-CHUNK_ENTRIES = 1 << 21
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Jacobi:
 
     def gauss(self) -> tuple[Array, Array, Array]:
         """Return the ``s`` Gauss nodes, their weights, and the residual norms of the nodes, each of shape (s,)."""
-        values, vectors = np.linalg.eigh(_dense(self.diagonal, self.offdiagonal[:-1]))
+        values, vectors = _eigen(self.diagonal, self.offdiagonal[:-1])
         return values, vectors[0] ** 2, self.offdiagonal[-1] * np.abs(vectors[-1])
 
     def radau(self, points: Array) -> tuple[Array, Array]:
@@ -68,19 +68,18 @@ class Jacobi:
         Golub, *Some modified matrix eigenvalue problems*, SIAM Review 15(2), 1973, section 7.
         """
         order = self.diagonal.size + 1
-        coupling = self.offdiagonal[-1]
-        last = points.astype(np.float64)
-        if coupling > 0.0:
-            last = last + coupling**2 / _keep_away_from_zero(self._last_pivot(points), self.position / 2)
+        if self.offdiagonal[-1] == 0.0:  # the Gauss rule is the measure; the point joins it with no weight
+            values, masses, _ = self.gauss()
+            nodes = np.column_stack((np.tile(values, (points.size, 1)), points))
+            weights = np.tile(np.append(masses, 0.0), (points.size, 1))
+            ascending = np.argsort(nodes, axis=1)
+            return np.take_along_axis(nodes, ascending, axis=1), np.take_along_axis(weights, ascending, axis=1)
+        pivot = _keep_away_from_zero(self._last_pivot(points), self.position / 2)
+        last = points + self.offdiagonal[-1] ** 2 / pivot
         nodes, weights = np.empty((points.size, order)), np.empty((points.size, order))
-        template = _dense(np.append(self.diagonal, 0.0), self.offdiagonal)
-        chunk = max(1, CHUNK_ENTRIES // order**2)
-        for begin in range(0, points.size, chunk):
-            here = slice(begin, begin + chunk)
-            batch = np.repeat(template[None], last[here].size, axis=0)
-            batch[:, -1, -1] = last[here]
-            values, vectors = np.linalg.eigh(batch)
-            nodes[here], weights[here] = values, vectors[:, 0, :] ** 2
+        for point, entry in enumerate(last):
+            values, vectors = _eigen(np.append(self.diagonal, entry), self.offdiagonal)
+            nodes[point], weights[point] = values, vectors[0] ** 2
         return nodes, weights
 
     def _last_pivot(self, points: Array) -> Array:
@@ -100,11 +99,15 @@ class Jacobi:
         if self.offdiagonal[-1] == 0.0:
             return math.inf, float(np.abs(self.gauss()[0]).max()) + self.position
         steps = self.diagonal.size
-        extended = _dense(np.append(self.diagonal, 0.0), self.offdiagonal) / self.scale
+        diagonal = np.append(self.diagonal, 0.0) / self.scale  # its last entry, which is unknown, is never reached
+        offdiagonal = self.offdiagonal / self.scale
         vector = np.zeros(steps + 1)
         vector[0] = 1.0
-        for _ in range(steps):  # entry s + 1 of the diagonal, which is unknown, is never reached
-            vector = extended @ vector
+        for _ in range(steps):
+            product = diagonal * vector
+            product[:-1] += offdiagonal * vector[1:]
+            product[1:] += offdiagonal * vector[:-1]
+            vector = product
         return 2.0 * steps, float(self.scale * np.linalg.norm(vector) ** (1.0 / steps))
 
 
@@ -268,5 +271,10 @@ def _keep_away_from_zero(values: Array, least: float) -> Array:
     return np.asarray(np.where(np.abs(values) < least, np.copysign(least, values), values))
 
 
-def _dense(diagonal: Array, offdiagonal: Array) -> Array:
-    return np.asarray(np.diag(diagonal) + np.diag(offdiagonal, 1) + np.diag(offdiagonal, -1))
+def _eigen(diagonal: Array, offdiagonal: Array) -> tuple[Array, Array]:
+    """Return eigenvalues and eigenvectors of a symmetric tridiagonal matrix, in ``O(s^2)``.
+
+    This driver calls no threaded BLAS. For many small matrices, threads cost far more than they bring.
+    """
+    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, offdiagonal, lapack_driver="stemr")
+    return np.asarray(values, dtype=np.float64), np.asarray(vectors, dtype=np.float64)

@@ -26,7 +26,6 @@ _ELEMENTWISE = (
     nn.HuberLoss,
     nn.BCELoss,
     nn.BCEWithLogitsLoss,
-    nn.KLDivLoss,
     nn.PoissonNLLLoss,
 )
 

@@ -65,9 +65,7 @@ def plot_densities(
         peak = max(peak, float(density.max()))
         color = f"C{number}"
         found = report.criteria
-        label = (
-            f"{name}: {report.hesd_type.name}, $r_e$ = {found.r_e:.3g}, k_mass = {found.k_mass:.3g}"
-        )
+        label = f"{name}: {report.hesd_type.name}, $r_e$ = {found.r_e:.3g}, k_mass = {found.k_mass:.3g}"
         axes.semilogy(grid, density, color=color, linewidth=1.2, label=label)
         axes.fill_between(grid, density, peak * 1e-30, color=color, alpha=0.15, linewidth=0)
         for extreme in (report.lambda_min, report.lambda_max):
@@ -77,7 +75,7 @@ def plot_densities(
     axes.set_xlim(grid[0], grid[-1])
     axes.set_xlabel("eigenvalue of the Hessian")
     axes.set_ylabel(f"density (Gaussian of σ = {sigma:.2g})")
-    axes.legend(loc="upper right", fontsize="small")
+    figure.legend(loc="outside upper left", fontsize="small", frameon=False)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

@@ -324,7 +324,7 @@ class Problem:
             raise ProblemError(
                 f"the loss of batch {index} does not depend on the selected parameters "
                 f"({', '.join(list(self.parameters)[:3])}{', ...' if len(parameters) > 3 else ''}); "
-                "select others, and do not use torch.no_grad, .detach() or .item() in the loss"
+                "select others, and do not hide them behind torch.no_grad, .detach(), .item() or a reentrant checkpoint"
             )
 
     def _check_unchanged(self) -> None:

@@ -48,8 +48,8 @@ def block_lanczos(
             image = image - (image @ basis.T) @ basis
         c, block = _orthonormal_rows(image, tolerance * scale)
         if block.shape[0]:
-            block = block - (block @ basis.T) @ basis
-            block = np.linalg.qr(block.T)[0].T * np.sign(np.diag(np.linalg.qr(block.T)[1]))[:, None]
+            columns, triangle = np.linalg.qr((block - (block @ basis.T) @ basis).T)
+            block = (columns * np.sign(np.diag(triangle))).T
         offdiagonal.append(c)
         basis = np.concatenate((basis, block))
     taken = basis[: sum(a.shape[0] for a in diagonal)]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 def dense_hessian(model: nn.Module, total_loss, parameters: dict[str, nn.Parameter]) -> Tensor:
     """Return the Hessian (n, n) of ``total_loss(model)`` with respect to the parameters, in the order given.
 
-    The parameters are replaced by slices of one flat vector, so that PyTorch's own Hessian can be asked for. The model's
-    modes and buffers are used as they are.
+    The parameters are replaced by slices of one flat vector, so that PyTorch's own Hessian can be asked for. Modes and
+    buffers of the model are used as they are.
     """
     names, shapes = list(parameters), [p.shape for p in parameters.values()]
     flat = torch.cat([p.detach().reshape(-1) for p in parameters.values()]).requires_grad_()

@@ -157,7 +157,9 @@ def _frozen() -> nn.Module:
     return model
 
 
-def _case(name: str, model: Callable[[], nn.Module], loss: Any, data: Callable[[], list[Any]], total: Any, **kw) -> Case:
+def _case(
+    name: str, model: Callable[[], nn.Module], loss: Any, data: Callable[[], list[Any]], total: Any, **kw
+) -> Case:
     def build() -> tuple[nn.Module, Any, list[Any]]:
         torch.manual_seed(1)
         return model().double(), loss, data()
@@ -175,14 +177,14 @@ CASES = [
     _case("cnn-eval", Convolutional, _CROSS_ENTROPY, lambda: images(6, 3), classification),
     _case("cnn-train", Convolutional, _CROSS_ENTROPY, lambda: images(6, 3), per_batch, mode="train"),
     _case("unused", Wrapped, _CROSS_ENTROPY, lambda: vectors(5, 3), classification),
-    _case(
-        "linear", Wrapped, linear_term, lambda: vectors(5, 3), lambda m, b: classification(m, b) + m.linear.sum()
-    ),
+    _case("linear", Wrapped, linear_term, lambda: vectors(5, 3), lambda m, b: classification(m, b) + m.linear.sum()),
     _case("tuple-output", lambda: Wrapped("tuple"), _CROSS_ENTROPY, lambda: vectors(5, 3), classification),
     _case("dict-output", lambda: Wrapped("dict"), _CROSS_ENTROPY, lambda: vectors(5, 3), classification),
     _case("transformer", SmallTransformer, losses.causal_lm(), lambda: tokens(13, 3, 1), next_token),
     _case("gpt2", gpt2, losses.causal_lm(), lambda: tokens(13, 2, 1), next_token),
-    _case("padding", Padded, _CROSS_ENTROPY, lambda: [(ids, ids[:, 0] % 3) for (ids,) in tokens(40, 4, 2)], classification),
+    _case(
+        "padding", Padded, _CROSS_ENTROPY, lambda: [(ids, ids[:, 0] % 3) for (ids,) in tokens(40, 4, 2)], classification
+    ),
     _case(
         "sparse-gradient",
         lambda: Padded(sparse=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -87,7 +88,9 @@ def test_all_eigenvalues_when_the_space_is_exhausted(name: str, probes: int) -> 
 def test_ritz_values_within_their_residuals(name: str, probes: int, steps: int) -> None:
     t = block_lanczos(dense(name), rademacher(probes, SIZE, 3), steps)
     values, vectors, residuals = t.ritz()
-    np.testing.assert_allclose(t.matrix() @ vectors, vectors * values, atol=200 * EPSILON * max(scale_of(name), EPSILON))
+    np.testing.assert_allclose(
+        t.matrix() @ vectors, vectors * values, atol=200 * EPSILON * max(scale_of(name), EPSILON)
+    )
     distance = np.abs(values[:, None] - SPECTRA[name][None]).min(axis=1)
     assert (distance <= residuals + 100 * EPSILON * scale_of(name)).all()
 
@@ -277,5 +280,5 @@ def test_wasserstein_distance_to_the_probes_measure_falls_with_steps() -> None:
         SpectralMeasure.from_tridiagonal(block_lanczos(spectrum, z, steps)).wasserstein1(spectrum)
         for steps in (2, 4, 8, 16, 40)
     ]
-    assert all(later < 0.8 * earlier for earlier, later in zip(distances, distances[1:], strict=False))
+    assert all(later < 0.8 * earlier for earlier, later in itertools.pairwise(distances))
     assert distances[-1] <= 1e3 * EPSILON * SIZE  # 40 steps of 3 probes exhaust the space

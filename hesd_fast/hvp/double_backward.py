@@ -135,6 +135,11 @@ def _as_gradients(problem: Problem, row: Tensor) -> list[Tensor]:
 def _check_second_derivatives(problem: Problem, term: LossTerm) -> None:
     """Raise an OperatorError if an operation in one batch's loss has no second derivative."""
     loss = term.evaluate()
+    if any(node.name() == "CheckpointFunctionBackward" for node in _graph([loss.grad_fn])):
+        raise OperatorError(
+            "the model uses reentrant activation checkpoints, which hide their parameters from torch.autograd.grad; "
+            "call torch.utils.checkpoint with use_reentrant=False"
+        )
     # A once_differentiable function refuses only where the derivative coming in has a graph, and its refusal is a dead
     # end that a second backward pass would take for a zero. So the start gets a graph, and dead ends are looked for.
     seed = torch.ones_like(loss, requires_grad=True)

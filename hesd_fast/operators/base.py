@@ -98,11 +98,14 @@ class OperatorBase(ABC):
         if panel.ndim != 2:
             raise OperatorError(f"the panel has shape {tuple(panel.shape)}; give (b, {self.size}), or use matvec")
         if out is None:
-            out = torch.empty(panel.shape, dtype=self.dtype, device=self.device)
+            with torch.inference_mode(False):  # an inference tensor could not be written to in a session
+                out = torch.empty(panel.shape, dtype=self.dtype, device=self.device)
         else:
             self._check_panel("out", out)
             if out.shape != panel.shape:
                 raise OperatorError(f"out has shape {tuple(out.shape)}; give the panel's, {tuple(panel.shape)}")
+            if out.is_inference():
+                raise OperatorError("out was made in inference mode and cannot be written to; make it outside")
             if out.numel() and out.untyped_storage().data_ptr() == panel.untyped_storage().data_ptr():
                 raise OperatorError("out and the panel share memory; give out a storage of its own")
         if len(panel):

@@ -1,0 +1,173 @@
+"""The command line: ``hesd demo``, ``hesd analyze``, ``hesd compare``, ``hesd info``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ParamSpec
+
+import click
+
+import hesd_fast as hesd
+from hesd_fast.demo import demo_problem
+
+P = ParamSpec("P")
+
+
+def _plain_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Print errors raised on purpose as one message, without a traceback, and exit with status 1."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except hesd.HESDError as error:
+            raise click.ClickException(f"{type(error).__name__}: {error}") from error
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(hesd.__version__, prog_name="hesd")
+def main() -> None:
+    """Hessian eigenvalue spectral densities of PyTorch models: the curvature of a network, its type, its criteria."""
+
+
+def _out_option(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=default,
+        show_default=True,
+        help="Folder for the reports and pictures.",
+    )
+
+
+@main.command()
+@_out_option("hesd-demo")
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar on a terminal.")
+@_plain_errors
+def demo(out: Path, progress: bool) -> None:
+    """Analyse the small digit classifier that ships with the package, on its training and its test images."""
+    reports = {}
+    for split in ("train", "test"):
+        click.echo(f"{split} images")
+        reports[split] = hesd.analyze(demo_problem(split), progress=progress)
+        click.echo(f"{reports[split]}\n")
+    click.echo(f"{hesd.compare(reports)}\n")
+    _write(reports, out, "demo")
+
+
+@main.command()
+@click.argument("target")
+@_out_option("hesd-report")
+@click.option("--block-size", type=int, help="Number of probes.  [default: 4]")
+@click.option("--max-steps", type=int, help="Block Lanczos steps.  [default: 100]")
+@click.option(
+    "--reorthogonalization",
+    type=click.Choice(["full", "window", "none"]),
+    help="Against all vectors, the last ten, or two blocks only.  [default: full]",
+)
+@click.option("--protocol", type=click.Choice(["lla"]), help="A published protocol; sets the three options above.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the probes.")
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar on a terminal.")
+@_plain_errors
+def analyze(
+    target: str,
+    out: Path,
+    block_size: int | None,
+    max_steps: int | None,
+    reorthogonalization: str | None,
+    protocol: str | None,
+    seed: int,
+    progress: bool,
+) -> None:
+    """Analyse the problem that a function returns.
+
+    TARGET is `module:function` or `path/to/file.py:function`; the function takes no arguments and returns a
+    hesd_fast.Problem. Writes report.hesd.json and report.png into the folder given by --out.
+    """
+    problem = _load_problem(target)
+    report = hesd.analyze(
+        problem,
+        block_size="auto" if block_size is None else block_size,
+        max_steps=max_steps,
+        reorthogonalization=reorthogonalization,
+        protocol=protocol,
+        seed=seed,
+        progress=progress,
+    )
+    click.echo(f"{report}\n")
+    _write({"report": report}, out, "report")
+
+
+@main.command()
+@click.argument("reports", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_plain_errors
+def compare(reports: tuple[Path, ...]) -> None:
+    """Compare saved reports by the unified methodology; the first is the reference."""
+    click.echo(str(hesd.compare({str(path): hesd.load_report(path) for path in reports})))
+
+
+@main.command()
+@_plain_errors
+def info() -> None:
+    """Show what this build holds."""
+    for name, value in hesd.build_info().items():
+        click.echo(f"{name:<24}{', '.join(value) if isinstance(value, list) else value}")
+
+
+def _write(reports: dict[str, hesd.Report], out: Path, picture: str) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise hesd.ProblemError(f"the folder {str(out)!r} cannot be made: {error}; give another --out") from error
+    paths = []
+    for name, report in reports.items():
+        paths.append(out / f"{name}.hesd.json")
+        report.save(paths[-1])
+    paths.append(out / f"{picture}.png")
+    hesd.plot_densities(reports, paths[-1])
+    click.echo("wrote " + ", ".join(str(path) for path in paths))
+
+
+def _load_problem(target: str) -> hesd.Problem:
+    where, colon, name = target.rpartition(":")
+    if not colon or not where or not name.isidentifier():
+        raise hesd.ProblemError(
+            f"the target is {target!r}; wanted module:function or file.py:function, the function returning a hesd_fast.Problem"
+        )
+    module = _load_module(where)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise hesd.ProblemError(f"{where!r} has no function {name!r}; wanted one that returns a hesd_fast.Problem")
+    problem = function()
+    if not isinstance(problem, hesd.Problem):
+        raise hesd.ProblemError(
+            f"{target} returned a {type(problem).__name__}; wanted a hesd_fast.Problem, as in Problem(model, loss, data)"
+        )
+    return problem
+
+
+def _load_module(where: str) -> ModuleType:
+    if where.endswith(".py"):
+        path = Path(where)
+        if not path.is_file():
+            raise hesd.ProblemError(f"there is no file {where!r}; give the path of a Python file, or a module name")
+        sys.path.insert(0, str(path.parent.resolve()))
+        where = path.stem
+    else:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not where.startswith(error.name):
+            raise  # the module exists; something that it imports does not
+        raise hesd.ProblemError(
+            f"there is no module {where!r} here or among the installed packages; run in its folder, or give file.py:function"
+        ) from error

@@ -1,0 +1,235 @@
+"""Ready-made losses against PyTorch's own means over all samples at once."""
+
+from __future__ import annotations
+
+from collections import UserDict
+
+import pytest
+import torch
+from models import gpt2, vectors
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hesd_fast.errors import ProblemError
+from hesd_fast.losses import causal_lm, supervised
+from hesd_fast.problem import Problem
+
+# Means and sums of a few dozen float64 numbers near 1.
+ROUNDING = 64 * torch.finfo(torch.float64).eps
+
+
+def same(value: float, wanted: float) -> bool:
+    return abs(value - wanted) <= ROUNDING * max(abs(wanted), 1)
+
+
+class Reshaped(nn.Module):
+    """A linear model whose output has trailing dimensions, (N, 3, 2, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).view(-1, 3, 2, 2)
+
+
+def uneven_value(model: nn.Module, criterion: object, targets: Tensor, log: bool = False) -> tuple[float, float]:
+    """Return L from batches of 5 and 2, and the criterion on all 7 samples."""
+    inputs = torch.randn(7, 8, dtype=torch.float64)
+    body = nn.Sequential(model, nn.LogSoftmax(1)) if log else model
+    problem = Problem(body, supervised(criterion), [(inputs[:5], targets[:5]), (inputs[5:], targets[5:])])
+    return problem.loss_value, float(criterion(body(inputs), targets).detach())
+
+
+CROSS_ENTROPIES = [
+    nn.CrossEntropyLoss(),
+    nn.CrossEntropyLoss(ignore_index=1),
+    nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.5, 3.0], dtype=torch.float64)),
+    nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.5, 3.0], dtype=torch.float64), ignore_index=0, label_smoothing=0.1),
+    functional.cross_entropy,
+]
+
+
+@pytest.mark.parametrize("criterion", CROSS_ENTROPIES, ids=repr)
+@pytest.mark.parametrize("shape", [(7,), (7, 2, 2)])
+def test_cross_entropy_of_uneven_batches_is_that_of_all(criterion: object, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3).double() if len(shape) == 1 else Reshaped().double()
+    value, wanted = uneven_value(model, criterion, torch.randint(3, shape))
+    assert same(value, wanted)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.2, 1.5, 3.0], dtype=torch.float64)])
+def test_other_forms_of_cross_entropy(weight: Tensor | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3).double()
+    assert same(*uneven_value(model, nn.NLLLoss(weight, ignore_index=2), torch.randint(3, (7,)), log=True))
+    probabilities = torch.randn(7, 3, dtype=torch.float64).softmax(1)
+    assert same(*uneven_value(model, nn.CrossEntropyLoss(weight), probabilities))
+    probabilities = probabilities[..., None, None].expand(-1, -1, 2, 2)
+    assert same(*uneven_value(Reshaped().double(), nn.CrossEntropyLoss(weight), probabilities))
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss(),
+     nn.KLDivLoss(reduction="batchmean"), nn.PoissonNLLLoss(), nn.MultiLabelSoftMarginLoss(), functional.mse_loss],
+    ids=repr,
+)  # fmt: skip
+def test_other_means_of_uneven_batches_are_those_of_all(criterion: object) -> None:
+    torch.manual_seed(0)
+    assert same(*uneven_value(nn.Linear(8, 3).double(), criterion, torch.rand(7, 3, dtype=torch.float64)))
+
+
+def test_elementwise_terms_are_counted_after_broadcasting() -> None:
+    model = nn.Linear(8, 3).double()
+    _, count = supervised(nn.MSELoss())(model, (torch.ones(4, 8, dtype=torch.float64), torch.ones(4, 3).double()))
+    assert count == 12
+
+
+def test_sum_criterion_is_divided_by_the_samples() -> None:
+    torch.manual_seed(0)
+    value, total = uneven_value(nn.Linear(8, 3).double(), nn.MSELoss(reduction="sum"), torch.rand(7, 3).double())
+    assert same(value, total / 7)
+
+
+def test_ignored_targets_alone_contribute_nothing() -> None:
+    torch.manual_seed(0)
+    model, (kept, ignored) = nn.Linear(8, 3).double(), vectors(5, 2)
+    ignored[1].fill_(-100)
+    both, one = (Problem(model, supervised(nn.CrossEntropyLoss()), data) for data in ([kept, ignored], [kept]))
+    assert both.total_count == 5
+    assert same(both.loss_value, one.loss_value)
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.layer(x) * scale
+
+
+@pytest.mark.parametrize("mapping", [dict, UserDict])
+@pytest.mark.parametrize("key", ["labels", "label", "targets", "target"])
+def test_batches_as_mappings_and_tuples_of_inputs(mapping: type, key: str) -> None:
+    torch.manual_seed(0)
+    model, loss = Keywords(), supervised(nn.CrossEntropyLoss())
+    x, scale, y = torch.randn(4, 8), torch.ones(1) * 2, torch.randint(3, (4,))
+    total, count = loss(model, mapping({"x": x, "scale": scale, key: y}))
+    as_pair, _ = loss(model, ((x, scale), y))
+    assert count == 4
+    assert torch.equal(total, as_pair)
+    assert float(total.detach() / count) == pytest.approx(
+        float(functional.cross_entropy(model(x, scale), y).detach()), rel=1e-6
+    )
+
+
+def test_bad_supervised_input() -> None:
+    model, loss = nn.Linear(8, 3), supervised(nn.CrossEntropyLoss())
+    x = torch.ones(2, 8)
+    with pytest.raises(ProblemError, match="reduction='none'; use 'mean'"):
+        supervised(nn.MSELoss(reduction="none"))
+    with pytest.raises(ProblemError, match="criterion of type str is not callable"):
+        supervised("cross_entropy")
+    with pytest.raises(ProblemError, match=r"keys \['x'\]; give a pair"):
+        loss(model, {"x": x})
+    with pytest.raises(ProblemError, match="tuple with 3 items; give a pair"):
+        loss(model, (x, x, x))
+    with pytest.raises(ProblemError, match="the model returned type dict with the keys"):
+        loss(_Returning({"out": x}), (x, torch.zeros(2).long()))
+    with pytest.raises(ProblemError, match="targets have no leading dimension"):
+        supervised(nn.SoftMarginLoss())(model, (x, torch.ones(())))
+
+
+class _Returning(nn.Module):
+    def __init__(self, output: object) -> None:
+        super().__init__()
+        self.weight, self.output = nn.Parameter(torch.ones(1)), output
+
+    def forward(self, x: Tensor) -> object:
+        return self.output
+
+
+class PlainLanguageModel(nn.Module):
+    """A language model that knows nothing of Hugging Face."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(13, 6), nn.Linear(6, 13)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens).tanh())
+
+
+def by_hand(logits: Tensor, labels: Tensor) -> tuple[float, int]:
+    total, count = 0.0, 0
+    for row, wanted in zip(logits.log_softmax(-1), labels, strict=True):
+        for position in range(len(wanted) - 1):
+            if wanted[position + 1] != -100:
+                total -= float(row[position, wanted[position + 1]].detach())
+                count += 1
+    return total, count
+
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+MASKED = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]])
+LABELS = torch.tensor([[-100, -100, 3, 4], [5, 6, 7, -100]])
+
+
+@pytest.mark.parametrize("build", [gpt2, PlainLanguageModel])
+@pytest.mark.parametrize(
+    ("batch", "labels"),
+    [
+        (IDS, IDS),
+        ((IDS,), IDS),
+        ({"input_ids": IDS}, IDS),
+        ({"input_ids": IDS, "attention_mask": MASK}, MASKED),
+        (UserDict({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}), LABELS),
+    ],
+    ids=["tensor", "1-tuple", "mapping", "mask", "labels"],
+)
+def test_causal_lm(build: object, batch: object, labels: Tensor) -> None:
+    torch.manual_seed(0)
+    model = build().double().eval()
+    masked = build is gpt2 and not isinstance(batch, Tensor) and "attention_mask" in batch
+    output = model(IDS, attention_mask=MASK) if masked else model(IDS)
+    total, count = causal_lm()(model, batch)
+    wanted_total, wanted_count = by_hand(output if build is PlainLanguageModel else output.logits, labels)
+    assert int(count) == wanted_count
+    assert same(float(total.detach()), wanted_total)
+
+
+def test_causal_lm_agrees_with_the_models_own_loss() -> None:
+    torch.manual_seed(0)
+    model = gpt2().double().eval()
+    total, count = causal_lm()(model, {"input_ids": IDS, "labels": LABELS})
+    wanted = float(model(IDS, labels=LABELS).loss.detach())  # computed in float32
+    assert abs(float(total.detach() / count) - wanted) <= 4 * torch.finfo(torch.float32).eps * wanted
+
+
+def test_causal_lm_hands_over_what_the_model_takes() -> None:
+    seen = {}
+
+    class Watching(PlainLanguageModel):
+        def forward(self, input_ids: Tensor, use_cache: bool = True, **others: object) -> Tensor:
+            seen.update(others, use_cache=use_cache)
+            return super().forward(input_ids)
+
+    causal_lm()(Watching(), {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS})
+    assert seen.keys() == {"use_cache", "attention_mask"}
+    assert seen["use_cache"] is False
+
+
+def test_causal_lm_sums_in_float32_at_least() -> None:
+    total, _ = causal_lm()(PlainLanguageModel().bfloat16(), IDS)
+    assert total.dtype == torch.float32
+
+
+def test_bad_causal_lm_input() -> None:
+    with pytest.raises(ProblemError, match=r"type dict with the keys \['tokens'\]; give token ids"):
+        causal_lm()(PlainLanguageModel(), {"tokens": IDS})
+    with pytest.raises(ProblemError, match=r"logits of shape \(2, 3\) for labels of shape \(2, 4\)"):
+        causal_lm()(_Returning(torch.ones(2, 3)), IDS)

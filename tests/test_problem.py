@@ -1,0 +1,493 @@
+"""What a Problem accepts, what it finds out, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import UserDict
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from models import SmallTransformer, Wrapped, mlp, vectors
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from hesd_fast import losses
+from hesd_fast.data import as_batches, digest
+from hesd_fast.errors import OperatorError, ProblemError
+from hesd_fast.operators import HessianOperator
+from hesd_fast.problem import Problem
+
+CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return mlp(nn.Tanh).double()
+
+
+def mean(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+# Data
+
+
+class Squares(Dataset):
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((8,), index / 10, dtype=torch.float64), index % 3
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return (Squares()[index] for index in range(10))
+
+
+class HuggingFaceLike:
+    """Items, a length and __getitems__, as a DataLoader asks for, without torch's base class; iterates over rows."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return Squares()[index]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        return [self[index] for index in indices]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return (self[index] for index in range(10))
+
+
+class Reiterable:
+    def __init__(self, batches: list[object]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.batches)
+
+
+@dataclasses.dataclass
+class Pair:
+    inputs: Tensor
+    targets: Tensor
+
+
+@pytest.mark.parametrize("dataset", [Squares(), Stream(), HuggingFaceLike()], ids=["map", "stream", "hugging-face"])
+def test_datasets_are_collated_in_order(dataset: object) -> None:
+    inputs = torch.stack([Squares()[index][0] for index in range(10)])
+    targets = torch.tensor([index % 3 for index in range(10)])
+    problem = Problem(model(), mean, dataset, batch_size=4)
+    assert (problem.batch_count, problem.total_count) == (3, 10)
+    assert problem.loss_value == pytest.approx(float(mean(problem.model, (inputs, targets)).detach()), rel=1e-14)
+    assert Problem(model(), mean, dataset).batch_count == 1
+
+
+def test_every_form_of_the_same_data_is_the_same() -> None:
+    torch.manual_seed(1)
+    ((x, y),) = vectors(10)
+    batches = [(x[:8], y[:8]), (x[8:], y[8:])]
+    forms = {
+        "list": (batches, mean),
+        "re-iterable": (Reiterable(batches), mean),
+        "loader": (DataLoader(TensorDataset(x, y), batch_size=8), mean),
+        "tuple": ((x, y), mean),
+        "dict": ({"input": x, "labels": y}, CROSS_ENTROPY),
+        "user-dict": (UserDict({"input": x, "labels": y}), CROSS_ENTROPY),
+        "dataclass": (Pair(x, y), lambda m, b: mean(m, (b.inputs, b.targets))),
+        "tensor": (x, lambda m, b: mean(m, (b, y))),
+        "list-of-lists": ([list(batch) for batch in batches], mean),
+    }
+    counts = {"list": 2, "re-iterable": 2, "loader": 2, "list-of-lists": 2}
+    wanted = float(mean(model(), (x, y)).detach())
+    for name, (data, loss) in forms.items():
+        problem = Problem(model(), loss, data)
+        assert problem.loss_value == pytest.approx(wanted, rel=1e-14), name
+        assert (problem.batch_count, problem.total_count) == (counts.get(name, 1), 10), name
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shuffling_loader_yields_the_same_batches_each_pass(workers: int, own_generator: bool) -> None:
+    generator = torch.Generator().manual_seed(7) if own_generator else None
+    loader = DataLoader(Squares(), batch_size=4, shuffle=True, num_workers=workers, generator=generator)
+    states = (torch.get_rng_state(), generator.get_state() if generator else torch.ones(1))
+    operator = HessianOperator(Problem(model(), mean, loader))
+    vector = torch.ones(operator.size, dtype=torch.float64)
+    first = operator.matvec(vector)
+    assert torch.equal(operator.matvec(vector), first)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(generator.get_state() if generator else torch.ones(1), states[1])
+
+
+def test_random_augmentation_from_the_global_stream_is_the_same_each_pass() -> None:
+    class Augmented(Squares):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            x, y = super().__getitem__(index)
+            return x + torch.rand(8, dtype=torch.float64) + np.random.rand(), y  # noqa: NPY002
+
+    problem = Problem(nn.Sequential(nn.Dropout(), model()), mean, Augmented(), mode="train", batch_size=4)
+    HessianOperator(problem).matvec(torch.ones(problem.size, dtype=torch.float64))
+    with problem.session():
+        list(problem.terms())  # what comes next does not depend on what a forward pass drew
+
+
+def test_a_term_is_the_same_function_whenever_it_is_evaluated() -> None:
+    problem = Problem(nn.Sequential(nn.Dropout(), model()), mean, vectors(4, 3), mode="train")
+    with problem.session():
+        for term in problem.terms():
+            assert torch.equal(term.evaluate(), term.evaluate())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (iter(vectors(4)), r"one-shot iterator .*pass list\(data\)"),
+        ((batch for batch in vectors(4)), "one-shot iterator .generator"),
+        (list(vectors(4)[0]), r"list of 2 items with bare tensors.*tuple\(data\).*\[\(x,\) for x in data\]"),
+        ([], "empty list; give at least one batch"),
+        (np.ones((4, 8)), r"ndarray is neither.*torch\.from_numpy"),
+        ("data.csv", "type str is neither a batch nor"),
+        (3, "type int is neither a batch nor"),
+        (Pair, "type type is neither a batch nor"),
+    ],
+)
+def test_data_that_is_refused(data: object, message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        Problem(model(), mean, data)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])
+def test_bad_batch_size(batch_size: object) -> None:
+    with pytest.raises(ProblemError, match=r"batch_size is .*; give an integer of at least 1"):
+        Problem(model(), mean, Squares(), batch_size=batch_size)
+
+
+def test_batch_size_without_a_dataset() -> None:
+    for data in (vectors(4), vectors(4)[0], DataLoader(Squares())):
+        with pytest.raises(ProblemError, match=r"batch_size=4 was given, but .* leave batch_size out"):
+            Problem(model(), mean, data, batch_size=4)
+
+
+def test_empty_data() -> None:
+    with pytest.raises(ProblemError, match=r"the data yields no batch"):
+        Problem(model(), mean, Reiterable([])).prepare()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_data_is_named(value: float) -> None:
+    batches = [{"x": [batch[0]], "labels": batch[1]} for batch in vectors(4, 3)]
+    batches[1]["x"][0][2, 1] = value
+    with pytest.raises(ProblemError, match=r"batch 1 of the data holds NaN or Inf in batch\['x'\]\[0\]"):
+        Problem(model(), lambda m, b: mean(m, (b["x"][0], b["labels"])), batches).prepare()
+
+
+def test_data_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        data = vectors(4)
+    with pytest.raises(ProblemError, match=r"batch\[0\] of batch 0 .* inference mode; make it outside"):
+        Problem(model(), mean, data).prepare()
+
+
+class Changing:
+    """Yields other data at every pass after the first ``same`` ones."""
+
+    def __init__(self, change: str, same: int) -> None:
+        self.change, self.same, self.passes = change, same, 0
+        torch.manual_seed(5)
+        self.batches = vectors(4, 3)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        if self.passes <= self.same:
+            return iter(self.batches)
+        (x, y), second = self.batches
+        return iter(
+            {
+                "values": [(x, y), (second[0] + 1e-9, second[1])],
+                "order": [second, (x, y)],
+                "more": [(x, y), second, second],
+                "fewer": [(x, y)],
+                "dtype": [(x.float(), y), second],
+                "none": [],
+            }[self.change]
+        )
+
+
+@pytest.mark.parametrize("same", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("values", "batch 1 differs"),
+        ("order", "batch 0 differs"),
+        ("more", "batch 2 differs"),
+        ("fewer", "this pass has 1 batches, the first had 2"),
+        ("dtype", "batch 0 differs"),
+        ("none", "this pass has 0 batches, the first had 2"),
+    ],
+)
+def test_changed_data_is_an_error_at_every_pass(change: str, what: str, same: int) -> None:
+    problem = Problem(model(), mean, Changing(change, same))
+    problem.prepare()
+    with problem.session():
+        for _ in range(same - 1):
+            list(problem.terms())
+        with pytest.raises(ProblemError, match=f"the data changed between two passes: {what}.*give data"):
+            list(problem.terms())
+
+
+# Digests
+
+
+def test_digest_sees_every_kind_of_change() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    different = [
+        (x,), [x, 1], {"a": x}, {"b": x}, x.double(), x.view(3, 2), x + 1, x.bfloat16(), x.T, x.to_sparse(),
+        x.bool(), x.numpy(), x.numpy() + 1, [x, "a"], [x, "b"], [x, None], Pair(x, x), Pair(x, x + 1), torch.ones(()),
+    ]  # fmt: skip
+    codes = [digest(batch) for batch in different]
+    assert len(set(codes)) == len(codes)
+
+
+def test_digest_is_of_values_not_of_layout() -> None:
+    x = torch.arange(24.0).view(1, 2, 3, 4)
+    assert digest(x) == digest(x.clone().contiguous(memory_format=torch.channels_last))
+    assert digest(x[..., ::2]) == digest(x[..., ::2].clone())
+    assert digest({"a": x}) == digest(UserDict({"a": x.clone()}))
+
+
+def test_fingerprint_depends_on_what_defines_the_problem() -> None:
+    torch.manual_seed(2)
+    first, second = vectors(4, 4)
+    other = model()
+    with torch.no_grad():
+        other[0].bias[3] += 1e-12
+    fingerprints = [
+        Problem(model(), mean, [first]).fingerprint,
+        Problem(model(), mean, [second]).fingerprint,
+        Problem(model(), mean, [first], parameters="0.*").fingerprint,
+        Problem(model(), mean, [first], mode="train").fingerprint,
+        Problem(other, mean, [first]).fingerprint,
+    ]
+    assert len(set(fingerprints)) == len(fingerprints)
+    assert Problem(model(), mean, [tuple(t.clone() for t in first)]).fingerprint == fingerprints[0]
+
+
+# Parameters
+
+
+def test_selection_in_all_its_forms() -> None:
+    network = model()
+    network[0].requires_grad_(False)
+    names = [name for name, _ in network.named_parameters()]
+    forms = {
+        None: names[2:],
+        ".*": names,
+        r"\d\.bias": ["0.bias", "2.bias", "4.bias"],
+        ("4.bias", "0.weight"): ["0.weight", "4.bias"],
+        (lambda name, parameter: parameter.ndim == 2): ["0.weight", "2.weight", "4.weight"],
+    }
+    for selection, wanted in forms.items():
+        assert list(Problem(network, mean, vectors(4), parameters=selection).parameters) == wanted
+
+
+@pytest.mark.parametrize("selection", ["head.*", ["head.weight"], lambda name, _: name == "head.weight"])
+def test_tied_weight_by_its_second_name(selection: object) -> None:
+    problem = Problem(SmallTransformer(), losses.causal_lm(), [(torch.ones(1, 4).long(),)], parameters=selection)
+    assert list(problem.parameters) == ["embedding.weight"]
+    assert problem.size == problem.model.head.weight.numel()
+
+
+def with_parameter(parameter: nn.Parameter) -> nn.Module:
+    network = mlp(nn.Tanh)
+    network.register_parameter("odd", parameter)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("network", "selection", "message"),
+    [
+        (mlp(nn.Tanh), "1.*", "parameters='1.*' matches no parameter name in full; the closest names are"),
+        (mlp(nn.Tanh), "0.weigth", r"closest names are '0\.weight'"),
+        (mlp(nn.Tanh), "(", "is not a regular expression"),
+        (mlp(nn.Tanh), ["0.weigth"], r"'0\.weigth' does not exist; the closest names are '0\.weight'"),
+        (mlp(nn.Tanh), [], "selects no parameter"),
+        (mlp(nn.Tanh), [3], "item of type int; give names"),
+        (mlp(nn.Tanh), 3, "parameters is of type int; give None, a regular"),
+        (mlp(nn.Tanh), lambda name, parameter: False, "selects no parameter; the first names are '0.weight'"),
+        (mlp(nn.Tanh).requires_grad_(False), None, "no parameter has requires_grad=True; select frozen ones by name"),
+        (nn.Tanh(), None, "the model .Tanh. has no parameters"),
+        (with_parameter(nn.Parameter(torch.ones(2).int(), False)), "odd", r"'odd' has dtype torch\.int32; only real"),
+        (with_parameter(nn.Parameter(torch.ones(2).bool(), False)), "odd", r"'odd' has dtype torch\.bool; only real"),
+        (with_parameter(nn.Parameter(torch.ones(2).cfloat())), None, r"'odd' has dtype torch\.complex64; only real"),
+        (with_parameter(nn.Parameter(torch.empty(0))), "odd", "selected parameters have no elements: odd"),
+        (with_parameter(nn.Parameter(torch.tensor([1.0, torch.nan]))), "0.*", "'odd' holds NaN or Inf"),
+        (nn.Linear(8, 3, device="meta"), None, "'weight' is on the meta device .* load the weights"),
+        (nn.Sequential(nn.LazyLinear(3)), None, r"'0\.weight' is not initialized .lazy module.; run one forward"),
+        (torch.jit.trace(nn.Linear(8, 3), torch.ones(1, 8)), None, "TorchScript module; give the original"),
+        ("model", None, r"model is of type str; give a torch\.nn\.Module"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_and_selections_that_are_refused(network: object, selection: object, message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        Problem(network, mean, vectors(4), parameters=selection)
+
+
+def test_hooked_and_inference_parameters_are_refused() -> None:
+    network = model()
+    network[0].weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    with pytest.raises(ProblemError, match=r"'0\.weight' has gradient hooks .*; remove them"):
+        Problem(network, mean, vectors(4))
+    assert Problem(network, mean, vectors(4), parameters="4.*").size == 63
+    with torch.inference_mode():
+        network = mlp(nn.Tanh)
+    with pytest.raises(ProblemError, match=r"'0\.weight' was made in inference mode; build"):
+        Problem(network, mean, vectors(4))
+
+
+def test_parameters_on_two_devices() -> None:
+    # The meta device is refused earlier, so a CPU-only machine needs a stand-in to have two devices.
+    class Elsewhere(nn.Parameter):
+        @property
+        def device(self) -> torch.device:
+            return torch.device("cuda:0")
+
+    network = model()
+    network[0].bias = Elsewhere(torch.zeros(32, dtype=torch.float64))
+    with pytest.raises(ProblemError, match=r"several devices \(.*'0\.bias' on cuda:0\); move them to one device"):
+        Problem(network, mean, vectors(4))
+
+
+def test_columns_and_vectors() -> None:
+    problem = Problem(model(), mean, vectors(4))
+    tensors = [parameter.detach() for parameter in problem.parameters.values()]
+    vector = problem.flatten(tensors)
+    assert problem.offsets == [0, 256, 288, 928, 948, 1008]
+    assert vector.shape == (problem.size,) == (1011,)
+    assert all(torch.equal(a, b) for a, b in zip(problem.unflatten(vector), tensors, strict=True))
+    assert problem.unflatten(vector)[1].data_ptr() == vector[256:].data_ptr()
+    assert [problem.describe(column) for column in (0, 255, 256, 1010)] == ["0.weight", "0.weight", "0.bias", "4.bias"]
+    assert problem.parameter_norm_squared == pytest.approx(float(vector @ vector), rel=1e-14)
+    assert (problem.dtype, problem.device) == (torch.float64, torch.device("cpu"))
+    with pytest.raises(ProblemError, match="column 1011 does not exist; give one of 0 to 1010"):
+        problem.describe(1011)
+    with pytest.raises(ProblemError, match="flatten got tensors of shapes"):
+        problem.flatten(tensors[1:])
+    with pytest.raises(ProblemError, match=r"shape \(1010,\); give a vector of shape \(1011,\)"):
+        problem.unflatten(vector[1:])
+
+
+def test_empty_parameter_among_others_has_no_columns() -> None:
+    network, data = with_parameter(nn.Parameter(torch.empty(0))).double(), vectors(4)
+    problem, without = (Problem(network, mean, data, parameters=selection) for selection in (None, r"\d.*"))
+    vector = torch.ones(problem.size, dtype=torch.float64)
+    assert list(problem.parameters) == ["odd", *without.parameters]
+    assert problem.describe(0) == "0.weight"
+    assert torch.equal(HessianOperator(problem).matvec(vector), HessianOperator(without).matvec(vector))
+
+
+# Losses
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda m, b: mean(m, b).item(), r"of type float; return a scalar tensor with its graph \(no .item"),
+        (lambda m, b: None, "of type NoneType; return a scalar"),
+        (lambda m, b: (mean(m, b), 1, 2), "of type tuple; return a scalar"),
+        (lambda m, b: functional.cross_entropy(m(b[0]), b[1], reduction="none"), r"shape \(4,\); return a scalar"),
+        (lambda m, b: mean(m, b).long(), r"dtype torch\.int64; return a real"),
+        (lambda m, b: mean(m, b) * 1j, r"dtype torch\.complex128; return a real"),
+        (lambda m, b: mean(m, b).detach(), "does not depend on the selected parameters .*no_grad"),
+        (lambda m, b: b[0].requires_grad_().sum(), "does not depend on the selected parameters"),
+        (lambda m, b: mean(m, b) * torch.inf, "the loss of batch 0 is inf; a finite loss"),
+        (lambda m, b: mean(m, b) * (torch.nan if len(b[1]) == 3 else 1), "the loss of batch 1 is nan; a finite loss"),
+        (lambda m, b: (mean(m, b), -1), "count of batch 0 is -1.0; return a finite count"),
+        (lambda m, b: (mean(m, b), torch.tensor(torch.nan)), "count of batch 0 is nan; return a finite count"),
+        (lambda m, b: (mean(m, b), b[0]), r"count of batch 0 has shape \(4, 8\); return \(sum, count\)"),
+        (lambda m, b: (mean(m, b), "4"), r"count of batch 0 is of type str; return \(sum, count\)"),
+        (lambda m, b: (mean(m, b), 0), "the 2 batches hold 0 loss terms; at least one"),
+        (lambda m, b: (mean(m, b), 4) if len(b[1]) == 4 else mean(m, b), "batch 1 is a mean, unlike that of batch 0"),
+    ],
+)  # fmt: skip
+def test_losses_that_are_refused(loss: object, message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        Problem(model(), loss, vectors(4, 3)).prepare()
+
+
+def test_loss_and_mode_that_are_refused() -> None:
+    with pytest.raises(ProblemError, match="loss of type str is not callable; give a function"):
+        Problem(model(), "mean", vectors(4))
+    with pytest.raises(ProblemError, match="mode is 'test'; give one of 'eval', 'train', 'as_is'"):
+        Problem(model(), mean, vectors(4), mode="test")
+
+
+def test_mean_loss_without_anything_to_count() -> None:
+    with pytest.raises(ProblemError, match=r"batch 0 has no tensor with a leading dimension.*return \(sum, count\)"):
+        Problem(model(), lambda m, b: m[0].weight.square().mean(), [{"scale": torch.ones(())}]).prepare()
+
+
+@pytest.mark.parametrize("count", [4, 4.0, np.int64(4), np.float32(4), torch.tensor(4), torch.tensor(4.0)])
+def test_counts_of_every_type(count: object) -> None:
+    problem = Problem(model(), lambda m, b: (mean(m, b) * 4, count), vectors(4))
+    assert problem.total_count == 4.0
+    assert problem.loss_value == pytest.approx(float(mean(problem.model, problem.data[0]).detach()), rel=1e-14)
+
+
+def test_batch_without_terms_contributes_nothing() -> None:
+    torch.manual_seed(0)
+    (full, empty) = vectors(4, 0)
+    with_empty, without = (Problem(model(), mean, data) for data in ([full, empty], [full]))
+    vector = torch.ones(without.size, dtype=torch.float64)
+    assert with_empty.loss_value == without.loss_value
+    assert torch.equal(HessianOperator(with_empty).matvec(vector), HessianOperator(without).matvec(vector))
+
+
+def test_loss_with_its_own_random_source_is_named() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    class OwnDropout(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (torch.rand(x.shape, generator=generator) > 0.5) if self.training else x
+
+    network = nn.Sequential(model(), OwnDropout())
+    vector = torch.ones(1011, dtype=torch.float64)
+    with pytest.raises(OperatorError, match=r"not deterministic: batch 0 gave .*likely causes are 1 .OwnDropout. in"):
+        HessianOperator(Problem(network, mean, vectors(4), mode="train")).matvec(vector)
+    HessianOperator(Problem(network, mean, vectors(4), mode="eval")).matvec(vector)
+
+
+def test_loss_that_counts_its_calls_is_named() -> None:
+    calls = []
+
+    def drifting(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(1)
+        return mean(model, batch) * (1 + 1e-12 * len(calls))
+
+    with pytest.raises(OperatorError, match=r"not deterministic: batch 0 gave .*a counter that forward or loss keeps"):
+        HessianOperator(Problem(model(), drifting, vectors(4, 3))).matvec(torch.ones(1011, dtype=torch.float64))
+
+
+def test_terms_need_a_session() -> None:
+    problem = Problem(model(), mean, vectors(4))
+    with pytest.raises(RuntimeError, match=r"use `with problem.session"):
+        next(problem.terms()).evaluate()
+
+
+def test_terms_add_up_to_the_loss() -> None:
+    problem = Problem(Wrapped().double(), CROSS_ENTROPY, vectors(4, 3, 1))
+    with problem.session():
+        total = sum(term.weight * float(term.evaluate().detach()) for term in problem.terms())
+    assert problem.loss_value == pytest.approx(total, rel=1e-14)
+    assert problem.total_count == 8
+
+
+def test_single_batches_pass_through() -> None:
+    batch = {"x": torch.ones(2)}
+    assert as_batches(batch) == [batch]
