@@ -264,8 +264,8 @@ py::tuple panel_orthonormalize(const py::object& w_object, const py::object& out
     hesd::OrthonormalizeResult result{};
     {
         const py::gil_scoped_release unlocked;
-        result = hesd::cpu_kernels().panel_orthonormalize(w.panel(), out.panel(), tolerance, max_rank,
-                                                          reduction.hook(), data);
+        result = hesd::cpu_kernels().panel_orthonormalize(w.panel(), out.panel(), tolerance, max_rank, reduction.hook(),
+                                                          data);
     }
     return py::make_tuple(result.rank, result.weakest, factor);
 }
@@ -297,8 +297,9 @@ void accumulate_hvp(const py::object& out_object, const std::vector<py::object>&
         const Panel& part = lent.back().panel();
         if (part.rows != out.panel().rows || offsets[i] < 0 || offsets[i] > out.panel().columns - part.columns) {
             lent.back().fail("has shape (" + std::to_string(part.rows) + ", " + std::to_string(part.columns) +
-                             ") at offset " + std::to_string(offsets[i]) + ", which does not fit into `out` of shape (" +
-                             std::to_string(out.panel().rows) + ", " + std::to_string(out.panel().columns) + ")");
+                             ") at offset " + std::to_string(offsets[i]) +
+                             ", which does not fit into `out` of shape (" + std::to_string(out.panel().rows) + ", " +
+                             std::to_string(out.panel().columns) + ")");
         }
         if (hesd::element_bytes(part.precision) > hesd::element_bytes(out.panel().precision)) {
             lent.back().fail("has a higher precision than `out`; wanted the same or a lower one");
@@ -330,8 +331,8 @@ void accumulate_hvp(const py::object& out_object, const std::vector<py::object>&
                                        compensation ? &compensation->panel() : nullptr);
 }
 
-void fill_probes(const py::object& out_object, std::uint64_t seed, std::uint32_t first_probe,
-                 std::uint64_t first_index, const std::string& kind) {
+void fill_probes(const py::object& out_object, std::uint64_t seed, std::uint32_t first_probe, std::uint64_t first_index,
+                 const std::string& kind) {
     const LentPanel out(out_object, "out", true);
     if (kind != "rademacher" && kind != "gaussian") {
         throw EngineError("`kind` is '" + kind + "'; wanted 'rademacher' or 'gaussian'");
@@ -409,7 +410,8 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_engine, module) {
-    module.doc() = "Compiled kernels and block Lanczos of hesd-fast. Use hesd_fast.kernels and hesd_fast.block_lanczos.";
+    module.doc() =
+        "Compiled kernels and block Lanczos of hesd-fast. Use hesd_fast.kernels and hesd_fast.block_lanczos.";
 
     py::register_exception_translator([](std::exception_ptr pointer) {
         try {
@@ -441,7 +443,8 @@ PYBIND11_MODULE(_engine, module) {
              py::arg("reorthogonalization"), py::arg("breakdown_multiple"), py::arg("reduce"))
         .def("start", &PythonBlockLanczos::start)
         .def("advance", &PythonBlockLanczos::advance)
-        .def_property_readonly("current_row", [](const PythonBlockLanczos& self) { return self.lanczos().current_row(); })
+        .def_property_readonly("current_row",
+                               [](const PythonBlockLanczos& self) { return self.lanczos().current_row(); })
         .def_property_readonly("current_width",
                                [](const PythonBlockLanczos& self) { return self.lanczos().current().rows; })
         .def_property_readonly("finished", [](const PythonBlockLanczos& self) { return self.lanczos().finished(); })

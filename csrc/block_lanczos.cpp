@@ -109,11 +109,10 @@ void BlockLanczos::start() {
     kernels_->panel_gram(work_, work_, gram.data());
     reduction_(gram.data(), b * b);
     require_finite(gram);
-    const double tolerance =
-        options_.breakdown_multiple * machine_epsilon(work_.precision) * largest_row_norm(gram, b);
+    const double tolerance = options_.breakdown_multiple * machine_epsilon(work_.precision) * largest_row_norm(gram, b);
     std::vector<double> factor = zeros(b * b);
-    const OrthonormalizeResult result = kernels_->panel_orthonormalize(
-        work_, basis_.slice(0, b), tolerance, options_.global_size, reduction_, factor.data());
+    const OrthonormalizeResult result = kernels_->panel_orthonormalize(work_, basis_.slice(0, b), tolerance,
+                                                                       options_.global_size, reduction_, factor.data());
     if (result.rank == 0) {
         throw EngineError("BlockLanczos: all probes are zero");
     }
@@ -222,8 +221,8 @@ SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation) {
     const bool full = options_.reorthogonalization == Reorthogonalization::full;
 
     std::vector<double> factor = zeros(width_ * width_);
-    OrthonormalizeResult result = kernels_->panel_orthonormalize(w, target, tolerance, full ? room : width_,
-                                                                 reduction_, factor.data());
+    OrthonormalizeResult result =
+        kernels_->panel_orthonormalize(w, target, tolerance, full ? room : width_, reduction_, factor.data());
     SmallMatrix c = leading_columns(factor, width_, width_, result.rank);
     double strongest = 0.0;
     for (std::int64_t i = 0; i < width_; ++i) {

@@ -9,13 +9,13 @@
 //   while not finished:  work[0 : width] = H * current();  advance();
 //
 // Orthogonality. Each product is projected twice against the stored blocks (block classical Gram-Schmidt, "twice is
-// enough", Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005), the second projection fused with the first one's
-// Gram matrix: three reads of the basis. When the new block comes out much weaker than the product it was taken from, one more sweep
-// over the orthonormal block restores orthogonality (full mode).
+// enough", Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005), the second projection fused with the
+// first one's Gram matrix: three reads of the basis. When the new block comes out much weaker than the product it was
+// taken from, one more sweep over the orthonormal block restores orthogonality (full mode).
 //
 // Breakdown and deflation. A direction whose remaining norm is at most breakdown_multiple * epsilon * scale is dropped
-// from the block, scale being the largest norm of a row of any product so far, a lower bound of ||H||. No direction left:
-// the Krylov space is invariant and the recurrence is finished.
+// from the block, scale being the largest norm of a row of any product so far, a lower bound of ||H||. No direction
+// left: the Krylov space is invariant and the recurrence is finished.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,8 @@ class BlockLanczos {
    public:
     BlockLanczos(const Kernels& kernels, Panel basis, Panel work, BlockLanczosOptions options, Reduction reduction);
 
-    // work (block, n) holds the probes Z; sets Q_0 and the factor Z = L_0 Q_0. Throws EngineError if all probes are zero.
+    // work (block, n) holds the probes Z; sets Q_0 and the factor Z = L_0 Q_0. Throws EngineError if all probes are
+    // zero.
     void start();
 
     // Q_j, the rows to multiply; its rows are current().rows <= block.
@@ -68,8 +69,8 @@ class BlockLanczos {
     [[nodiscard]] const std::vector<SmallMatrix>& offdiagonal() const { return offdiagonal_; }
     // Largest norm of a row of any product so far.
     [[nodiscard]] double scale() const { return scale_; }
-    // Largest deviation of the projections from the recurrence (A_j symmetric, C_{j-1} repeated, zero before): the noise and asymmetry
-    // of the operator, in the units of H.
+    // Largest deviation of the projections from the recurrence (A_j symmetric, C_{j-1} repeated, zero before): the
+    // noise and asymmetry of the operator, in the units of H.
     [[nodiscard]] double recurrence_error() const { return recurrence_error_; }
     [[nodiscard]] std::int64_t extra_sweeps() const { return extra_sweeps_; }
 

@@ -13,9 +13,14 @@ struct Target {
     bool (*supported)();
 };
 
-#define HESD_TARGET_KERNELS(target)                                                                               \
-    {#target,              target::accumulate_hvp,       target::fill_probes,  target::panel_gram, \
-     target::panel_project, target::panel_orthonormalize, target::panel_combine}
+#define HESD_TARGET_KERNELS(target) \
+    {#target,                       \
+     target::accumulate_hvp,        \
+     target::fill_probes,           \
+     target::panel_gram,            \
+     target::panel_project,         \
+     target::panel_orthonormalize,  \
+     target::panel_combine}
 
 bool always() { return true; }
 

@@ -48,8 +48,8 @@ bool OrthonormalizePlan::next(const double* gram) {
     }
     const auto candidates = static_cast<std::int64_t>(order.size());
 
-    // Cholesky factorization, by rows of `order`, of the Gram matrix scaled to a unit diagonal. Resolved rows keep their places; among the
-    // residual rows the longest remainder comes next.
+    // Cholesky factorization, by rows of `order`, of the Gram matrix scaled to a unit diagonal. Resolved rows keep
+    // their places; among the residual rows the longest remainder comes next.
     std::vector<double> cholesky(static_cast<std::size_t>(b * b));
     std::vector<double> pivot(static_cast<std::size_t>(b), 1.0);  // by position: squared sine left
     const auto scaled = [&](std::int64_t p, std::int64_t q) {

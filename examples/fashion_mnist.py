@@ -93,7 +93,9 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the share of images classified rightly."""
-    right = sum((model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(1000), labels.split(1000), strict=True))
+    right = sum(
+        (model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(1000), labels.split(1000), strict=True)
+    )
     return right / len(labels)
 
 
@@ -117,9 +119,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     reports = {}
     for split, (images, labels) in splits.items():
-        batches = list(
-            zip(images[: arguments.images].split(500), labels[: arguments.images].split(500), strict=True)
-        )
+        batches = list(zip(images[: arguments.images].split(500), labels[: arguments.images].split(500), strict=True))
         reports[split] = hesd.analyze(
             model,
             hesd.losses.supervised(nn.CrossEntropyLoss()),

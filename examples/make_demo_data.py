@@ -3,7 +3,7 @@
     pip install scikit-learn
     python examples/make_demo_data.py
 
-writes hesd_fast/data/digits.npz. The seeds are fixed; another PyTorch build may train to slightly other weights.
+writes hesd_fast/demo_digits.npz. The seeds are fixed; another PyTorch build may train to slightly other weights.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def main() -> None:
     with torch.no_grad():
         right = (model(inputs).argmax(1) == targets).double()
     train, test = right[:TRAINING_IMAGES].mean(), right[TRAINING_IMAGES:].mean()
-    print(f"accuracy {train:.1%} on {TRAINING_IMAGES} training images, {test:.1%} on {len(labels) - TRAINING_IMAGES} others")
-    path = Path(hesd_fast.__file__).parent / "data" / ARCHIVE
+    print(
+        f"accuracy {train:.1%} on {TRAINING_IMAGES} training images, "
+        f"{test:.1%} on {len(labels) - TRAINING_IMAGES} others"
+    )
+    path = Path(hesd_fast.__file__).parent / ARCHIVE
     np.savez_compressed(
         path,
         train_images=images[:TRAINING_IMAGES],

@@ -76,7 +76,8 @@ def analyze(
     reorthogonalization : {"full", "window", "none"}, optional
         See :func:`~hesd_fast.block_lanczos`; "full" by default.
     protocol : {"lla"}, optional
-        A published protocol, which sets the three options before: numbers comparable with those of Loss Landscape Analysis.
+        A published protocol, which sets the three options before: numbers comparable with those of Loss Landscape
+        Analysis.
     seed : int
         Chooses the probes.
     progress : bool
@@ -151,7 +152,8 @@ def _settings(
             raise ProblemError(f"protocol is {protocol!r}; wanted None or one of {', '.join(map(repr, PROTOCOLS))}")
         if block_size != "auto" or max_steps is not None or reorthogonalization is not None:
             raise ProblemError(
-                f"protocol={protocol!r} sets block_size, max_steps and reorthogonalization; leave them out, or the protocol"
+                f"protocol={protocol!r} sets block_size, max_steps and reorthogonalization; "
+                "leave them out, or the protocol"
             )
         return PROTOCOLS[protocol]
     if isinstance(block_size, str):
@@ -202,7 +204,7 @@ def _checks(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> tuple[Ch
             bool(np.abs(measure.weight_sums - 1.0).max() <= 64 * tridiagonal.epsilon),
             f"each probe's weights sum to 1 within {np.abs(measure.weight_sums - 1.0).max():.2g}",
         ),
-        Check("determinism", True, "data and losses were found the same at every pass"),
+        Check("determinism", True, "data and losses were the same at every pass; a change would have ended the run"),
     ]
     if tridiagonal.orthogonality is not None:
         bound = ORTHOGONALITY_MULTIPLE * tridiagonal.epsilon
@@ -210,7 +212,8 @@ def _checks(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> tuple[Ch
             Check(
                 "orthogonality",
                 tridiagonal.orthogonality <= bound,
-                f"the last block is orthonormal to the basis within {tridiagonal.orthogonality:.2g} (allowed {bound:.2g})",
+                f"the last block is orthonormal to the basis within {tridiagonal.orthogonality:.2g} "
+                f"(allowed {bound:.2g})",
             )
         )
     return tuple(checks)

@@ -140,7 +140,8 @@ def _load_problem(target: str) -> hesd.Problem:
     where, colon, name = target.rpartition(":")
     if not colon or not where or not name.isidentifier():
         raise hesd.ProblemError(
-            f"the target is {target!r}; wanted module:function or file.py:function, the function returning a hesd_fast.Problem"
+            f"the target is {target!r}; wanted module:function or file.py:function, "
+            "the function returning a hesd_fast.Problem"
         )
     module = _load_module(where)
     function = getattr(module, name, None)
@@ -149,7 +150,8 @@ def _load_problem(target: str) -> hesd.Problem:
     problem = function()
     if not isinstance(problem, hesd.Problem):
         raise hesd.ProblemError(
-            f"{target} returned a {type(problem).__name__}; wanted a hesd_fast.Problem, as in Problem(model, loss, data)"
+            f"{target} returned a {type(problem).__name__}; wanted a hesd_fast.Problem, "
+            "as in Problem(model, loss, data)"
         )
     return problem
 
@@ -169,5 +171,6 @@ def _load_module(where: str) -> ModuleType:
         if error.name is not None and not where.startswith(error.name):
             raise  # the module exists; something that it imports does not
         raise hesd.ProblemError(
-            f"there is no module {where!r} here or among the installed packages; run in its folder, or give file.py:function"
+            f"there is no module {where!r} here or among the installed packages; "
+            "run in its folder, or give file.py:function"
         ) from error

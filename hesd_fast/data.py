@@ -127,7 +127,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def check_batch(batch: Any, index: int) -> None:
-    """Raise a ProblemError naming batch and leaf if a tensor holds NaN or Inf, or cannot take part in autograd."""
+    """Raise a ProblemError naming batch and leaf if a tensor holds NaN or +Inf, or cannot take part in autograd.
+
+    Additive attention masks hold -Inf on purpose; where it does harm, the loss is not finite, which is seen there.
+    """
     for path, leaf in leaves(batch):
         if not isinstance(leaf, torch.Tensor):
             continue
@@ -136,7 +139,7 @@ def check_batch(batch: Any, index: int) -> None:
                 f"{path} of batch {index} of the data was made in inference mode; make it outside, or clone it there"
             )
         if (leaf.is_floating_point() or leaf.is_complex()) and any(
-            not torch.isfinite(part).all() for part in _strided_parts(leaf)
+            not (torch.isfinite(part) | torch.isneginf(part.real)).all() for part in _strided_parts(leaf)
         ):
             raise ProblemError(
                 f"batch {index} of the data holds NaN or Inf in {path} (shape {tuple(leaf.shape)}); "

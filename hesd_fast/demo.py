@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hesd_fast.losses import supervised
 from hesd_fast.problem import Problem
 
-ARCHIVE = "digits.npz"
+ARCHIVE = "demo_digits.npz"
 BATCH_SIZE = 250
 
 Split = Literal["train", "test"]
@@ -23,19 +23,17 @@ Split = Literal["train", "test"]
 
 def demo_network() -> nn.Sequential:
     """Return the untrained demo network, 8 x 8 images to 10 classes, 3,466 parameters."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 10)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 10))
 
 
 def demo_problem(split: Split = "train") -> Problem:
     """Return the trained demo network on its training or its test images."""
-    with resources.as_file(resources.files("hesd_fast") / "data" / ARCHIVE) as path, np.load(path) as archive:
+    with resources.as_file(resources.files("hesd_fast") / ARCHIVE) as path, np.load(path) as archive:
         model = demo_network()
         model.load_state_dict({name: torch.from_numpy(archive[name]) for name in model.state_dict()})
         images = scale_pixels(archive[f"{split}_images"])
         labels = torch.from_numpy(archive[f"{split}_labels"]).long()
-    batches = list(zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True))
+    batches = list(zip(torch.split(images, BATCH_SIZE), torch.split(labels, BATCH_SIZE), strict=True))
     return Problem(model, supervised(nn.CrossEntropyLoss()), batches)
 
 

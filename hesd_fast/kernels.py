@@ -1,10 +1,10 @@
 """The compiled kernels, on PyTorch tensors or NumPy arrays.
 
 A panel is a row-major block of vectors, shape (vectors, elements), contiguous along each vector; the vectors may lie
-further apart than their length (:func:`empty_panel` spaces them to whole cache lines). Kernels fill the panels they are given and never
-copy them. Small matrices come back as float64, as a tensor where the first panel is one and as an array otherwise. Every
-kernel gives the same bits for any number of threads and has a twin in plain PyTorch in :mod:`hesd_fast.reference`. The
-contracts are the headers in ``csrc/include/hesd``.
+further apart than their length (:func:`empty_panel` spaces them to whole cache lines). Kernels fill the panels they are
+given and never copy them. Small matrices come back as float64: a tensor where the first panel is one, else an array.
+Every kernel gives the same bits for any number of threads and has a twin in plain PyTorch in
+:mod:`hesd_fast.reference`. The contracts are the headers in ``csrc/include/hesd``.
 """
 
 from __future__ import annotations
@@ -220,9 +220,7 @@ def accumulate_hvp(
     _engine.accumulate_hvp(out, list(parts), list(offsets), alpha, compensation)
 
 
-def fill_probes(
-    out: Panel, seed: int, *, first_probe: int = 0, first_index: int = 0, kind: str = "rademacher"
-) -> None:
+def fill_probes(out: Panel, seed: int, *, first_probe: int = 0, first_index: int = 0, kind: str = "rademacher") -> None:
     """Fill a panel with random probes that depend only on (seed, probe number, parameter index).
 
     Parameters

@@ -58,14 +58,16 @@ def block_lanczos(
     seed : int
         Chooses the probes, 0 <= seed < 2**64.
     reorthogonalization : {"full", "window", "none"}
-        Against all previous vectors (memory (m + 1) b n elements); against the last ``window`` vectors; or the three-term recurrence alone
-        (3 b n elements), where converged Ritz values reappear as copies that share their weight.
+        Against all previous vectors (memory (m + 1) b n elements); against the last ``window`` vectors; or the
+        three-term recurrence alone (3 b n elements), where converged Ritz values reappear as copies that share their
+        weight.
     window : int
         Number of vectors kept in "window" mode, rounded up to whole blocks, at least two blocks.
     probe_kind : {"rademacher", "gaussian"}
         Distribution of the probes.
     probes : tensor (b, n), optional
-        Probes to use instead of random ones; ``block_size``, ``seed`` and ``probe_kind`` then have no say. Results carry no sampling error.
+        Probes to use instead of random ones; ``block_size``, ``seed`` and ``probe_kind`` then have no say. Results
+        carry no sampling error.
     on_step : callable, optional
         Called with a :class:`LanczosProgress` after each step.
 
@@ -98,7 +100,8 @@ def block_lanczos(
     _check_options(n, steps, block_size, reorthogonalization, window, probe_kind, seed)
     if operator.device.type != "cpu":
         raise EngineError(
-            f"the operator is on {operator.device}; this build has kernels for the CPU only. Move the model and data to the CPU"
+            f"the operator is on {operator.device}; this build has kernels for the CPU only. "
+            "Move the model and data to the CPU"
         )
     steps = min(steps, n)
     blocks = {"full": steps, "window": max(2, math.ceil(window / block_size)), "none": 2}[reorthogonalization]
@@ -171,9 +174,7 @@ def _check_options(
     if steps < 1:
         raise ProblemError(f"steps is {steps}; wanted at least 1")
     if block_size < 1 or block_size > n:
-        raise ProblemError(
-            f"block_size is {block_size}; wanted 1 to {n}, the number of parameters. Use fewer probes"
-        )
+        raise ProblemError(f"block_size is {block_size}; wanted 1 to {n}, the number of parameters. Use fewer probes")
     if window < 1:
         raise ProblemError(f"window is {window}; wanted at least 1 vector")
     if not 0 <= seed < 2**64:
@@ -201,8 +202,9 @@ def _check_memory(rows: int, n: int, dtype: torch.dtype) -> None:
     available = available_memory()
     if available is not None and needed > available:
         raise PlanError(
-            f"the Lanczos basis takes {needed / 2**30:.1f} GiB ({rows} vectors of {n} {dtype}), but {available / 2**30:.1f} GiB "
-            'are available; take fewer steps, or reorthogonalization="none", which keeps three panels'
+            f"the Lanczos basis takes {needed / 2**30:.1f} GiB ({rows} vectors of {n} {dtype}), but "
+            f"{available / 2**30:.1f} GiB are available; "
+            'take fewer steps, or reorthogonalization="none", which keeps three panels'
         )
 
 

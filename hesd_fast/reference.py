@@ -44,7 +44,7 @@ def accumulate_hvp(
     alpha: float = 1.0,
     compensation: torch.Tensor | None = None,
 ) -> None:
-    """``out[:, offset_i : offset_i + length_i] += alpha * part_i``; each addition's rounding error into compensation."""
+    """``out[:, offset_i : offset_i + length_i] += alpha * part_i``, with the rounding errors into compensation."""
     factor = torch.tensor(alpha, dtype=out.dtype)
     for part, offset in zip(parts, offsets, strict=True):
         columns = slice(offset, offset + part.shape[1])
@@ -142,9 +142,7 @@ def _cosine_sine(turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return cosine, sine
 
 
-def lanczos_quadrature(
-    operator: torch.Tensor, steps: int, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def lanczos_quadrature(operator: torch.Tensor, steps: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Nodes and weights of one probe by single-vector Lanczos as the pure-Python peers write it: a list of vectors.
 
     ``operator`` is a dense symmetric matrix (n, n). Full reorthogonalization by modified Gram-Schmidt. The baseline

@@ -164,7 +164,9 @@ class Report:
         """
         tridiagonal = self.measure.tridiagonal
         if tridiagonal is None:
-            raise CheckpointError("the report's measure has no block tridiagonal matrix; only reports of a run can be saved")
+            raise CheckpointError(
+                "the report's measure has no block tridiagonal matrix; only reports of a run can be saved"
+            )
         content = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -185,7 +187,9 @@ class Report:
                 file.write(text)
             os.replace(file.name, target)
         except OSError as error:
-            raise CheckpointError(f"{os.fspath(path)!r} cannot be written: {error}; give a path in a writable folder") from error
+            raise CheckpointError(
+                f"{os.fspath(path)!r} cannot be written: {error}; give a path in a writable folder"
+            ) from error
 
     def __str__(self) -> str:
         problem, cost, found = self.problem, self.cost, self.criteria
@@ -206,8 +210,8 @@ class Report:
             *[("check", f"{'ok' if check.passed else 'FAILED'}: {check.detail}") for check in self.checks],
         ]
         title = (
-            f"HESD of {problem.model}: {problem.size:,} parameters, loss {problem.loss:.4g} over {problem.terms:,.0f} terms "
-            f"in {problem.batches} batches, mode {problem.mode}, {problem.precision}"
+            f"HESD of {problem.model}: {problem.size:,} parameters, loss {problem.loss:.4g} "
+            f"over {problem.terms:,.0f} terms in {problem.batches} batches, mode {problem.mode}, {problem.precision}"
         )
         return "\n".join([title, *[f"  {name:<12}{text}" for name, text in rows]])
 
@@ -224,13 +228,15 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     try:
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name!r} cannot be read as a report: {error}; give a file that Report.save wrote") from error
+        raise CheckpointError(
+            f"{name!r} cannot be read as a report: {error}; give a file that Report.save wrote"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{name!r} is not a report of hesd-fast; give a file that Report.save wrote")
     if content.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{name!r} has format version {content.get('format_version')!r}; this release reads version {FORMAT_VERSION}. "
-            "Read it with the release that wrote it, or run the analysis again"
+            f"{name!r} has format version {content.get('format_version')!r}; this release reads version "
+            f"{FORMAT_VERSION}. Read it with the release that wrote it, or run the analysis again"
         )
     try:
         evidence = content["type_evidence"]

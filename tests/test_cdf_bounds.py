@@ -10,7 +10,7 @@ import pytest
 from block_lanczos_numpy import EPSILON, Array, block_lanczos, rademacher, rotation
 from test_spectrum import SIZE, SPECTRA, scale_of
 
-from hesd_fast.jacobi import cdf_band, jacobi_of_probe
+from hesd_fast.jacobi import CDFBand, cdf_band, jacobi_of_probe
 from hesd_fast.spectrum import SpectralMeasure
 
 
@@ -129,6 +129,15 @@ def test_tail_moments_enclose_the_truth(name: str, steps: int, exponent: float) 
                     low, high = side.tail_moment(threshold, power)
                     assert low <= truth + 100 * EPSILON
                     assert truth <= high + 100 * EPSILON
+
+
+def test_tail_moment_counts_what_lies_beyond_the_last_point() -> None:
+    # Mass 0.5 at 0, 0.4 at 1.5 and 0.1 at 10, of which the band knows only that 0.1 lies beyond 2.
+    band = CDFBand(np.array([1.0, 2.0]), np.array([0.5, 0.9]), np.array([0.5, 0.9]), 2.0, (0.4 * 1.5**2 + 10.0) ** 0.5)
+    low, high = band.tail_moment(1.0, 1.0)
+    assert low == pytest.approx(1.0 * 0.5 + 1.0 * 0.1)
+    assert high == pytest.approx(1.0 * 0.5 + 1.0 * 0.5 + (10.9 * 0.1) ** 0.5)
+    assert low <= 0.4 * 1.5 + 0.1 * 10.0 <= high
 
 
 def test_a_coarser_roundoff_widens_the_band() -> None:

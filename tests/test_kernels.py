@@ -77,7 +77,9 @@ def test_panel_project_matches_its_twin(target, n, storage, working):
         size = w.double().abs() + c.T.abs() @ v.double().abs()
         assert ((w.double() - expected.double()).abs() <= rounding(working, k) * size).all()
         # the Gram matrices are those of the W that was stored
-        torch.testing.assert_close(gram, reference.panel_gram(v, w), rtol=1e-12, atol=1e-13 * n * float(size.max()) ** 2)
+        torch.testing.assert_close(
+            gram, reference.panel_gram(v, w), rtol=1e-12, atol=1e-13 * n * float(size.max()) ** 2
+        )
         torch.testing.assert_close(
             self_gram, reference.panel_gram(w, w), rtol=1e-12, atol=1e-13 * n * float(size.max()) ** 2
         )

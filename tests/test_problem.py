@@ -187,6 +187,18 @@ def test_non_finite_data_is_named(value: float) -> None:
         Problem(model(), lambda m, b: mean(m, (b["x"][0], b["labels"])), batches).prepare()
 
 
+def test_an_additive_mask_may_hold_negative_infinity() -> None:
+    mask = torch.tensor([0.0, 0.0, -torch.inf])
+
+    def masked_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, additive = batch
+        return (torch.softmax(model(inputs) + additive, dim=-1) ** 2).mean()
+
+    problem = Problem(nn.Linear(2, 3), masked_loss, (torch.randn(4, 2), mask.expand(4, 3)))
+    problem.prepare()
+    assert np.isfinite(problem.loss_value)
+
+
 def test_data_made_in_inference_mode() -> None:
     with torch.inference_mode():
         data = vectors(4)

@@ -46,8 +46,8 @@ void accumulate(T* out, const S* part, T alpha, T* compensation, std::int64_t le
 }
 
 template <typename T>
-void accumulate_piece(const Panel& out, const HvpPart& part, std::int64_t row, std::int64_t column,
-                      std::int64_t length, double alpha, const Panel* compensation) {
+void accumulate_piece(const Panel& out, const HvpPart& part, std::int64_t row, std::int64_t column, std::int64_t length,
+                      double alpha, const Panel* compensation) {
     T* to = static_cast<T*>(out.data) + row * out.stride + part.offset + column;
     T* errors = compensation == nullptr
                     ? nullptr

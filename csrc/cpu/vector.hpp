@@ -134,8 +134,8 @@ HESD_INLINE void sum_partials(const double* partials, std::int64_t count, std::i
 }
 
 template <typename T>
-HESD_INLINE void load_rows(const T* source, std::int64_t stride, std::int64_t rows, std::int64_t length,
-                           double* target, std::int64_t target_stride) {
+HESD_INLINE void load_rows(const T* source, std::int64_t stride, std::int64_t rows, std::int64_t length, double* target,
+                           std::int64_t target_stride) {
     for (std::int64_t row = 0; row < rows; ++row) {
         const T* from = source + row * stride;
         double* to = target + row * target_stride;
@@ -247,9 +247,8 @@ HESD_INLINE void combine_tile(const S* v, std::int64_t v_stride, const double* c
 
 // W (b, length doubles) += coefficients^T V, where coefficient (i, j) lies at [i * row_step + j * column_step].
 template <typename S>
-void combine_block(const S* v, std::int64_t v_stride, std::int64_t k, const double* coefficients,
-                   std::int64_t row_step, std::int64_t column_step, double* w, std::int64_t w_stride, std::int64_t b,
-                   std::int64_t length) {
+void combine_block(const S* v, std::int64_t v_stride, std::int64_t k, const double* coefficients, std::int64_t row_step,
+                   std::int64_t column_step, double* w, std::int64_t w_stride, std::int64_t b, std::int64_t length) {
     std::int64_t i = 0;
     for (; i + kRowTile <= k; i += kRowTile) {
         for (std::int64_t j = 0; j < b; ++j) {

@@ -6,9 +6,9 @@
 //
 // Counter-based Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011): key = seed (low word, high word), counter =
 // (block low word, block high word, probe, kind). Rademacher (kind 0): block = index / 128, bit index % 128 of the
-// four words in order, set bit +1, clear bit -1. Gaussian (kind 1): block = index / 4; words (0, 1) and (2, 3) each give a
-// Box-Muller pair (cosine first), computed in float64 by additions, multiplications, divisions and square
-// roots alone, in a fixed order without contraction.
+// four words in order, set bit +1, clear bit -1. Gaussian (kind 1): block = index / 4; words (0, 1) and (2, 3) each
+// give a Box-Muller pair (cosine first), computed in float64 by additions, multiplications, divisions and square roots
+// alone, in a fixed order without contraction.
 //
 // So the bits are the same for any thread count, any split of the index range, any machine. Traffic: out written once.
 #pragma once

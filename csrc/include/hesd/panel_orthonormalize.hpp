@@ -11,9 +11,10 @@
 //
 // Method: CholeskyQR repeated until orthonormal (twice when W is well conditioned: CholeskyQR2, Yamamoto, Nakatsukasa,
 // Yanagisawa, Fukaya, ETNA 44, 2015). Each round takes the Gram matrix of the rows scaled to unit length and factors it
-// by Cholesky with diagonal pivoting. Where a shifted Cholesky would carry an ill-conditioned panel through, the pivoting stops at a
-// relative pivot of 1e-10 instead; rows beyond it are kept as explicit residuals, whose own norms the next round
-// measures. So dependent rows are told from small ones by a measured norm, not by a difference of squares.
+// by Cholesky with diagonal pivoting. Where a shifted Cholesky would carry an ill-conditioned panel through, the
+// pivoting stops at a relative pivot of 1e-10 instead; rows beyond it are kept as explicit residuals, whose own norms
+// the next round measures. So dependent rows are told from small ones by a measured norm, not by a difference of
+// squares.
 //
 // Gram matrices pass through `reduction`. Non-finite W throws EngineError. Same bits for any thread count.
 // Traffic when well conditioned: W read twice and written once, out written once.
@@ -29,7 +30,6 @@ struct OrthonormalizeResult {
 };
 
 using PanelOrthonormalize = OrthonormalizeResult (*)(const Panel& w, const Panel& out, double tolerance,
-                                                     std::int64_t max_rank, const Reduction& reduction,
-                                                     double* factor);
+                                                     std::int64_t max_rank, const Reduction& reduction, double* factor);
 
 }  // namespace hesd

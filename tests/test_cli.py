@@ -1,0 +1,132 @@
+"""The command line: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+import hesd_fast as hesd
+from hesd_fast.cli import main
+
+PROBLEM = """
+import torch
+from torch import nn
+import hesd_fast as hesd
+
+def build():
+    torch.manual_seed(0)
+    return hesd.Problem(nn.Linear(4, 2), hesd.losses.supervised(nn.MSELoss()), (torch.randn(30, 4), torch.randn(30, 2)))
+
+def wrong():
+    return 3
+
+number = 4
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "cli_problem.py").write_text(PROBLEM)
+    yield tmp_path
+    sys.modules.pop("cli_problem", None)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.mark.parametrize("target", ["cli_problem:build", "cli_problem.py:build"])
+def test_analyze_writes_report_and_picture(folder, target):
+    result = run("analyze", target, "--out", "results", "--max-steps", "3", "--block-size", "2", "--seed", "5")
+    assert result.exit_code == 0, result.output
+    assert "mainly positive" in result.output
+    report = hesd.load_report(folder / "results" / "report.hesd.json")
+    assert report.options["max_steps"] == 3
+    assert report.options["block_size"] == 2
+    assert report.options["seed"] == 5
+    assert (folder / "results" / "report.png").stat().st_size > 0
+
+
+def test_analyze_passes_mode_and_protocol_on(folder):
+    assert run("analyze", "cli_problem:build", "--reorthogonalization", "none", "--out", "a").exit_code == 0
+    assert hesd.load_report(folder / "a" / "report.hesd.json").options["reorthogonalization"] == "none"
+    assert run("analyze", "cli_problem:build", "--protocol", "lla", "--out", "b").exit_code == 0
+    assert hesd.load_report(folder / "b" / "report.hesd.json").options["protocol"] == "lla"
+
+
+def test_compare_reads_saved_reports(folder):
+    run("analyze", "cli_problem:build", "--out", "a")
+    result = run("compare", "a/report.hesd.json", "a/report.hesd.json")
+    assert result.exit_code == 1
+    assert "at least one other" in result.output
+    run("analyze", "cli_problem:build", "--out", "b", "--seed", "1")
+    result = run("compare", "a/report.hesd.json", "b/report.hesd.json")
+    assert result.exit_code == 0, result.output
+    assert "generalization: holds" in result.output
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nothing", "module:function"),
+        (":build", "module:function"),
+        ("cli_problem:", "module:function"),
+        ("no_such_module:build", "there is no module 'no_such_module'"),
+        ("no_such_file.py:build", "there is no file 'no_such_file.py'"),
+        ("cli_problem:missing", "no function 'missing'"),
+        ("cli_problem:number", "no function 'number'"),
+        ("cli_problem:wrong", "returned a int"),
+    ],
+)
+def test_bad_targets_are_explained_without_a_traceback(folder, target, message):
+    result = run("analyze", target)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (folder / "hesd-report").exists()
+
+
+def test_bad_options_are_explained(folder):
+    result = run("analyze", "cli_problem:build", "--block-size", "99")
+    assert result.exit_code == 1
+    assert "block_size is 99" in result.output
+    result = run("analyze", "cli_problem:build", "--max-steps", "2", "--protocol", "lla")
+    assert result.exit_code == 1
+    assert "leave them out" in result.output
+
+
+def test_an_unwritable_folder_is_explained(folder):
+    (folder / "taken").write_text("a file")
+    result = run("analyze", "cli_problem:build", "--out", "taken/inside")
+    assert result.exit_code == 1
+    assert "cannot be made" in result.output
+
+
+def test_info_shows_the_build():
+    result = run("info")
+    assert result.exit_code == 0
+    for word in (
+        hesd.__version__,
+        "cpu_target",
+        "avx" if "avx2" in hesd.build_info()["cpu_targets_available"] else "generic",
+    ):
+        assert word in result.output
+
+
+def test_version_and_help():
+    assert hesd.__version__ in run("--version").output
+    for command in ("demo", "analyze", "compare", "info"):
+        assert command in run("--help").output
+        assert run(command, "--help").exit_code == 0
+
+
+def test_demo_analyses_both_splits(folder):
+    result = run("demo", "--out", "demo")
+    assert result.exit_code == 0, result.output
+    assert "reference train: mainly positive" in result.output
+    for name in ("train.hesd.json", "test.hesd.json", "demo.png"):
+        assert (folder / "demo" / name).stat().st_size > 0

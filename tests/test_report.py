@@ -1,0 +1,148 @@
+"""Reports survive saving and loading, refuse what is not a report, and draw what they hold."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hesd_fast as hesd
+from hesd_fast.plotting import plot_densities
+
+
+@pytest.fixture(scope="module")
+def report():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
+    inputs = torch.randn(40, 5)
+    data = (inputs, (inputs[:, 0] > 0).long())
+    return hesd.analyze(model, hesd.losses.supervised(nn.CrossEntropyLoss()), data, max_steps=12, progress=False)
+
+
+@pytest.fixture(scope="module")
+def zero_report():
+    model = nn.Linear(4, 1)
+    return hesd.analyze(model, lambda m, b: m(b).mean(), torch.randn(20, 4), progress=False)
+
+
+def test_save_and_load_keep_every_number(report, tmp_path):
+    path = tmp_path / "run.hesd.json"
+    report.save(path)
+    loaded = hesd.load_report(path)
+    assert str(loaded) == str(report)
+    for name in ("hesd_type", "type_evidence", "criteria", "problem", "cost", "checks", "options", "versions"):
+        assert getattr(loaded, name) == getattr(report, name), name
+    assert loaded.measure.tridiagonal.to_dict() == report.measure.tridiagonal.to_dict()
+    for ours, theirs in zip(loaded.measure.nodes, report.measure.nodes, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert loaded.trace == report.trace
+
+
+def test_infinite_intervals_survive_as_strict_json(zero_report, tmp_path):
+    path = tmp_path / "zero.hesd.json"
+    zero_report.save(path)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    loaded = hesd.load_report(path)
+    assert loaded.criteria == zero_report.criteria
+    assert math.isinf(loaded.criteria.k_mass.high)
+
+
+def test_a_save_that_fails_names_the_file_and_leaves_nothing(report, tmp_path):
+    with pytest.raises(hesd.CheckpointError, match="nowhere"):
+        report.save(tmp_path / "nowhere" / "run.hesd.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_over_an_old_report_replaces_it(report, zero_report, tmp_path):
+    path = tmp_path / "run.hesd.json"
+    zero_report.save(path)
+    report.save(path)
+    assert hesd.load_report(path).criteria == report.criteria
+    assert [p.name for p in tmp_path.iterdir()] == ["run.hesd.json"]
+
+
+def break_type(content):
+    content["hesd_type"] = "XX"
+
+
+def drop_criteria(content):
+    del content["criteria"]
+
+
+def break_block(content):
+    content["tridiagonal"]["diagonal"][0] = [[1.0]]
+
+
+@pytest.mark.parametrize("damage", [break_type, drop_criteria, break_block])
+def test_damaged_reports_are_refused(report, tmp_path, damage):
+    path = tmp_path / "run.hesd.json"
+    report.save(path)
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(hesd.CheckpointError, match=r"run\.hesd\.json.*damaged"):
+        hesd.load_report(path)
+
+
+def test_what_is_not_a_report_is_refused(report, tmp_path):
+    path = tmp_path / "run.hesd.json"
+    with pytest.raises(hesd.CheckpointError, match="cannot be read"):
+        hesd.load_report(path)
+    path.write_text("{")
+    with pytest.raises(hesd.CheckpointError, match="cannot be read"):
+        hesd.load_report(path)
+    path.write_text("[1, 2]")
+    with pytest.raises(hesd.CheckpointError, match="not a report"):
+        hesd.load_report(path)
+    report.save(path)
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(hesd.CheckpointError, match="format version 99"):
+        hesd.load_report(path)
+
+
+def test_the_print_names_everything(report):
+    text = str(report)
+    for word in (
+        "66 parameters",
+        "type",
+        "because",
+        "lambda_max",
+        "trace",
+        "r_e",
+        "K_Hn",
+        "k_mass",
+        "balance",
+        "48 products",
+    ):
+        assert word in text, word
+
+
+def test_plot_draws_the_density_of_the_measure(report, tmp_path):
+    figure = report.plot(tmp_path / "hesd.png", sigma=0.01)
+    assert (tmp_path / "hesd.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    line = axes.lines[0]
+    np.testing.assert_allclose(line.get_ydata(), report.measure.density(line.get_xdata(), 0.01))
+    assert line.get_xdata()[0] < report.lambda_min.value
+    assert line.get_xdata()[-1] > report.lambda_max.value
+
+
+def test_plots_of_several_and_of_degenerate_reports(report, zero_report, tmp_path):
+    figure = plot_densities({"a": report, "b": zero_report}, tmp_path / "both.svg")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [label.split(":")[0] for label in labels] == ["a", "b"]
+    zero_report.plot(tmp_path / "zero.png")
+    assert (tmp_path / "zero.png").stat().st_size > 0
+    with pytest.raises(hesd.ProblemError, match="no report"):
+        plot_densities({})
+    with pytest.raises(hesd.ProblemError, match="sigma"):
+        report.plot(sigma=0.0)
