@@ -1,6 +1,6 @@
 """Kernels against plain PyTorch: one orthogonalization sweep and one Gram matrix, checked before they are timed.
 
-    make bench
+make bench
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of the four gzipped IDX files")
     parser.add_argument("--out", type=Path, default=Path("fashion-mnist"), help="folder for reports and pictures")
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--images", type=int, default=2000, help="images of each split to analyse")
+    parser.add_argument("--images", type=int, default=1000, help="images of each split to analyse")
     parser.add_argument("--block-size", type=int, default=4, help="probes")
     parser.add_argument("--max-steps", type=int, default=60, help="block Lanczos steps")
     arguments = parser.parse_args()
