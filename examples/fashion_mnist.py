@@ -99,21 +99,22 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return right / len(labels)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Train, analyse, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of the four gzipped IDX files")
     parser.add_argument("--out", type=Path, default=Path("fashion-mnist"), help="folder for reports and pictures")
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--training-images", type=int, default=60_000, help="images to train on")
     parser.add_argument("--images", type=int, default=1000, help="images of each split to analyse")
     parser.add_argument("--block-size", type=int, default=4, help="probes")
     parser.add_argument("--max-steps", type=int, default=60, help="block Lanczos steps")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     splits = {split: load(arguments.data, split) for split in FILES}
     torch.manual_seed(0)
     model = LeNet5()
-    train(model, *splits["train"], arguments.epochs)
+    train(model, *(tensor[: arguments.training_images] for tensor in splits["train"]), arguments.epochs)
     print(", ".join(f"{split} accuracy {accuracy(model, *splits[split]):.1%}" for split in splits))
 
     arguments.out.mkdir(parents=True, exist_ok=True)
