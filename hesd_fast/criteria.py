@@ -11,12 +11,12 @@ import numpy as np
 
 from .errors import ProblemError
 from .estimate import Estimate
-from .jacobi import cdf_band
+from .jacobi import cdf_band, hinge_bounds
 from .spectrum import SpectralMeasure, standard_error
 from .tridiagonal import Array, BlockTridiagonal
 
 STEP_COUNTS = 8
-BOUNDED = "bounds of the distribution function and two standard errors of the probes"
+BOUNDED = "tightest bounds from the moments and two standard errors of the probes"
 BARE = "the measure as given, two standard errors over its probes"
 
 
@@ -71,9 +71,9 @@ def criteria(
     - ``r_e``: from the extreme Ritz values and their residual norms;
     - ``k_hn``: the range over 8 step counts from ``m/2`` to ``m``, each with two standard errors over the probes, and
       over both signs of the nodes within the resolution. This is a spread, not a bound;
-    - ``k_mass``, ``balance``, ``unresolved_mass``: from the bounds of the distribution function, which are rigorous for
-      the probes' measure, and two standard errors of the probes. The value is the middle of what those bounds leave for
-      ``E_plus`` and ``E_minus`` before the standard errors, so no node of arbitrary sign decides it.
+    - ``k_mass``, ``balance``, ``unresolved_mass``: from the tightest bounds that the moments allow, which are rigorous
+      for the probes' measure, and two standard errors of the probes. The value is the middle of what those bounds leave
+      for ``E_plus`` and ``E_minus`` before the standard errors, so no node of arbitrary sign decides it.
 
     A bare measure is taken as it is: each criterion is computed per probe and averaged, with two standard errors over
     the probes, and the value of ``r_e`` is the plain ratio of its extreme nodes.
@@ -89,8 +89,8 @@ def criteria(
     exponent : float
         The exponent of ``k_hn``.
     mass_exponent : float
-        The exponent of ``k_mass`` and ``balance``. With 1 the bounds are much tighter, because ``E_plus - E_minus`` is
-        then the mean eigenvalue, which the quadrature gives exactly.
+        The exponent of ``k_mass`` and ``balance``. With 1 the bounds are much tighter: the integrand is then linear but
+        for a kink, and ``E_plus - E_minus`` is the mean eigenvalue, which the quadrature gives exactly.
     resolution : float, optional
         Magnitude below which the Hessian product is noise, in units of the eigenvalues. The noise floor,
         ``16 * roundoff * max|Ritz value|``, is used when it is larger, or when nothing is passed.
@@ -141,7 +141,7 @@ def criteria(
         k_hn=_k_hn_over_steps(measure, tridiagonal, exponent, threshold),
         k_mass=of_matrix.k_mass(values, BOUNDED),
         balance=of_matrix.balance(values, BOUNDED),
-        probe_balance=of_probes.balance(values, "bounds of the distribution function, for these probes"),
+        probe_balance=of_probes.balance(values, "tightest bounds from the moments, for these probes"),
         exponent=exponent,
         mass_exponent=mass_exponent,
         resolution=threshold,
@@ -232,10 +232,20 @@ def _signed_moments(
         )
     bands = [cdf_band(jacobi, threshold, exponent) for jacobi in measure.jacobi]
     sides = (bands, [band.reflected() for band in bands])
-    plus, minus = (_mean([band.tail_moment(threshold, exponent) for band in side]) for side in sides)
     squares = [_mean([band.tail_moment(threshold, 2.0 * exponent) for band in side]).high for side in sides]
 
     below, above = (bounds.tolist() for bounds in measure.cdf_bounds([-threshold, threshold]))
+    if exponent == 1.0:
+        # x = (x - threshold) + threshold wherever x > threshold
+        hinges = [[hinge_bounds(jacobi, threshold) for jacobi in measure.jacobi]]
+        hinges += [[hinge_bounds(jacobi.reflected(), threshold) for jacobi in measure.jacobi]]
+        masses = [(1.0 - above[1], 1.0 - below[1]), (below[0], above[0])]
+        plus, minus = (
+            _Interval(hinge.low + threshold * least, hinge.high + threshold * most)
+            for hinge, (least, most) in zip(map(_mean, hinges), masses, strict=True)
+        )
+    else:
+        plus, minus = (_mean([band.tail_moment(threshold, exponent) for band in side]) for side in sides)
     inside = _Interval(max(0.0, below[1] - above[0]), max(0.0, min(1.0, above[1] - below[0])))
     # A share and its complement have the same variance.
     inside_error = _two_standard_errors(measure, min(inside.high, 1.0 - inside.low), 1.0)

@@ -52,8 +52,8 @@ class Convolutional(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten())
-        self.classifier = nn.Linear(4 * 36, 3)
+        self.features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Softplus(), nn.Flatten())
+        self.classifier = nn.Linear(6 * 36, 3)
         self.features[1].running_mean.uniform_(-0.1, 0.1)
         self.features[1].running_var.uniform_(0.5, 1.5)
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from block_lanczos_numpy import EPSILON, Array, block_lanczos, rademacher, rotation
+from scipy.optimize import linprog
 from test_spectrum import SIZE, SPECTRA, scale_of
 
-from hesd_fast.jacobi import CDFBand, cdf_band, jacobi_of_probe
+from hesd_fast.jacobi import CDFBand, Jacobi, cdf_band, hinge_bounds, jacobi_of_probe
 from hesd_fast.spectrum import SpectralMeasure
 
 
@@ -150,3 +151,60 @@ def test_a_coarser_roundoff_widens_the_band() -> None:
         low, high = SpectralMeasure.from_tridiagonal(replace(fine, epsilon=epsilon)).cdf_bounds(points)
         widths.append(high - low)
     assert (widths[1] > widths[0]).all()
+
+
+def moment_programme(jacobi: Jacobi, grid: Array, integrand: Array) -> tuple[float, float]:
+    """Least and greatest integral over all measures on a grid with the moments 0 ... 2s: two linear programmes."""
+    polynomials, previous, coupling = [np.ones_like(grid)], np.zeros_like(grid), 0.0
+    for alpha, beta in zip(jacobi.diagonal, jacobi.offdiagonal, strict=True):
+        following = ((grid - alpha) * polynomials[-1] - coupling * previous) / beta
+        previous, coupling = polynomials[-1], beta
+        polynomials.append(following)
+    pairs = [(order // 2, order - order // 2) for order in range(2 * jacobi.diagonal.size + 1)]
+    rows = np.array([polynomials[a] * polynomials[b] for a, b in pairs])
+    moments = np.array([float(a == b) for a, b in pairs])
+    size = np.abs(rows).max(axis=0)
+    ends = [linprog(sign * integrand / size, A_eq=rows / size, b_eq=moments) for sign in (1.0, -1.0)]
+    assert all(end.success for end in ends)
+    return float(ends[0].fun), -float(ends[1].fun)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("threshold", [-0.3, 0.0, 0.4, 1.1])
+def test_hinge_bounds_are_the_optimum_of_the_moment_problem(steps: int, threshold: float) -> None:
+    measure = run("indefinite", rademacher(1, SIZE, 3), steps)
+    (jacobi,) = measure.jacobi
+    low, high = hinge_bounds(jacobi, threshold)
+    spectrum = SPECTRA["indefinite"]
+    span = 8.0 * scale_of("indefinite")
+    grid = np.union1d(np.linspace(-span, span, 8001), [threshold])
+    least, greatest = moment_programme(jacobi, grid, np.clip(grid - threshold, 0.0, None))
+    # The grid admits fewer measures than the line, by its spacing squared times a density, and its ends cut some off.
+    assert low <= least + 1e-6
+    assert greatest <= high + 1e-6
+    assert least - low <= 2e-3 * scale_of("indefinite")
+    assert high - greatest <= 2e-3 * scale_of("indefinite")
+    weights = probe_weights(rademacher(1, SIZE, 3))[0]
+    assert low <= float(weights @ np.clip(spectrum - threshold, 0.0, None)) <= high
+
+
+@pytest.mark.parametrize("name", list(SPECTRA))
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 40])
+def test_hinge_bounds_enclose_the_truth_on_both_sides(name: str, steps: int) -> None:
+    z = rademacher(3, SIZE, 7)
+    measure = run(name, z, steps)
+    for threshold in (1e-6, 1e-2, 0.6, 50.0):
+        for j, jacobi in enumerate(measure.jacobi):
+            for one, sign in ((jacobi, 1.0), (jacobi.reflected(), -1.0)):
+                truth = float(probe_weights(z)[j] @ np.clip(sign * SPECTRA[name] - threshold, 0.0, None))
+                low, high = hinge_bounds(one, threshold)
+                assert low <= truth + 100 * EPSILON
+                assert truth <= high + 100 * EPSILON
+
+
+def test_hinge_bounds_are_much_tighter_than_the_band() -> None:
+    measure = run("indefinite", rademacher(1, SIZE, 0), 20)
+    (jacobi,) = measure.jacobi
+    low, high = hinge_bounds(jacobi, 1e-3)
+    least, most = cdf_band(jacobi, 1e-3, 1.0).tail_moment(1e-3, 1.0)
+    assert high - low < 0.5 * (most - least)
