@@ -16,7 +16,7 @@ from hesd_fast import _engine
 from hesd_fast.criteria import criteria
 from hesd_fast.errors import HESDWarning, ProblemError
 from hesd_fast.hesd_type import classify
-from hesd_fast.lanczos import block_lanczos
+from hesd_fast.lanczos import block_lanczos, check_options
 from hesd_fast.operators import HessianOperator
 from hesd_fast.parameters import Selection
 from hesd_fast.problem import Loss, Problem
@@ -95,11 +95,13 @@ def analyze(
     """
     problem = _as_problem(model, loss, data, parameters, mode)
     settings = _settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
+    check_options(problem.size, settings.max_steps, settings.block_size, settings.reorthogonalization, seed)
     started = time.perf_counter()
     with problem.session():
         problem.prepare()
+        fingerprint = problem.fingerprint
         operator = HessianOperator(problem)
-        with ProductProgress(min(settings.max_steps * settings.block_size, problem.size), enabled=progress) as bar:
+        with ProductProgress(settings.max_steps * settings.block_size, enabled=progress) as bar:
             tridiagonal = block_lanczos(
                 operator,
                 settings.max_steps,
@@ -109,7 +111,6 @@ def analyze(
                 window=settings.window,
                 on_step=bar.update,
             )
-    seconds = time.perf_counter() - started
     facts = ProblemFacts(
         model=type(problem.model).__name__,
         size=problem.size,
@@ -120,10 +121,26 @@ def analyze(
         parameter_norm_squared=problem.parameter_norm_squared,
         batches=problem.batch_count,
         terms=problem.total_count,
-        fingerprint=problem.fingerprint,
+        fingerprint=fingerprint,
     )
-    cost = Cost(tridiagonal.products, seconds, _peak_bytes(problem), operator.strategy.name)
-    return _report(tridiagonal, facts, cost, settings, protocol, seed)
+    measure = SpectralMeasure.from_tridiagonal(tridiagonal)
+    found = criteria(measure)
+    hesd_type, evidence = classify(
+        measure, found, loss_value=facts.loss, parameter_norm_squared=facts.parameter_norm_squared
+    )
+    checks = _checks(tridiagonal, measure)
+    for check in checks:
+        if not check.passed:
+            warnings.warn(f"the check of {check.name} failed: {check.detail}", HESDWarning, stacklevel=2)
+    options = {
+        "block_size": settings.block_size,
+        "max_steps": settings.max_steps,
+        "reorthogonalization": settings.reorthogonalization,
+        "protocol": protocol,
+        "seed": seed,
+    }
+    cost = Cost(tridiagonal.products, time.perf_counter() - started, _peak_bytes(problem), operator.strategy.name)
+    return Report(hesd_type, evidence, found, measure, facts, cost, checks, options, _versions())
 
 
 def _as_problem(
@@ -161,29 +178,8 @@ def _settings(
             raise ProblemError(f"block_size is {block_size!r}; wanted an integer or 'auto'")
         block_size = min(DEFAULT_BLOCK_SIZE, size)
     steps = DEFAULT_MAX_STEPS if max_steps is None else max_steps
-    return Protocol(block_size, steps, reorthogonalization or "full", 10)
-
-
-def _report(
-    tridiagonal: BlockTridiagonal, facts: ProblemFacts, cost: Cost, settings: Protocol, protocol: str | None, seed: int
-) -> Report:
-    measure = SpectralMeasure.from_tridiagonal(tridiagonal)
-    found = criteria(measure, resolution=tridiagonal.recurrence_error)
-    hesd_type, evidence = classify(
-        measure, found, loss_value=facts.loss, parameter_norm_squared=facts.parameter_norm_squared
-    )
-    checks = _checks(tridiagonal, measure)
-    for check in checks:
-        if not check.passed:
-            warnings.warn(f"the check of {check.name} failed: {check.detail}", HESDWarning, stacklevel=3)
-    options = {
-        "block_size": settings.block_size,
-        "max_steps": settings.max_steps,
-        "reorthogonalization": settings.reorthogonalization,
-        "protocol": protocol,
-        "seed": seed,
-    }
-    return Report(hesd_type, evidence, found, measure, facts, cost, checks, options, _versions())
+    mode = "full" if reorthogonalization is None else reorthogonalization
+    return Protocol(block_size, steps, mode, PROTOCOLS["lla"].window)
 
 
 def _checks(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> tuple[Check, ...]:

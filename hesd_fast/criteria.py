@@ -15,7 +15,7 @@ from .jacobi import cdf_band, hinge_bounds
 from .spectrum import SpectralMeasure, standard_error
 from .tridiagonal import Array, BlockTridiagonal
 
-STEP_COUNTS = 8
+STEP_COUNTS = 4
 BOUNDED = "tightest bounds from the moments and two standard errors of the probes"
 BARE = "the measure as given, two standard errors over its probes"
 
@@ -68,8 +68,8 @@ def criteria(
 
     Of a measure made from a tridiagonal, the intervals are
 
-    - ``r_e``: from the extreme Ritz values and their residual norms;
-    - ``k_hn``: the range over 8 step counts from ``m/2`` to ``m``, each with two standard errors over the probes, and
+    - ``r_e``: from the intervals of the extreme eigenvalues;
+    - ``k_hn``: the range over 4 step counts from ``m/2`` to ``m``, each with two standard errors over the probes, and
       over both signs of the nodes within the resolution. This is a spread, not a bound;
     - ``k_mass``, ``balance``, ``unresolved_mass``: from the tightest bounds that the moments allow, which are rigorous
       for the probes' measure, and two standard errors of the probes. The value is the middle of what those bounds leave
@@ -103,7 +103,7 @@ def criteria(
 
     Notes
     -----
-    Costs about 160 symmetric eigenproblems of order ``m + 1`` per probe, and 8 of at most order ``k``.
+    Costs about 320 symmetric eigenproblems of order ``m + 1`` per probe, and 3 of at most order ``k``.
 
     References
     ----------
@@ -288,7 +288,7 @@ def _extreme_ratio(measure: SpectralMeasure, threshold: float) -> Estimate:
     smallest, largest = measure.lambda_min, measure.lambda_max
     negative = _Interval(max(0.0, -smallest.high), max(0.0, -smallest.low))
     positive = _Interval(max(0.0, largest.low), max(0.0, largest.high))
-    method = "extreme Ritz values and their residual norms"
+    method = "intervals of the extreme eigenvalues"
     if smallest.value >= -threshold:
         high = _ratio(negative.high, positive.low) if largest.value > threshold else math.inf
         return Estimate(0.0, 0.0, high, method + "; no negative value is resolved")
@@ -334,7 +334,7 @@ def _signed_sums(nodes: Array, weights: Array, exponent: float, threshold: float
 
 def _threshold(measure: SpectralMeasure, resolution: float) -> float:
     """Return the larger of the resolution and the noise floor; never zero, so that a zero spectrum is within it."""
-    return max(measure.rounding * measure.largest_magnitude, resolution, float(np.finfo(np.float64).tiny))
+    return max(measure.noise, resolution, float(np.finfo(np.float64).tiny))
 
 
 def _ratio(negative: float, positive: float) -> float:

@@ -140,7 +140,7 @@ def classify(
         max(largest.value, negated.value, 0.0),
         max(largest.low, negated.low, 0.0),
         max(largest.high, negated.high, 0.0),
-        "extreme Ritz values and their residual norms",
+        "intervals of the extreme eigenvalues",
     )
     sharpness = _sharpness(curvature, loss_value, parameter_norm_squared)
 

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from .tridiagonal import Array, BlockTridiagonal
+from .tridiagonal import NOISE_MULTIPLE, Array, BlockTridiagonal
 
 ROUNDING = 8.0
 """Relative rounding allowance of the bounds, in units of the roundoff."""
@@ -257,6 +257,8 @@ def jacobi_of_probe(tridiagonal: BlockTridiagonal, matrix: Array, probe: int) ->
             break
         vector = product / beta
     rounding = ROUNDING * max(tridiagonal.epsilon, SMALLEST_ROUNDOFF)
+    if scale > 0.0:
+        rounding = max(rounding, NOISE_MULTIPLE * (tridiagonal.recurrence_error or 0.0) / scale)
     return Jacobi(np.array(alphas), np.array(betas), scale, rounding)
 
 
@@ -330,7 +332,11 @@ def _keep_away_from_zero(values: Array, least: float) -> Array:
 def _eigen(diagonal: Array, offdiagonal: Array) -> tuple[Array, Array]:
     """Return eigenvalues and eigenvectors of a symmetric tridiagonal matrix, in ``O(s^2)``.
 
-    This driver calls no threaded BLAS. For many small matrices, threads cost far more than they bring.
+    This driver calls no threaded BLAS. For many small matrices, threads cost far more than they bring. It gives up on
+    some matrices with many nearly equal eigenvalues, as ghost copies are; QR iteration does not.
     """
-    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, offdiagonal, lapack_driver="stemr")
+    try:
+        values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, offdiagonal, lapack_driver="stemr")
+    except np.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, offdiagonal, lapack_driver="stev")
     return np.asarray(values, dtype=np.float64), np.asarray(vectors, dtype=np.float64)

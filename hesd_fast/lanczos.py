@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,10 @@ PROBE_KINDS = ("rademacher", "gaussian")
 
 BREAKDOWN_MULTIPLE = 8.0
 """A direction is dropped when its norm is at most this many machine epsilons times the largest product so far."""
+
+
+LARGEST_ASYMMETRY = 1e-2
+"""Asymmetry of the products, relative to the largest one, at which a run ends; below it widens the intervals."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ def block_lanczos(
     if probes is not None:
         _check_probes(probes, n)
         block_size, probe_kind = probes.shape[0], "given"
-    _check_options(n, steps, block_size, reorthogonalization, window, probe_kind, seed)
+    check_options(n, steps, block_size, reorthogonalization, seed, window, probe_kind)
+    steps, block_size, window, seed = int(steps), int(block_size), int(window), int(seed)
     if operator.device.type != "cpu":
         raise EngineError(
             f"the operator is on {operator.device}; this build has kernels for the CPU only. "
@@ -124,6 +130,7 @@ def block_lanczos(
         reduce=None,
     )
     engine.start()
+    epsilon = max(torch.finfo(operator.dtype).eps, getattr(operator, "epsilon", 0.0))
     products = 0
     while not engine.finished:
         row, width = engine.current_row, engine.current_width
@@ -135,6 +142,7 @@ def block_lanczos(
         except EngineError as error:  # raised before the product is touched
             _name_non_finite(product, operator, error)
             raise
+        _check_symmetry(engine.recurrence_error, engine.scale, epsilon)
         if on_step is not None:
             on_step(LanczosProgress(engine.steps, steps, products))
 
@@ -147,7 +155,7 @@ def block_lanczos(
         start=engine.start_factor,
         diagonal=diagonal,
         offdiagonal=tuple(engine.offdiagonal),
-        epsilon=torch.finfo(operator.dtype).eps,
+        epsilon=epsilon,
         reorthogonalization=reorthogonalization,
         products=products,
         orthogonality=orthogonality,
@@ -165,11 +173,18 @@ def _check_probes(probes: Tensor, n: int) -> None:
         raise ProblemError("probes holds a number that is not finite; wanted finite vectors")
 
 
-def _check_options(
-    n: int, steps: int, block_size: int, reorthogonalization: str, window: int, probe_kind: str, seed: int
+def check_options(
+    n: int,
+    steps: int,
+    block_size: int,
+    reorthogonalization: str,
+    seed: int,
+    window: int = 10,
+    probe_kind: str = "rademacher",
 ) -> None:
+    """Raise a ProblemError for options of :func:`block_lanczos` that cannot be used with n parameters."""
     for name, value in (("steps", steps), ("block_size", block_size), ("window", window), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise ProblemError(f"{name} is {value!r}; wanted an integer")
     if steps < 1:
         raise ProblemError(f"steps is {steps}; wanted at least 1")
@@ -205,6 +220,17 @@ def _check_memory(rows: int, n: int, dtype: torch.dtype) -> None:
             f"the Lanczos basis takes {needed / 2**30:.1f} GiB ({rows} vectors of {n} {dtype}), but "
             f"{available / 2**30:.1f} GiB are available; "
             'take fewer steps, or reorthogonalization="none", which keeps three panels'
+        )
+
+
+def _check_symmetry(error: float, scale: float, epsilon: float) -> None:
+    allowed = max(LARGEST_ASYMMETRY, 8.0 * epsilon) * scale
+    if error > allowed:
+        raise OperatorError(
+            f"the products are not those of one symmetric matrix: u'Hv and v'Hu differ by {error:.3g}, "
+            f"{error / scale:.2g} of the largest product (at most {allowed / scale:.2g} is allowed). Likely causes are an "
+            "operation with a wrong second derivative, or a loss that changes from one product to the next; "
+            "compare a few products with a dense Hessian"
         )
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .errors import ProblemError
 from .estimate import Estimate
+from .extremes import reach_beyond
 from .jacobi import Jacobi, cdf_bounds, jacobi_of_probe
 from .tridiagonal import RITZ_ROUNDING, Array, BlockTridiagonal
 
@@ -84,7 +85,7 @@ class SpectralMeasure:
         self.weight_sums = _readonly(np.array([w.sum() for w in weight_arrays]))
         self.size = size
         self.tridiagonal: BlockTridiagonal | None = None
-        self._residuals: Array | None = None
+        self._reach: dict[float, float] = {}
 
     @classmethod
     def from_tridiagonal(cls, tridiagonal: BlockTridiagonal) -> SpectralMeasure:
@@ -111,7 +112,8 @@ class SpectralMeasure:
         measure = cls([values] * tridiagonal.probes, list(weights / sums[:, None]), size=tridiagonal.size)
         measure.weight_sums = _readonly(sums)
         measure.tridiagonal = tridiagonal
-        measure._residuals = residuals
+        for side, residual in ((-1.0, float(residuals[0])), (1.0, float(residuals[-1]))):
+            measure._reach[side] = reach_beyond(tridiagonal, values, vectors, side) if measure.random else residual
         return measure
 
     @property
@@ -123,6 +125,13 @@ class SpectralMeasure:
     def rounding(self) -> float:
         """Roundoff relative to ``max|node|`` up to which a node is known; double precision for a bare measure."""
         return RITZ_ROUNDING * max(2.0**-52, self.tridiagonal.epsilon if self.tridiagonal is not None else 0.0)
+
+    @property
+    def noise(self) -> float:
+        """How far rounding and noisy products may have moved a node."""
+        if self.tridiagonal is None:
+            return self.rounding * self.largest_magnitude
+        return self.tridiagonal.noise(self.largest_magnitude)
 
     @property
     def largest_magnitude(self) -> float:
@@ -223,18 +232,19 @@ class SpectralMeasure:
 
     @property
     def lambda_max(self) -> Estimate:
-        """The largest eigenvalue: the largest Ritz value, with ``[Ritz value, Ritz value + residual norm]``.
+        """The largest eigenvalue: the largest Ritz value, and how far beyond it an eigenvalue can hide.
 
-        Certain, up to rounding: the largest eigenvalue is not below the Ritz value, and some eigenvalue lies in the
-        interval. Only very likely: that this one is the largest. A random probe almost never misses an eigenvector,
-        but before convergence the largest eigenvalue can still lie beyond the interval. For a bare measure: the range
-        of the largest nodes of its probes.
+        The largest eigenvalue is not below the Ritz value. It is above the interval only if the probes see so little
+        of its eigenvector as happens with probability 0.025; see `hesd_fast.extremes.reach_beyond`. Both ends include
+        an allowance for rounding and for the measured noise of the products. For probes that are not random the upper
+        end is the residual norm: some eigenvalue lies within it, not certainly the largest. For a bare measure: the
+        range of the largest nodes of its probes.
         """
         return self._extreme(1.0)
 
     @property
     def lambda_min(self) -> Estimate:
-        """The smallest eigenvalue: the smallest Ritz value, with ``[Ritz value - residual norm, Ritz value]``.
+        """The smallest eigenvalue: the smallest Ritz value, and how far beyond it an eigenvalue can hide.
 
         The mirror image of `lambda_max`.
         """
@@ -245,11 +255,12 @@ class SpectralMeasure:
         """Return the estimate of the largest eigenvalue of ``sign * H``."""
         extremes = [float((sign * x).max()) for x in self.nodes]
         value = max(extremes)
-        if self._residuals is None:
+        if self.tridiagonal is None:
             return Estimate(value, min(extremes), value, "the nodes of the measure, range over its probes")
-        allowance = self.rounding * self.largest_magnitude
-        residual = float(self._residuals[-1 if sign > 0 else 0])
-        return Estimate(value, value - allowance, value + residual, "Ritz value and its residual norm, with rounding")
+        method = (
+            "room that the moments leave for an eigenvalue the probes have missed" if self.random else "residual norm"
+        )
+        return Estimate(value, value - self.noise, value + self._reach[sign] + self.noise, f"{method}, and noise")
 
     @property
     def trace(self) -> Estimate:
@@ -276,8 +287,13 @@ class SpectralMeasure:
 
     @property
     def mean_rounding(self) -> float:
-        """Rounding allowance of the mean: an error ``r`` of a unit probe ``z`` moves ``z^T H z`` by ``2 r ||H z||``."""
-        return 2.0 * self.rounding * math.sqrt(self.second_moment_bound())
+        """Allowance of the mean for rounding and noise.
+
+        An error ``r`` of a unit probe ``z`` moves ``z^T H z`` by ``2 r ||H z||``; the recurrence error is the noise of
+        such a product.
+        """
+        noise = 0.0 if self.tridiagonal is None else self.tridiagonal.recurrence_error or 0.0
+        return 2.0 * self.rounding * math.sqrt(self.second_moment_bound()) + noise
 
     @property
     def random(self) -> bool:

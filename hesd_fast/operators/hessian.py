@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hesd_fast.errors import OperatorError
@@ -33,6 +34,11 @@ class HessianOperator(OperatorBase):
         self.problem = problem
         self.strategy = DoubleBackward(compensated)
         self._is_prepared = False
+
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the coarsest selected parameter, which limits the accuracy of the products."""
+        return max(torch.finfo(parameter.dtype).eps for parameter in self.problem.parameters.values())
 
     def describe(self, column: int) -> str:
         """Return the name of the parameter that a column belongs to."""
