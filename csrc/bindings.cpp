@@ -6,6 +6,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
@@ -67,6 +69,9 @@ class LentPanel {
         try {
             capsule = object.attr("__dlpack__")();
         } catch (py::error_already_set& error) {
+            if (error.matches(PyExc_KeyboardInterrupt)) {
+                throw;
+            }
             fail(std::string("cannot be lent by DLPack (") + std::string(py::str(error.value())) +
                  "); a tensor that requires grad needs .detach(), a read-only array needs a copy");
         }
@@ -122,7 +127,7 @@ class LentPanel {
         panel_.rows = tensor.shape[0];
         panel_.columns = tensor.shape[1];
         panel_.stride = panel_.columns;
-        if (tensor.strides != nullptr) {
+        if (tensor.strides != nullptr && panel_.rows * panel_.columns > 0) {
             if (panel_.columns > 1 && tensor.strides[1] != 1) {
                 fail("has a stride of " + std::to_string(tensor.strides[1]) +
                      " elements within a vector; wanted 1. Pass a contiguous panel");
@@ -205,8 +210,10 @@ class PythonReduction {
     static void call(void* context, double* values, std::int64_t count) {
         const py::gil_scoped_acquire gil;
         const auto& self = *static_cast<PythonReduction*>(context);
-        const py::capsule unowned(values, [](void*) {});
-        self.function_(py::array_t<double>(count, values, unowned));
+        // An array that Python owns: a callback may keep it.
+        const py::array_t<double> array(count, values);
+        self.function_(array);
+        std::copy_n(array.data(), count, values);
     }
 
     py::object function_;
@@ -257,6 +264,9 @@ py::tuple panel_orthonormalize(const py::object& w_object, const py::object& out
     if (!(tolerance >= 0.0)) {
         throw EngineError("`tolerance` is " + std::to_string(tolerance) + "; wanted a number >= 0");
     }
+    if (max_rank < 0) {
+        throw EngineError("`max_rank` is " + std::to_string(max_rank) + "; wanted a number >= 0");
+    }
     const std::int64_t b = w.panel().rows;
     Matrix factor({b, b});
     double* data = factor.mutable_data();
@@ -284,6 +294,9 @@ void panel_combine(const py::object& s_object, const py::object& v_object, const
 void accumulate_hvp(const py::object& out_object, const std::vector<py::object>& part_objects,
                     const std::vector<std::int64_t>& offsets, double alpha, const py::object& compensation_object) {
     const LentPanel out(out_object, "out", true);
+    if (!std::isfinite(alpha)) {
+        throw EngineError("`alpha` is " + std::to_string(alpha) + "; wanted a finite number");
+    }
     if (part_objects.size() != offsets.size()) {
         throw EngineError("`parts` has " + std::to_string(part_objects.size()) + " tensors and `offsets` " +
                           std::to_string(offsets.size()) + " numbers; wanted one offset for each part");
@@ -325,6 +338,9 @@ void accumulate_hvp(const py::object& out_object, const std::vector<py::object>&
             compensation->fail("has another precision than `out`; wanted the same");
         }
         require_apart(*compensation, out);
+        for (const LentPanel& part : lent) {
+            require_apart(part, *compensation);
+        }
     }
     const py::gil_scoped_release unlocked;
     hesd::cpu_kernels().accumulate_hvp(out.panel(), parts.data(), static_cast<std::int64_t>(parts.size()), alpha,
@@ -372,16 +388,45 @@ class PythonBlockLanczos {
     }
 
     void start() {
+        const Working working(*this);
         const py::gil_scoped_release unlocked;
         lanczos_.start();
     }
     void advance() {
+        const Working working(*this);
         const py::gil_scoped_release unlocked;
         lanczos_.advance();
     }
-    [[nodiscard]] const BlockLanczos& lanczos() const { return lanczos_; }
+    [[nodiscard]] const BlockLanczos& lanczos() const {
+        if (working_) {
+            fail_working();
+        }
+        return lanczos_;
+    }
 
    private:
+    // Steps run without the GIL; meanwhile nobody else may step or read. Taken and given back with the GIL held.
+    class Working {
+       public:
+        explicit Working(PythonBlockLanczos& owner) : owner_(owner) {
+            if (owner_.working_) {
+                fail_working();
+            }
+            owner_.working_ = true;
+        }
+        ~Working() { owner_.working_ = false; }
+        Working(const Working&) = delete;
+        Working& operator=(const Working&) = delete;
+
+       private:
+        PythonBlockLanczos& owner_;
+    };
+
+    [[noreturn]] static void fail_working() {
+        throw EngineError("BlockLanczos is in the middle of a step on another thread; wait for it to return");
+    }
+
+    std::atomic<bool> working_{false};
     LentPanel basis_;
     LentPanel work_;
     PythonReduction reduction_;

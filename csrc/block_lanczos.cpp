@@ -76,6 +76,13 @@ BlockLanczos::BlockLanczos(const Kernels& kernels, Panel basis, Panel work, Bloc
         refuse("global_size " + std::to_string(options.global_size) + " is smaller than the panel's " +
                std::to_string(basis.columns) + " columns");
     }
+    if (options.global_size > basis.columns && reduction.sum == nullptr) {
+        refuse("global_size " + std::to_string(options.global_size) + " is larger than the panel's " +
+               std::to_string(basis.columns) + " columns, but there is no reduction over shards");
+    }
+    if (!(options.breakdown_multiple >= 0.0 && std::isfinite(options.breakdown_multiple))) {
+        refuse("breakdown_multiple must be finite and not negative");
+    }
     if (options.block > options.global_size) {
         refuse("block size " + std::to_string(options.block) + " is larger than the dimension " +
                std::to_string(options.global_size));
@@ -101,9 +108,10 @@ std::int64_t BlockLanczos::current_row() const { return slot(step_) * options_.b
 Panel BlockLanczos::stored() const { return basis_.slice(0, std::min(step_ + 1, slots_) * options_.block); }
 
 void BlockLanczos::start() {
-    if (started_) {
+    if (started_ || failed_) {
         throw EngineError("BlockLanczos: start() was called twice");
     }
+    failed_ = true;
     const std::int64_t b = options_.block;
     std::vector<double> gram = zeros(b * b);
     kernels_->panel_gram(work_, work_, gram.data());
@@ -120,6 +128,7 @@ void BlockLanczos::start() {
     width_ = result.rank;
     rank_ = result.rank;
     started_ = true;
+    failed_ = false;
 }
 
 void BlockLanczos::advance() {
@@ -127,6 +136,11 @@ void BlockLanczos::advance() {
         throw EngineError(started_ ? "BlockLanczos: advance() after the recurrence has finished"
                                    : "BlockLanczos: advance() before start()");
     }
+    if (failed_) {
+        throw EngineError(
+            "BlockLanczos: an earlier step ended with an error, so the recurrence is not whole; start a new one");
+    }
+    failed_ = true;
     const Panel v = stored();
     const Panel w = work_.slice(0, width_);
     const std::int64_t k = v.rows;
@@ -174,6 +188,7 @@ void BlockLanczos::advance() {
     rank_ += width_;
     invariant_ = width_ == 0;
     finished_ = invariant_ || step_ == options_.max_steps;
+    failed_ = false;
 }
 
 // A_j is the symmetric part of its projection; the rest of the projection ought to repeat C_{j-1} and be zero before.

@@ -92,6 +92,7 @@ class BlockLanczos {
     bool started_ = false;
     bool finished_ = false;
     bool invariant_ = false;
+    bool failed_ = false;  // set while a step runs: one that ends by an exception leaves it set
     double scale_ = 0.0;
     double recurrence_error_ = 0.0;
     std::int64_t extra_sweeps_ = 0;

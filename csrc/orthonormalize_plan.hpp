@@ -11,6 +11,11 @@ namespace hesd {
 class OrthonormalizePlan {
    public:
     OrthonormalizePlan(std::int64_t rows, double tolerance, std::int64_t max_rank);
+    // Defined out of line, as everything here: code inlined into a file compiled for one instruction set could
+    // otherwise be shared with the others by the linker.
+    ~OrthonormalizePlan();
+    OrthonormalizePlan(const OrthonormalizePlan&) = delete;
+    OrthonormalizePlan& operator=(const OrthonormalizePlan&) = delete;
 
     // Takes the Gram matrix of the rows as they now are and prepares transform(), to be applied to them. Returns true
     // when the transformed rows are final; otherwise their Gram matrix is wanted next. Throws EngineError
@@ -18,7 +23,7 @@ class OrthonormalizePlan {
     bool next(const double* gram);
 
     // (rows, rows) row-major: new rows = transform * rows. Rows from the rank on come out as zero.
-    [[nodiscard]] const double* transform() const { return transform_.data(); }
+    [[nodiscard]] const double* transform() const;
 
     // Writes the factor L (rows, rows) of the contract and returns rank and weakest direction.
     OrthonormalizeResult finish(double* factor) const;
@@ -27,6 +32,7 @@ class OrthonormalizePlan {
     std::int64_t rows_;
     double tolerance_;
     std::int64_t max_rank_;
+    std::int64_t rounds_ = 0;
     std::int64_t resolved_ = 0;  // leading rows that are already directions of Q
     std::int64_t live_;          // leading rows that are not dropped; those in [resolved_, live_) are residuals
     double weakest_;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 from .errors import ProblemError
 from .estimate import Estimate
 from .jacobi import cdf_band, hinge_bounds
+from .settled import Settled
 from .spectrum import SpectralMeasure, standard_error
 from .tridiagonal import Array, BlockTridiagonal
 
@@ -133,15 +134,16 @@ def criteria(
             unresolved_mass=_spread(inside, 0.0, 1.0),
         )
 
-    unresolved, of_probes, of_matrix = _signed_moments(measure, mass_exponent, threshold)
+    unresolved, of_probes, corrected, of_matrix = _signed_moments(measure, mass_exponent, threshold)
     # Between bounds that hold nothing but rounding there is no value in the middle.
-    values = of_probes.middle() if measure.largest_magnitude > threshold else (0.0, 0.0)
+    resolved = measure.largest_magnitude > threshold
+    values, probe_values = (s.middle() if resolved else (0.0, 0.0) for s in (corrected, of_probes))
     return Criteria(
         r_e=_extreme_ratio(measure, threshold),
         k_hn=_k_hn_over_steps(measure, tridiagonal, exponent, threshold),
         k_mass=of_matrix.k_mass(values, BOUNDED),
         balance=of_matrix.balance(values, BOUNDED),
-        probe_balance=of_probes.balance(values, "tightest bounds from the moments, for these probes"),
+        probe_balance=of_probes.balance(probe_values, "tightest bounds from the moments, for these probes"),
         exponent=exponent,
         mass_exponent=mass_exponent,
         resolution=threshold,
@@ -162,8 +164,8 @@ def signed_moments(measure: SpectralMeasure, exponent: float, resolution: float)
     """
     if measure.tridiagonal is None:
         raise ProblemError("signed moments need the recurrence, got bare nodes; use SpectralMeasure.from_tridiagonal")
-    _, of_probes, of_matrix = _signed_moments(measure, exponent, _threshold(measure, resolution))
-    plus, minus = of_probes.middle()
+    _, _, corrected, of_matrix = _signed_moments(measure, exponent, _threshold(measure, resolution))
+    plus, minus = corrected.middle()
     return Estimate(plus, *of_matrix.plus, BOUNDED), Estimate(minus, *of_matrix.minus, BOUNDED)
 
 
@@ -173,6 +175,13 @@ class _Interval(NamedTuple):
 
     def widened(self, margin: float) -> _Interval:
         return _Interval(max(0.0, self.low - margin), self.high + margin)
+
+    def moved(self, distance: float) -> _Interval:
+        return _Interval(self.low + distance, self.high + distance)
+
+    def shifted(self, distance: float) -> _Interval:
+        """Return the interval of a quantity that cannot be negative, moved."""
+        return _Interval(max(0.0, self.low + distance), max(0.0, self.high + distance))
 
     def middle(self) -> float:
         return 0.5 * (self.low + self.high)
@@ -222,8 +231,12 @@ class _SignedMoments(NamedTuple):
 
 def _signed_moments(
     measure: SpectralMeasure, exponent: float, threshold: float
-) -> tuple[Estimate, _SignedMoments, _SignedMoments]:
-    """Return the unresolved mass, and what is known of ``E_plus``, ``E_minus`` of the probes and of the matrix."""
+) -> tuple[Estimate, _SignedMoments, _SignedMoments, _SignedMoments]:
+    """Return the unresolved mass, and what is known of ``E_plus`` and ``E_minus``.
+
+    First of the probes; then with the settled eigenvalues' part made exact; then of the matrix, with two standard
+    errors of what is not settled.
+    """
     tridiagonal = measure.tridiagonal
     if tridiagonal is not None and not tridiagonal.breakdown and exponent > tridiagonal.steps:
         raise ProblemError(
@@ -256,22 +269,56 @@ def _signed_moments(
         BOUNDED,
     )
 
-    most = max(measure.lambda_max.high, -measure.lambda_min.low) ** exponent
-    errors = [_two_standard_errors(measure, square, most) for square in squares]
-    difference, difference_error = _Interval(-math.inf, math.inf), 0.0
-    if exponent == 1.0:
-        # The mean is exact, but what lies within the threshold adds to it and not to E_plus - E_minus.
-        slack = threshold * inside.high + measure.mean_rounding
-        difference = _Interval(measure.mean() - slack, measure.mean() + slack)
-        difference_error = 2.0 * measure.sampling_error(measure.second_moment_bound())
-        difference_error += threshold * (unresolved.high - inside.high)
+    settled = measure.settled
+    if exponent != 1.0 or settled is None:
+        most = max(measure.lambda_max.high, -measure.lambda_min.low) ** exponent
+        errors = [_two_standard_errors(measure, square, most) for square in squares]
+        of_probes = _SignedMoments(plus, minus, _Interval(-math.inf, math.inf))
+        of_matrix = _SignedMoments(plus.widened(errors[0]), minus.widened(errors[1]), of_probes.difference)
+        return unresolved, of_probes, of_probes, of_matrix
+
+    # The mean is exact, but what lies within the threshold adds to it and not to E_plus - E_minus.
+    slack = threshold * inside.high + measure.mean_rounding
+    difference = _Interval(measure.mean() - slack, measure.mean() + slack)
     of_probes = _SignedMoments(plus, minus, difference).tightened()
-    of_matrix = _SignedMoments(
-        of_probes.plus.widened(errors[0]),
-        of_probes.minus.widened(errors[1]),
-        _Interval(difference.low - difference_error, difference.high + difference_error),
+    shifts = [settled.correction(part) for part in (_above(threshold), _below(-threshold), _outside(threshold))]
+    corrected = _SignedMoments(
+        of_probes.plus.shifted(shifts[0]), of_probes.minus.shifted(shifts[1]), difference.moved(shifts[2])
     ).tightened()
-    return unresolved, of_probes, of_matrix
+    difference_error = measure.mean_error + threshold * (unresolved.high - inside.high)
+    # What is not settled has a square of at most either bound: that of its side, or that of all that is not settled.
+    rest, most = measure.unsettled_square_bound(), _largest_unsettled(measure, settled)
+    errors = [
+        _two_standard_errors(measure, min(square, rest), most) + settled.uncertainty(part)
+        for square, part in zip(squares, (_above(threshold), _below(-threshold)), strict=True)
+    ]
+    of_matrix = _SignedMoments(
+        corrected.plus.widened(errors[0]),
+        corrected.minus.widened(errors[1]),
+        _Interval(corrected.difference.low - difference_error, corrected.difference.high + difference_error),
+    ).tightened()
+    return unresolved, of_probes, corrected, of_matrix
+
+
+def _above(threshold: float) -> Callable[[Array], Array]:
+    return lambda x: np.where(x > threshold, x, 0.0)
+
+
+def _below(threshold: float) -> Callable[[Array], Array]:
+    return lambda x: np.where(x < threshold, -x, 0.0)
+
+
+def _outside(threshold: float) -> Callable[[Array], Array]:
+    return lambda x: np.where(np.abs(x) > threshold, x, 0.0)
+
+
+def _largest_unsettled(measure: SpectralMeasure, settled: Settled) -> float:
+    """Return the largest magnitude of an eigenvalue that is not settled, hidden ones included."""
+    candidates = [0.0, *np.abs(measure.nodes[0][~settled.mask])]
+    for end, extreme in ((0, -measure.lambda_min.low), (-1, measure.lambda_max.high)):
+        if not settled.mask[end]:
+            candidates.append(extreme)
+    return float(max(candidates))
 
 
 def _two_standard_errors(measure: SpectralMeasure, square: float, most: float) -> float:

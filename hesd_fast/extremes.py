@@ -25,9 +25,9 @@ def reach_beyond(tridiagonal: BlockTridiagonal, values: Array, vectors: Array, s
     ``HIDING_RISK`` quantile with that probability only. Exact for Gaussian probes; for Rademacher ones as good as the
     central limit theorem, that is, for eigenvectors spread over many parameters.
 
-    With ``T = S Theta S^T``, ``B = S^T E_m C_{m-1}`` and ``D = (Theta - x I)^{-1}`` the mass is ``M(x) = (L_0 E_1^T S D B)
-    (I + B^T D^2 B)^{-1} (...)^T``. It falls off like the square of residual norm over distance, so a converged Ritz value has
-    a reach of a few residual norms. Costs ``139 k b^2`` operations, and as many again for a bisection.
+    With ``T = S Theta S^T``, ``B = S^T E_m C_{m-1}``, ``D = (Theta - x I)^{-1}``, ``F = L_0 E_1^T S D B`` the mass is
+    ``M(x) = F (I + B^T D^2 B)^{-1} F^T``. It falls off like the square of residual norm over distance, so a converged
+    Ritz value has a reach of a few residual norms. Costs ``139 k b^2`` operations, and a bisection.
 
     References
     ----------

@@ -62,7 +62,10 @@ def _like(matrix: npt.NDArray[np.float64], panel: Panel) -> Matrix:
 
 
 def _as_array(matrix: Matrix) -> npt.NDArray[np.float64]:
-    return np.ascontiguousarray(matrix, dtype=np.float64)
+    array = np.asarray(matrix)
+    if array.dtype.kind not in "fiu":
+        raise EngineError(f"the matrix of coefficients has dtype {array.dtype}; wanted float64")
+    return np.ascontiguousarray(array, dtype=np.float64)
 
 
 def panel_gram(V: Panel, W: Panel) -> Matrix:
@@ -244,9 +247,17 @@ def fill_probes(out: Panel, seed: int, *, first_probe: int = 0, first_index: int
     ----------
     Salmon, Moraes, Dror, Shaw, SC 2011 (Philox 4x32-10).
     """
-    for name, value, bits in (("seed", seed, 64), ("first_probe", first_probe, 32), ("first_index", first_index, 64)):
-        if not 0 <= value < 2**bits:
-            raise EngineError(f"`{name}` is {value}; wanted an integer in [0, 2**{bits})")
+    rows, columns = out.shape if len(out.shape) == 2 else (1, 1)
+    limits = (
+        ("seed", seed, 2**64),
+        ("first_probe", first_probe, 2**32 - rows),
+        ("first_index", first_index, 2**64 - columns),
+    )
+    for name, value, limit in limits:
+        if not isinstance(value, int) or not 0 <= value <= limit - (name == "seed"):
+            raise EngineError(
+                f"`{name}` is {value!r}; wanted an integer from 0 on, so that all values fit into the table"
+            )
     _engine.fill_probes(out, seed, first_probe, first_index, kind)
 
 

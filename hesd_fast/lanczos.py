@@ -25,6 +25,9 @@ BREAKDOWN_MULTIPLE = 8.0
 """A direction is dropped when its norm is at most this many machine epsilons times the largest product so far."""
 
 
+SMALLEST_SCALE = 1e-140
+"""Norm of a product below which its square loses digits in float64."""
+
 LARGEST_ASYMMETRY = 1e-2
 """Asymmetry of the products, relative to the largest one, at which a run ends; below it widens the intervals."""
 
@@ -119,7 +122,7 @@ def block_lanczos(
     if probes is None:
         kernels.fill_probes(work, seed, kind=probe_kind)
     else:
-        work.copy_(probes)
+        work.copy_(probes.detach())
     engine = _engine.BlockLanczos(
         basis,
         work,
@@ -129,20 +132,28 @@ def block_lanczos(
         breakdown_multiple=BREAKDOWN_MULTIPLE,
         reduce=None,
     )
-    engine.start()
+    try:
+        engine.start()
+    except EngineError as error:
+        if bool(work.any()):
+            raise ProblemError(f"the probes cannot be used in {operator.dtype}: {error}") from error
+        raise
     epsilon = max(torch.finfo(operator.dtype).eps, getattr(operator, "epsilon", 0.0))
     products = 0
     while not engine.finished:
         row, width = engine.current_row, engine.current_width
         product = work[:width]
-        operator.matmat(basis[row : row + width], out=product)
+        result = operator.matmat(basis[row : row + width], out=product)
+        if result is not product:  # an operator of the user's own may have made a panel of its own
+            product.copy_(result)
         products += width
         try:
             engine.advance()
-        except EngineError as error:  # raised before the product is touched
+        except EngineError as error:
             _name_non_finite(product, operator, error)
             raise
         _check_symmetry(engine.recurrence_error, engine.scale, epsilon)
+        _check_scale(engine.scale)
         if on_step is not None:
             on_step(LanczosProgress(engine.steps, steps, products))
 
@@ -223,13 +234,21 @@ def _check_memory(rows: int, n: int, dtype: torch.dtype) -> None:
         )
 
 
+def _check_scale(scale: float) -> None:
+    if 0.0 < scale < SMALLEST_SCALE:
+        raise OperatorError(
+            f"the products have norms of {scale:.3g}, which squared are lost to underflow; multiply the loss by a "
+            "power of two that brings its curvature near 1"
+        )
+
+
 def _check_symmetry(error: float, scale: float, epsilon: float) -> None:
     allowed = max(LARGEST_ASYMMETRY, 8.0 * epsilon) * scale
     if error > allowed:
         raise OperatorError(
             f"the products are not those of one symmetric matrix: u'Hv and v'Hu differ by {error:.3g}, "
-            f"{error / scale:.2g} of the largest product (at most {allowed / scale:.2g} is allowed). Likely causes are an "
-            "operation with a wrong second derivative, or a loss that changes from one product to the next; "
+            f"{error / scale:.2g} of the largest product (at most {allowed / scale:.2g} is allowed). Likely causes are "
+            "an operation with a wrong second derivative, or a loss that changes from one product to the next; "
             "compare a few products with a dense Hessian"
         )
 
@@ -237,7 +256,10 @@ def _check_symmetry(error: float, scale: float, epsilon: float) -> None:
 def _name_non_finite(product: Tensor, operator: CurvatureOperator, error: EngineError) -> None:
     places = (~torch.isfinite(product)).nonzero()
     if len(places) == 0:
-        return
+        raise OperatorError(
+            "the products are finite, but too large or too small to be squared in float64; multiply the loss by a "
+            "power of two that brings its curvature near 1"
+        ) from error
     row, column = places[0].tolist()
     describe = getattr(operator, "describe", None)
     where = describe(column) if callable(describe) else f"column {column}"

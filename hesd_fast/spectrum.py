@@ -14,6 +14,7 @@ from .errors import ProblemError
 from .estimate import Estimate
 from .extremes import reach_beyond
 from .jacobi import Jacobi, cdf_bounds, jacobi_of_probe
+from .settled import Settled, settle
 from .tridiagonal import RITZ_ROUNDING, Array, BlockTridiagonal
 
 ArrayFunction: TypeAlias = Callable[[Array], npt.ArrayLike]
@@ -46,6 +47,8 @@ class SpectralMeasure:
         Order of the matrix.
     tridiagonal : BlockTridiagonal or None
         Where the measure comes from.
+    settled : Settled or None
+        Which nodes are known eigenpairs, whose share is 1/n exactly.
 
     Raises
     ------
@@ -85,6 +88,7 @@ class SpectralMeasure:
         self.weight_sums = _readonly(np.array([w.sum() for w in weight_arrays]))
         self.size = size
         self.tridiagonal: BlockTridiagonal | None = None
+        self.settled: Settled | None = None
         self._reach: dict[float, float] = {}
 
     @classmethod
@@ -112,6 +116,7 @@ class SpectralMeasure:
         measure = cls([values] * tridiagonal.probes, list(weights / sums[:, None]), size=tridiagonal.size)
         measure.weight_sums = _readonly(sums)
         measure.tridiagonal = tridiagonal
+        measure.settled = settle(tridiagonal, values, residuals, (weights / sums[:, None]).mean(axis=0))
         for side, residual in ((-1.0, float(residuals[0])), (1.0, float(residuals[-1]))):
             measure._reach[side] = reach_beyond(tridiagonal, values, vectors, side) if measure.random else residual
         return measure
@@ -264,7 +269,7 @@ class SpectralMeasure:
 
     @property
     def trace(self) -> Estimate:
-        """The trace of ``H``: ``n`` times the mean, with two standard errors.
+        """The trace of ``H``: settled eigenvalues, and ``n`` times the mean of the others with two standard errors.
 
         A Rademacher quadratic form ``z^T H z`` has a variance of at most ``2 ||H||_F^2``, and the probes are
         independent. Of a bare measure: two standard errors of the mean over its probes.
@@ -277,11 +282,12 @@ class SpectralMeasure:
         if self.size is None:
             raise ProblemError("the trace needs the order of the matrix, got size=None; pass size=n to SpectralMeasure")
         mean = self.mean()
-        if self.tridiagonal is None:
+        if self.settled is None:
             margin = 2.0 * standard_error([float(w @ x) for x, w in zip(self.nodes, self.weights, strict=True)])
             method = "two standard errors over the measure's probes"
         else:
-            margin = 2.0 * self.sampling_error(self.second_moment_bound()) + self.mean_rounding
+            mean += self.settled.correction(np.positive)
+            margin = self.mean_error
             method = "two standard errors of the random probes" if self.random else "rounding; the probes were given"
         return Estimate(self.size * mean, self.size * (mean - margin), self.size * (mean + margin), method)
 
@@ -293,7 +299,13 @@ class SpectralMeasure:
         such a product.
         """
         noise = 0.0 if self.tridiagonal is None else self.tridiagonal.recurrence_error or 0.0
-        return 2.0 * self.rounding * math.sqrt(self.second_moment_bound()) + noise
+        return 2.0 * self.rounding * math.sqrt(self._second_moment()) + noise
+
+    @property
+    def mean_error(self) -> float:
+        """Two standard errors of the mean eigenvalue, with settled eigenvalues exact, and the allowances."""
+        settled = 0.0 if self.settled is None else self.settled.uncertainty(np.positive)
+        return 2.0 * self.sampling_error(self.unsettled_square_bound()) + self.mean_rounding + settled
 
     @property
     def random(self) -> bool:
@@ -315,16 +327,26 @@ class SpectralMeasure:
             return 0.0
         return math.sqrt(2.0 * square_integral / (self.size * self.probes))
 
-    def second_moment_bound(self) -> float:
-        """Return an upper estimate of ``||H||_F^2 / n``: the second moment and two of its own standard errors.
+    def unsettled_square_bound(self) -> float:
+        """Return an upper estimate of the sum of squares, over n, of the eigenvalues that are not settled.
 
-        The second moment is ``||H z||^2 / ||z||^2`` of the probes, exact also after one step.
+        The probes' second moment without the settled nodes, and two of its own standard errors.
         """
+        square = self._second_moment()
+        if self.settled is None:
+            return square
+        square -= float(self.settled.eigenvalues**2 @ self.settled.seen)
+        rest = ~self.settled.mask
+        weights = np.mean(self.weights, axis=0)[rest]
+        fourth = float(weights @ self.nodes[0][rest] ** 4)
+        return max(square, 0.0) + 2.0 * self.sampling_error(fourth) + self.rounding * self._second_moment()
+
+    def _second_moment(self) -> float:
+        """Return ``||H z||^2 / ||z||^2`` averaged over the probes, exact also after one step."""
         if self.tridiagonal is None:
             return self.moment(2)
         # alpha_1^2 + beta_1^2 is the second moment of a Jacobi matrix, beta_1 known even if no second step was taken.
-        second = float(np.mean([j.diagonal[0] ** 2 + j.offdiagonal[0] ** 2 for j in self.jacobi]))
-        return second + 2.0 * self.variance_bound(np.square)
+        return float(np.mean([j.diagonal[0] ** 2 + j.offdiagonal[0] ** 2 for j in self.jacobi]))
 
     def _merged(self) -> tuple[Array, Array]:
         """Return the nodes of all probes in ascending order and their weights in the mean measure."""

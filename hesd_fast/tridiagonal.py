@@ -181,7 +181,7 @@ class BlockTridiagonal:
         )
 
     def noise(self, largest: float) -> float:
-        """Return how far rounding and noisy products may have moved a Ritz value, given the largest ``|Ritz value|``."""
+        """Return how far rounding and noise may have moved a Ritz value, ``largest`` being the largest magnitude."""
         return max(RITZ_ROUNDING * self.epsilon * largest, NOISE_MULTIPLE * (self.recurrence_error or 0.0))
 
     def ritz(self) -> tuple[Array, Array, Array]:

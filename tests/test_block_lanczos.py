@@ -351,3 +351,118 @@ def test_the_engine_refuses_wrong_order_and_wrong_panels():
         _engine.BlockLanczos(basis, basis[2:], 2, 10, "full", 8.0, None)
     with pytest.raises(EngineError, match="smaller than"):
         _engine.BlockLanczos(basis, work, 2, 9, "full", 8.0, None)
+
+
+def test_ritz_values_of_exhausted_spaces_lie_within_their_bounds():
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        n, block = int(rng.integers(5, 24)), int(rng.integers(2, 6))
+        eigenvalues = rng.normal(0, 1, n) * 10.0 ** rng.integers(-3, 2, n)
+        tridiagonal = block_lanczos(matrix_with(eigenvalues, seed=seed), n, min(block, n), seed=seed)
+        values, _, residuals = tridiagonal.ritz()
+        assert (np.abs(values[:, None] - eigenvalues[None, :]).min(axis=1) <= residuals).all(), seed
+        assert len(values) <= n
+
+
+@pytest.mark.parametrize("mode", ["full", "window", "none"])
+@pytest.mark.parametrize("block", [1, 4])
+def test_more_steps_than_dimensions_are_fine_in_every_mode(mode, block):
+    eigenvalues = hessian_like(30)
+    tridiagonal = block_lanczos(matrix_with(eigenvalues), 30, block, reorthogonalization=mode)
+    values, _, residuals = tridiagonal.ritz()
+    assert (np.abs(values[:, None] - eigenvalues[None, :]).min(axis=1) <= residuals + 1e-9).all()
+    assert np.abs(values[-1] - 10.0) <= 1e-9
+
+
+def test_an_operator_that_returns_a_panel_of_its_own_is_heard():
+    class Operator:
+        size, dtype, device, products = 20, torch.float64, torch.device("cpu"), 0
+
+        def matmat(self, panel, out=None):
+            return panel * torch.arange(20, dtype=torch.float64)
+
+    values, _, _ = block_lanczos(Operator(), 20, 1).ritz()
+    np.testing.assert_allclose(values, np.arange(20), atol=1e-12)
+
+
+class StepError(Exception):
+    pass
+
+
+def engine_with(reduce, n=40, steps=6, block=2):
+    basis, work = kernels.empty_panel(steps * block, n, torch.float64), kernels.empty_panel(block, n, torch.float64)
+    kernels.fill_probes(work, 0)
+    return _engine.BlockLanczos(basis, work, steps, n, "full", 8.0, reduce), basis, work
+
+
+def test_a_step_that_failed_cannot_be_continued():
+    calls = []
+
+    def reduce(values):
+        calls.append(len(values))
+        if armed and len(calls) == 2:
+            raise StepError
+
+    armed = False
+    engine, basis, work = engine_with(reduce)
+    engine.start()
+    calls.clear()
+    armed = True
+    matrix = matrix_with(hessian_like(40))
+    work[:2] = basis[:2] @ matrix
+    with pytest.raises(StepError):
+        engine.advance()
+    with pytest.raises(EngineError, match="earlier step ended with an error"):
+        engine.advance()
+
+
+def test_what_a_reduction_keeps_stays_as_it_was():
+    kept = []
+    engine, basis, work = engine_with(kept.append)
+    engine.start()
+    copies = [values.copy() for values in kept]
+    work[:2] = basis[:2] @ matrix_with(hessian_like(40))
+    engine.advance()
+    for values, copy in zip(kept, copies, strict=False):
+        np.testing.assert_array_equal(values, copy)
+
+
+def test_nobody_else_reads_or_steps_during_a_step():
+    seen = []
+
+    def reduce(values):
+        for action in (lambda: engine.diagonal, engine.advance):
+            with pytest.raises(EngineError, match="in the middle of a step"):
+                action()
+            seen.append(action)
+
+    engine, _, _ = engine_with(reduce)
+    engine.start()
+    assert len(seen) >= 2
+
+
+@pytest.mark.parametrize("scale", [1e-160, 1e160])
+def test_scales_that_cannot_be_squared_are_named(scale):
+    with pytest.raises(OperatorError, match=r"multiply the loss|not finite"):
+        block_lanczos(matrix_with(hessian_like(40)) * scale, 10, 2)
+
+
+@pytest.mark.parametrize("scale", [1e-120, 1e-30, 1e30, 1e120])
+def test_other_scales_change_nothing(scale):
+    matrix = matrix_with(hessian_like(40))
+    values, _, _ = block_lanczos(matrix, 10, 2).ritz()
+    scaled, _, _ = block_lanczos(matrix * scale, 10, 2).ritz()
+    np.testing.assert_allclose(scaled / scale, values, rtol=0, atol=1e-12)
+
+
+def test_an_asymmetric_operator_is_refused():
+    matrix = matrix_with(hessian_like(100))
+
+    class Operator:
+        size, dtype, device, products = 100, torch.float64, torch.device("cpu"), 0
+
+        def matmat(self, panel, out=None):
+            return torch.mm(panel, (matrix + torch.triu(torch.ones(100, 100), 1) * 0.1).double(), out=out)
+
+    with pytest.raises(OperatorError, match="not those of one symmetric matrix"):
+        block_lanczos(Operator(), 10, 2)

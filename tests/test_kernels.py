@@ -343,6 +343,11 @@ REFUSED = [
     (lambda: kernels.accumulate_hvp(torch.ones(1, 3), [torch.ones(1, 2)] * 2, [0, 1]), "overlap at column 1"),
     (lambda: kernels.accumulate_hvp(torch.ones(1, 3), [torch.ones(1, 2).double()], [0]), "higher precision"),
     (lambda: kernels.panel_orthonormalize(torch.ones(2, 3), tolerance=float("nan")), "`tolerance` is"),
+    (lambda: kernels.panel_orthonormalize(torch.ones(2, 3), max_rank=-1), "`max_rank` is -1"),
+    (lambda: kernels.accumulate_hvp(torch.ones(1, 3), [torch.ones(1, 2)], [0], float("nan")), "`alpha` is nan"),
+    (lambda: kernels.fill_probes(torch.empty(1, 3), 1.5), "`seed` is 1.5"),
+    (lambda: kernels.fill_probes(torch.empty(2, 3), 1, first_probe=2**32 - 1), "`first_probe` is 4294967295"),
+    (lambda: kernels.panel_combine(torch.ones(1, 2) * 1j, torch.ones(2, 3), torch.ones(1, 3)), "dtype complex"),
     (lambda: kernels.select_target("sse9"), "'sse9' is not in this build"),
 ]
 
@@ -359,3 +364,72 @@ def test_overlapping_panels_are_refused():
         kernels.panel_project(memory[1:3], memory[2:4], torch.ones(2, 2))
     with pytest.raises(EngineError, match="shares memory"):
         kernels.panel_combine(torch.ones(1, 2), memory[:2], memory[1:2])
+
+
+@pytest.mark.parametrize("working", WORKING)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_panel_orthonormalize_finds_the_rank_of_every_small_panel(working, seed):
+    # few columns and exact rank 2: nothing but rounding is left of the other rows, in every possible way
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(1500):
+        b = int(torch.randint(3, 9, (1,), generator=generator))
+        n = int(torch.randint(2, 6, (1,), generator=generator))
+        scales = 10.0 ** torch.randint(-3, 4, (b, 1), generator=generator).double()
+        factors = torch.randn(b, 2, dtype=torch.float64, generator=generator) * scales
+        w = (factors @ torch.randn(2, n, dtype=torch.float64, generator=generator)).to(working).contiguous()
+        original = w.double().clone()
+        tolerance = 64 * epsilon(working) * float(original.norm(dim=1).max())
+        factor, rank, weakest = kernels.panel_orthonormalize(w, tolerance=tolerance)
+        assert rank <= 2
+        assert weakest > tolerance
+        q = w[:rank].double()
+        assert loss_of_orthogonality(q) <= orthogonality_bound(working, n)
+        assert (original - factor @ q).norm(dim=1).max() <= 4 * tolerance
+
+
+@pytest.mark.parametrize("rows", [11, 12, 16])
+@pytest.mark.parametrize("condition", [33.0, 1e4])
+def test_panel_orthonormalize_is_not_fooled_by_many_small_overlaps(rows, condition):
+    # unit vectors whose overlaps are all about -1 / (rows - 1): small entries, an almost singular Gram matrix
+    gram = torch.eye(rows, dtype=torch.float64) * (1 + 1 / (rows - 1)) - 1 / (rows - 1)
+    values, vectors = torch.linalg.eigh(gram)
+    values[0] = values[-1] / condition**2
+    basis, _ = torch.linalg.qr(torch.randn(200, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    w = ((vectors * values.sqrt()) @ vectors.T @ basis.T).contiguous()
+    _, rank, _ = kernels.panel_orthonormalize(w)
+    assert rank == rows
+    assert loss_of_orthogonality(w) <= 2 * orthogonality_bound(torch.float64, 200)
+
+
+@pytest.mark.parametrize("ratio", [3e-2, 3e-4, 3e-5])
+def test_a_binding_max_rank_keeps_the_coefficients_accurate(ratio):
+    generator = torch.Generator().manual_seed(5)
+    plane = torch.randn(2, 300, dtype=torch.float64, generator=generator)
+    coefficients = torch.randn(5, 2, dtype=torch.float64, generator=generator)
+    coefficients[:, 1] *= ratio
+    original = coefficients @ plane
+    w = original.clone()
+    factor, rank, _ = kernels.panel_orthonormalize(w, max_rank=2)
+    assert rank == 2
+    assert (original - factor @ w[:2]).norm() <= 16 * epsilon(torch.float64) * original.norm()
+
+
+def test_a_binding_max_rank_keeps_the_largest_directions():
+    w = torch.zeros(3, 50, dtype=torch.float64)
+    w[0, 0] = 1.0
+    w[1, 0], w[1, 1] = 1.0, 1e-6
+    w[2, 2] = 1e-9
+    factor, rank, weakest = kernels.panel_orthonormalize(w, max_rank=2)
+    assert rank == 2
+    assert abs(w[:2, 1]).max() == pytest.approx(1.0)
+    assert weakest == pytest.approx(1e-6, rel=1e-6)
+    assert abs(factor[2]).max() == 0.0
+
+
+@pytest.mark.parametrize("working", WORKING)
+def test_more_vectors_than_columns_end_without_a_tolerance(working):
+    for seed in range(12):
+        w = torch.randn(6, 3, dtype=working, generator=torch.Generator().manual_seed(seed))
+        _, rank, _ = kernels.panel_orthonormalize(w, tolerance=0.0, max_rank=3)
+        assert rank == 3
+        assert loss_of_orthogonality(w[:3].double()) <= orthogonality_bound(working, 3)

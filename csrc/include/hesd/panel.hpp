@@ -58,7 +58,7 @@ struct Reduction {
     void (*sum)(void* context, double* values, std::int64_t count) = nullptr;
     void* context = nullptr;
 
-    void operator()(double* values, std::int64_t count) const {
+    inline __attribute__((always_inline)) void operator()(double* values, std::int64_t count) const {
         if (sum != nullptr) {
             sum(context, values, count);
         }

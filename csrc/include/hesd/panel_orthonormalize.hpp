@@ -1,6 +1,6 @@
 // panel_orthonormalize: an orthonormal basis of a panel's rows, with the factor that gives the rows back.
 //
-//   W = L Q + E,    Q Q^T = I (rank x rank),    every row of E of norm <= rank-revealing tolerance
+//   W = L Q + E,    Q Q^T = I (rank x rank),    every row of E of norm <= about the tolerance unless max_rank binds
 //
 // W           (b, n), float64 or float32; its contents are destroyed.
 // out         (b, n), W's precision; rows [0, rank) receive Q, rows [rank, b) zeros. May be W itself.
@@ -16,8 +16,9 @@
 // the next round measures. So dependent rows are told from small ones by a measured norm, not by a difference of
 // squares.
 //
-// Gram matrices pass through `reduction`. Non-finite W throws EngineError. Same bits for any thread count.
-// Traffic when well conditioned: W read twice and written once, out written once.
+// Gram matrices pass through `reduction`. Non-finite W throws EngineError, and so does a panel whose rows cannot be
+// squared in float64 (norms outside about 1e-140 ... 1e150). Same bits for any thread count. Traffic when well
+// conditioned: W read twice and written once, out written once.
 #pragma once
 
 #include "hesd/panel.hpp"
