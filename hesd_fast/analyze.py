@@ -97,9 +97,9 @@ def analyze(
     settings = _settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
     check_options(problem.size, settings.max_steps, settings.block_size, settings.reorthogonalization, seed)
     started = time.perf_counter()
+    problem.prepare()
+    fingerprint = problem.fingerprint
     with problem.session():
-        problem.prepare()
-        fingerprint = problem.fingerprint
         operator = HessianOperator(problem)
         with ProductProgress(settings.max_steps * settings.block_size, enabled=progress) as bar:
             tridiagonal = block_lanczos(

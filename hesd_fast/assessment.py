@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from .criteria import Criteria
 from .errors import ProblemError
@@ -14,6 +14,7 @@ from .estimate import Estimate
 from .hesd_type import HESDType, TypeEvidence
 
 
+@runtime_checkable
 class TypedReport(Protocol):
     """What `compare` needs of a report."""
 
@@ -168,14 +169,13 @@ def compare(reports: Mapping[str, TypedReport], *, thresholds: ComparisonThresho
     Raises
     ------
     ProblemError
-        If there are fewer than two reports, or their criteria have different exponents.
+        If something else is given, there are fewer than two reports, or their criteria have different exponents.
 
     References
     ----------
     Type first, criteria second: Gabdullin, arXiv 2504.17618. The verdict rule is ours.
     """
-    if len(reports) < 2:
-        raise ProblemError(f"compare needs a reference and at least one other report, got {len(reports)}; add one")
+    _check_reports(reports)
     thresholds = ComparisonThresholds() if thresholds is None else thresholds
     (reference_name, reference), *others = reports.items()
     for name, report in others:
@@ -188,6 +188,22 @@ def compare(reports: Mapping[str, TypedReport], *, thresholds: ComparisonThresho
             )
     entries = tuple(_compare_one(reference_name, reference, name, report, thresholds) for name, report in others)
     return Assessment(reference_name, reference.hesd_type, entries, thresholds)
+
+
+def _check_reports(reports: Any) -> None:
+    if not isinstance(reports, Mapping):
+        raise ProblemError(
+            f"compare got a {type(reports).__name__}; give reports by name, the reference first, "
+            "as in {'train': report, 'test': other}"
+        )
+    for name, report in reports.items():
+        if not isinstance(report, TypedReport):
+            raise ProblemError(
+                f"compare got a {type(report).__name__} under {name!r}; give a Report, "
+                "as analyze and load_report return"
+            )
+    if len(reports) < 2:
+        raise ProblemError(f"compare needs a reference and at least one other report, got {len(reports)}; add one")
 
 
 def _compare_one(

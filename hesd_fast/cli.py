@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +57,7 @@ def _out_option(default: str) -> Callable[[Any], Any]:
 @_plain_errors
 def demo(out: Path, progress: bool) -> None:
     """Analyse the small digit classifier that ships with the package, on its training and its test images."""
+    _make_folder(out)
     reports = {}
     for split in ("train", "test"):
         click.echo(f"{split} images")
@@ -93,6 +97,7 @@ def analyze(
     hesd_fast.Problem. Writes report.hesd.json and report.png into the folder given by --out.
     """
     problem = _load_problem(target)
+    _make_folder(out)
     report = hesd.analyze(
         problem,
         block_size="auto" if block_size is None else block_size,
@@ -111,7 +116,11 @@ def analyze(
 @_plain_errors
 def compare(reports: tuple[Path, ...]) -> None:
     """Compare saved reports by the unified methodology; the first is the reference."""
-    click.echo(str(hesd.compare({str(path): hesd.load_report(path) for path in reports})))
+    names = [str(path) for path in reports]
+    if len(set(names)) < len(names):
+        names = [f"{number}. {name}" for number, name in enumerate(names, start=1)]
+    loaded = [hesd.load_report(path) for path in reports]
+    click.echo(str(hesd.compare(dict(zip(names, loaded, strict=True)))))
 
 
 @main.command()
@@ -122,11 +131,19 @@ def info() -> None:
         click.echo(f"{name:<24}{', '.join(value) if isinstance(value, list) else value}")
 
 
-def _write(reports: dict[str, hesd.Report], out: Path, picture: str) -> None:
+def _make_folder(out: Path) -> None:
+    """Make the folder for the results and try it, before any long work."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
-        raise hesd.ProblemError(f"the folder {str(out)!r} cannot be made: {error}; give another --out") from error
+        raise hesd.ProblemError(
+            f"the folder {str(out)!r} cannot be made or written to: {error}; give another --out"
+        ) from error
+
+
+def _write(reports: dict[str, hesd.Report], out: Path, picture: str) -> None:
     paths = []
     for name, report in reports.items():
         paths.append(out / f"{name}.hesd.json")
@@ -143,10 +160,18 @@ def _load_problem(target: str) -> hesd.Problem:
             f"the target is {target!r}; wanted module:function or file.py:function, "
             "the function returning a hesd_fast.Problem"
         )
-    module = _load_module(where)
-    function = getattr(module, name, None)
+    if where.endswith(".py"):
+        with _importable(Path(where).parent.resolve()):
+            return _call_target(target, getattr(_load_file(Path(where)), name, None))
+    sys.path.insert(0, str(Path.cwd()))
+    return _call_target(target, getattr(_load_module(where), name, None))
+
+
+def _call_target(target: str, function: Any) -> hesd.Problem:
     if not callable(function):
+        where, _, name = target.rpartition(":")
         raise hesd.ProblemError(f"{where!r} has no function {name!r}; wanted one that returns a hesd_fast.Problem")
+    _check_takes_nothing(target, function)
     problem = function()
     if not isinstance(problem, hesd.Problem):
         raise hesd.ProblemError(
@@ -156,15 +181,18 @@ def _load_problem(target: str) -> hesd.Problem:
     return problem
 
 
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let modules be imported from a folder first."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:  # the file may have tidied up itself
+            sys.path.remove(str(folder))
+
+
 def _load_module(where: str) -> ModuleType:
-    if where.endswith(".py"):
-        path = Path(where)
-        if not path.is_file():
-            raise hesd.ProblemError(f"there is no file {where!r}; give the path of a Python file, or a module name")
-        sys.path.insert(0, str(path.parent.resolve()))
-        where = path.stem
-    else:
-        sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(where)
     except ModuleNotFoundError as error:
@@ -173,4 +201,35 @@ def _load_module(where: str) -> ModuleType:
         raise hesd.ProblemError(
             f"there is no module {where!r} here or among the installed packages; "
             "run in its folder, or give file.py:function"
+        ) from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Run a Python file as a module whose name cannot be that of another, so that json.py is not taken for json."""
+    if not path.is_file():
+        raise hesd.ProblemError(f"there is no file {str(path)!r}; give the path of a Python file, or a module name")
+    spec = importlib.util.spec_from_file_location(f"_hesd_target_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise hesd.ProblemError(f"{str(path)!r} cannot be loaded as a Python file; give one that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
+
+
+def _check_takes_nothing(target: str, function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C have none to look at
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise hesd.ProblemError(
+            f"{target} cannot be called without arguments: {error}; wanted a function that takes none and returns a "
+            "hesd_fast.Problem"
         ) from error

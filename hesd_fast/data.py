@@ -139,7 +139,7 @@ def check_batch(batch: Any, index: int) -> None:
                 f"{path} of batch {index} of the data was made in inference mode; make it outside, or clone it there"
             )
         if (leaf.is_floating_point() or leaf.is_complex()) and any(
-            not (torch.isfinite(part) | torch.isneginf(part.real)).all() for part in _strided_parts(leaf)
+            not (torch.isfinite(part) | torch.isneginf(part.real)).all() for part in strided_parts(leaf)
         ):
             raise ProblemError(
                 f"batch {index} of the data holds NaN or Inf in {path} (shape {tuple(leaf.shape)}); "
@@ -157,7 +157,7 @@ def digest(batch: Any) -> int:
     for path, leaf in leaves(batch):
         if isinstance(leaf, torch.Tensor):
             crc = zlib.crc32(f"{path}|{leaf.dtype}|{tuple(leaf.shape)}".encode(), crc)
-            for part in _strided_parts(leaf):
+            for part in strided_parts(leaf):
                 crc = zlib.crc32(tensor_bytes(part), crc)
         elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
             crc = zlib.crc32(f"{path}|{leaf.dtype}|{leaf.shape}".encode(), crc)
@@ -174,7 +174,8 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return values.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _strided_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+def strided_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the dense tensors that hold a tensor's values: itself, or the parts of a sparse or nested one."""
     if tensor.is_nested:
         return list(tensor.unbind())
     if tensor.layout is torch.strided:

@@ -31,4 +31,4 @@ class CheckpointError(HESDError):
 
 
 class HESDWarning(UserWarning):
-    """A run finished, but one of its own checks failed."""
+    """Something that may be wrong: a check of the run failed, or an input looks like a mistake."""

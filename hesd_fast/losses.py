@@ -7,11 +7,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hesd_fast.data import leading_dimension, to_device
+from hesd_fast.data import leading_dimension, leaves, to_device
 from hesd_fast.errors import ProblemError
 
 SumAndCount = tuple[Tensor, Tensor | float]
@@ -47,7 +48,7 @@ def supervised(criterion: Callable[[Any, Any], Tensor]) -> Callable[[nn.Module, 
     Raises
     ------
     ProblemError
-        For reduction "none", and at a batch or an output of unknown form.
+        For reduction "none", and at a batch or an output of unknown form or a batch with NumPy arrays.
     """
     if not callable(criterion):
         raise ProblemError(
@@ -64,6 +65,7 @@ def supervised(criterion: Callable[[Any, Any], Tensor]) -> Callable[[nn.Module, 
         raise ProblemError(f"the criterion has reduction={reduction!r}; use 'mean' or 'sum'")
 
     def loss(model: nn.Module, batch: Any) -> SumAndCount:
+        _check_leaves(batch)
         inputs, targets = _inputs_and_targets(to_device(batch, _device_of(model)))
         return _sum_and_count(criterion, reduction, _logits(_call(model, inputs)), targets)
 
@@ -82,10 +84,11 @@ def causal_lm() -> Callable[[nn.Module, Any], SumAndCount]:
     Raises
     ------
     ProblemError
-        At a batch or an output of unknown form.
+        At a batch or an output of unknown form, and at a batch with NumPy arrays.
     """
 
     def loss(model: nn.Module, batch: Any) -> SumAndCount:
+        _check_leaves(batch)
         batch = to_device(batch, _device_of(model))
         if isinstance(batch, tuple | list) and len(batch) == 1:
             batch = batch[0]
@@ -114,6 +117,20 @@ def causal_lm() -> Callable[[nn.Module, Any], SumAndCount]:
         return total, (labels != -100).sum()
 
     return loss
+
+
+def is_ready_made(loss: Callable[..., Any]) -> bool:
+    """Return whether a loss was built here; its counts are right however small class weights make them."""
+    return getattr(loss, "__module__", None) == __name__
+
+
+def _check_leaves(batch: Any) -> None:
+    for path, leaf in leaves(batch):
+        if isinstance(leaf, np.ndarray):
+            raise ProblemError(
+                f"{path} is a NumPy array ({leaf.dtype}, shape {leaf.shape}); give a tensor, as torch.from_numpy makes "
+                "one, of the model's dtype"
+            )
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,7 +65,13 @@ class ModelState:
     """What a model looked like when it was borrowed.
 
     Buffers, and tensors that are plain attributes of a module, are set aside: each forward pass gets fresh copies of
-    the buffers, so the originals are never written to, and every pass computes the same function.
+    the buffers, so the originals are never written to, and every pass computes the same function. Plain attributes are
+    not copied, since they may share memory on purpose; a write into one is noticed.
+
+    Attributes
+    ----------
+    versions : list of (str, tensor, int)
+        Name, tensor and version of every parameter and original buffer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,7 +83,8 @@ class ModelState:
         self._parameters = dict(model.named_parameters())
         self._requires_grad = [parameter.requires_grad for parameter in self._parameters.values()]
         self._gradients = [parameter.grad for parameter in self._parameters.values()]
-        self._versions = tensor_versions(model)
+        self.versions = _versions_of([*model.named_parameters(), *model.named_buffers()])
+        self._attribute_versions = _versions_of(_tensor_attributes(model))
 
     def set_training(self, training: bool) -> None:
         """Set the training flag of every module, without the side effects that an overridden ``train`` may have."""
@@ -100,9 +107,14 @@ class ModelState:
                     copies[id(buffer)] = buffer.detach().clone()
         self._put_back_tensors(copies)
 
-    def changed_tensor(self) -> str | None:
-        """Return the name of a parameter or original buffer that was written to, or None."""
-        return next((name for name, tensor, version in self._versions if version_of(tensor) != version), None)
+    def check_unwritten(self) -> None:
+        """Raise an OperatorError if a parameter, an original buffer or a tensor attribute was written to in place."""
+        if (written := first_written([*self.versions, *self._attribute_versions])) is not None:
+            raise OperatorError(
+                f"{written!r} was written to in place while the loss was computed, so the loss is not one fixed "
+                "function and the model is no longer as it was; reload it, and make forward and loss leave the weights "
+                "alone; state that forward has to write belongs into a buffer (register_buffer)"
+            )
 
     def restore(self) -> None:
         """Put everything back; cost: no copies."""
@@ -139,10 +151,20 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def tensor_versions(model: nn.Module) -> list[tuple[str, Tensor, int]]:
-    """Return name, tensor and version of every parameter and buffer of a model."""
-    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+def first_written(versions: Iterable[tuple[str, Tensor, int]]) -> str | None:
+    """Return the name of the first tensor that was written to since its version was noted, or None."""
+    return next((name for name, tensor, version in versions if version_of(tensor) != version), None)
+
+
+def _versions_of(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor, int]]:
     return [(name, tensor, version_of(tensor)) for name, tensor in tensors]
+
+
+def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield f"{prefix}.{name}".lstrip("."), value
 
 
 @contextmanager
@@ -151,12 +173,14 @@ def borrowed(
 ) -> Iterator[ModelState]:
     """Borrow a model: set its mode and differentiable parameters, and give it back exactly as it was.
 
-    Attention runs in the MATH backend meanwhile, the only one with a second derivative.
+    Attention runs in the MATH backend meanwhile, the only one with a second derivative. Attributes of modules that are
+    not tensors (lists, dictionaries, numbers) are not looked at: what a forward pass puts there stays.
 
     Raises
     ------
     OperatorError
-        At the end, if the forward pass wrote to a weight, or to a buffer behind the model's back.
+        At the end, if the forward pass wrote to a weight, to a tensor that is a plain attribute of a module, or to a
+        buffer behind the model's back.
     """
     state = ModelState(model)
     random_state = streams.state()
@@ -170,8 +194,4 @@ def borrowed(
     finally:
         state.restore()
         streams.set_state(random_state)
-    if (changed := state.changed_tensor()) is not None:
-        raise OperatorError(
-            f"{changed!r} was written to in place while the loss was computed, so the loss is not one fixed function "
-            "and the model is no longer as it was; reload it, and make forward and loss leave the weights alone"
-        )
+    state.check_unwritten()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
 from torch.nn.parameter import is_lazy
 
 from hesd_fast.errors import ProblemError
@@ -83,6 +85,7 @@ def _chosen_names(everything: list[tuple[str, nn.Parameter]], selection: Selecti
             raise ProblemError(f"parameters={selection!r} is not a regular expression: {error}") from error
         return {name for name, _ in everything if pattern.fullmatch(name)}
     if callable(selection):
+        _check_predicate(selection, everything[0])
         return {name for name, parameter in everything if selection(name, parameter)}
     if not isinstance(selection, Iterable):
         raise ProblemError(
@@ -120,11 +123,44 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"parameter {name!r} has dtype {parameter.dtype}; only real floating-point parameters have a Hessian here, "
             "leave it out of the selection"
         )
-    # torch.autograd.grad passes its result through these hooks, so the product would not be the loss's Hessian.
-    if parameter._backward_hooks:
+
+
+def _check_predicate(predicate: Callable[..., object], example: tuple[str, nn.Parameter]) -> None:
+    try:
+        signature = inspect.signature(predicate)
+    except ValueError:  # some functions written in C have none to look at
+        return
+    try:
+        signature.bind(*example)
+    except TypeError as error:
         raise ProblemError(
-            f"parameter {name!r} has gradient hooks (register_hook), which would change its derivatives; "
-            "remove them first"
+            f"parameters is a predicate with the signature {signature}, which cannot be called with (name, parameter): "
+            f"{error}; give a function of both, as in lambda name, parameter: parameter.ndim > 1"
+        ) from error
+
+
+def check_hooks(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> None:
+    """Raise a ProblemError if hooks on selected parameters or on modules could change derivatives.
+
+    ``torch.autograd.grad`` passes gradients through them, so the product would not be the Hessian of the loss. Whether
+    a hook changes them or only looks cannot be told.
+    """
+    for name, parameter in selected.items():
+        if parameter._backward_hooks:
+            raise ProblemError(
+                f"parameter {name!r} has gradient hooks (register_hook), which would change its derivatives; "
+                "remove them first"
+            )
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise ProblemError(
+                f"module {name or 'model'!r} has backward hooks (register_full_backward_hook and the like), which may "
+                "change derivatives; remove them first, with the .remove() of what registering returned"
+            )
+    if module_globals._global_backward_hooks or module_globals._global_backward_pre_hooks:
+        raise ProblemError(
+            "there are backward hooks on all modules (register_module_full_backward_hook and the like), which may "
+            "change derivatives; remove them first, with the .remove() of what registering returned"
         )
 
 

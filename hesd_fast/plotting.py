@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,13 +42,12 @@ def plot_densities(
     Raises
     ------
     ProblemError
-        If there is no report or ``sigma`` is not positive.
+        If there is no report, something else was given, ``sigma`` is not positive, or the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if not reports:
-        raise ProblemError("there is no report to draw; give at least one")
+    _check_reports(reports)
     low = min(report.lambda_min.value for report in reports.values())
     high = max(report.lambda_max.value for report in reports.values())
     if sigma is None:
@@ -59,14 +58,15 @@ def plot_densities(
     figure = Figure(figsize=(8.0, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    peak = 0.0
+    peak, lines, labels = 0.0, [], []
     for number, (name, report) in enumerate(reports.items()):
         density = report.measure.density(grid, sigma)
         peak = max(peak, float(density.max()))
         color = f"C{number}"
         found = report.criteria
-        label = f"{name}: {report.hesd_type.name}, $r_e$ = {found.r_e:.3g}, k_mass = {found.k_mass:.3g}"
-        axes.semilogy(grid, density, color=color, linewidth=1.2, label=label)
+        plain = str(name).replace("$", r"\$")
+        labels.append(f"{plain}: {report.hesd_type.name}, $r_e$ = {found.r_e:.3g}, k_mass = {found.k_mass:.3g}")
+        lines += axes.semilogy(grid, density, color=color, linewidth=1.2)
         axes.fill_between(grid, density, peak * 1e-30, color=color, alpha=0.15, linewidth=0)
         for extreme in (report.lambda_min, report.lambda_max):
             axes.axvline(extreme.value, color=color, linewidth=0.8, linestyle=":")
@@ -75,7 +75,33 @@ def plot_densities(
     axes.set_xlim(grid[0], grid[-1])
     axes.set_xlabel("eigenvalue of the Hessian")
     axes.set_ylabel(f"density (Gaussian of σ = {sigma:.2g})")
-    figure.legend(loc="outside upper left", fontsize="small", frameon=False)
+    numbers = [str(number) for number in range(len(lines))]
+    legend = figure.legend(lines, numbers, loc="outside upper left", fontsize="small", frameon=False)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)  # given to legend(), a name with an underscore in front would be dropped
     if path is not None:
-        figure.savefig(path, dpi=150)
+        try:
+            figure.savefig(path, dpi=150)
+        except (OSError, ValueError) as error:
+            raise ProblemError(
+                f"the picture {os.fspath(path)!r} cannot be written: {error}; "
+                "give a path in a writable folder that ends in .png, .pdf or .svg"
+            ) from error
     return figure
+
+
+def _check_reports(reports: Any) -> None:
+    from hesd_fast.report import Report
+
+    if not isinstance(reports, Mapping):
+        raise ProblemError(
+            f"plot_densities got a {type(reports).__name__}; give reports by name, as in {{'train': report}}"
+        )
+    if not reports:
+        raise ProblemError("there is no report to draw; give at least one")
+    for name, report in reports.items():
+        if not isinstance(report, Report):
+            raise ProblemError(
+                f"plot_densities got a {type(report).__name__} under {name!r}; give a Report, "
+                "as analyze and load_report return"
+            )

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.loss import _Loss as CriterionModule
+from torch.utils.data import DataLoader
 
 from hesd_fast import data as _data
-from hesd_fast.errors import OperatorError, ProblemError
-from hesd_fast.model_state import ModelState, RandomStreams, borrowed, tensor_versions, version_of
-from hesd_fast.parameters import ParameterLayout, Selection, check_model, select_parameters
+from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
+from hesd_fast.losses import is_ready_made
+from hesd_fast.model_state import ModelState, RandomStreams, borrowed, first_written, version_of
+from hesd_fast.parameters import ParameterLayout, Selection, check_hooks, check_model, select_parameters
 
 Loss = Callable[[Any, Any], Any]
 
@@ -70,7 +75,8 @@ class Problem:
     ----------
     model : torch.nn.Module
         Given back after every use exactly as it was: modes, ``.grad``, ``requires_grad``, buffers, weights,
-        random state.
+        random state. What its forward pass puts into attributes that are not tensors (lists, dictionaries, numbers)
+        stays.
     loss : callable
         ``loss(model, batch)`` returns the mean loss of a batch, or ``(sum, count)``. A mean loss counts as many terms
         as the batch's leading dimension; where that is not their number (padding), return ``(sum, count)``.
@@ -105,21 +111,19 @@ class Problem:
         if mode not in MODES:
             raise ProblemError(f"mode is {mode!r}; give one of {', '.join(map(repr, MODES))}")
         check_model(model)
-        if not callable(loss):
-            raise ProblemError(
-                f"loss of type {type(loss).__name__} is not callable; give a function loss(model, batch), "
-                "or build one with hesd_fast.losses"
-            )
+        _check_loss_function(loss)
         self.model = model
         self.loss = loss
         self.mode = mode
         self.data = _data.as_batches(data, batch_size)
         self.parameters = select_parameters(model, parameters)
+        check_hooks(model, self.parameters)
         self._layout = ParameterLayout(self.parameters)
         self._streams = RandomStreams(_data.loader_generators(self.data))
         self._state: ModelState | None = None
         self._facts: _Facts | None = None
         self._versions: list[tuple[str, Tensor, int]] = []
+        self._altered: dict[int, str] = {}
 
     @property
     def size(self) -> int:
@@ -175,16 +179,17 @@ class Problem:
         """Number of batches in the data."""
         return len(self._prepared().weights)
 
-    @cached_property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hexadecimal digest of parameters, buffers, selection, mode and data; cost: one reading of the weights."""
         digests = self._prepared().digests
         self._check_unchanged()
         code = hashlib.blake2b(digest_size=16)
         selected = {id(parameter) for parameter in self.parameters.values()}
-        for name, tensor, _ in tensor_versions(self.model):
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             code.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{id(tensor) in selected}".encode())
-            code.update(_data.tensor_bytes(tensor))
+            for part in _data.strided_parts(tensor):
+                code.update(_data.tensor_bytes(part))
         code.update(f"{self.mode}|{digests}".encode())
         return code.hexdigest()
 
@@ -201,12 +206,13 @@ class Problem:
         self._prepared()
 
     def _prepared(self) -> _Facts:
-        facts = self._facts
-        if facts is None:
+        if self._facts is None:
             with self.session():
                 facts = self._first_pass()
-            self._facts, self._versions = facts, tensor_versions(self.model)
-        return facts
+                state = self._borrowed_state()
+                state.check_unwritten()  # an outer session would tell only when all the work is done
+                self._facts, self._versions = facts, state.versions
+        return self._facts
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -217,7 +223,8 @@ class Problem:
         Raises
         ------
         ProblemError
-            If the weights have been changed since the problem was prepared.
+            If the weights have been changed since the problem was prepared, or hooks been added that may change
+            derivatives.
         OperatorError
             If the forward pass wrote to the weights.
         """
@@ -226,6 +233,7 @@ class Problem:
                 yield
                 return
             self._check_unchanged()
+            check_hooks(self.model, self.parameters)
             with borrowed(self.model, list(self.parameters.values()), self.mode, self._streams) as self._state:
                 try:
                     yield
@@ -250,7 +258,7 @@ class Problem:
         index = -1
         for index, batch in self._batches():
             if index >= len(facts.digests) or _data.digest(batch) != facts.digests[index]:
-                raise ProblemError(_data_changed(f"batch {index} differs from that of the first pass"))
+                raise ProblemError(self._data_changed(f"batch {index} differs from that of the first pass", index))
             if facts.weights[index] == 0:
                 continue
             term = LossTerm(self, index, batch, facts.weights[index])
@@ -258,7 +266,8 @@ class Problem:
             if term.value is not None:
                 evaluated.append((index, term.value))
         if index + 1 != len(facts.digests):
-            raise ProblemError(_data_changed(f"this pass has {index + 1} batches, the first had {len(facts.digests)}"))
+            counts = f"this pass has {index + 1} batches, the first had {len(facts.digests)}"
+            raise ProblemError(self._data_changed(counts))
         self._check_losses(facts, evaluated)
 
     def _batches(self) -> Iterator[tuple[int, Any]]:
@@ -277,14 +286,20 @@ class Problem:
 
     def _batch_loss(self, index: int, batch: Any) -> tuple[Tensor, Any]:
         """Return the loss of one batch, and its count if the loss returned one."""
-        if self._state is None:
-            raise RuntimeError("a loss term was evaluated outside of a session; use `with problem.session():`")
-        self._state.refresh_buffers()
+        self._borrowed_state().refresh_buffers()
         self._streams.seed(index + 1)
+        before = [(path, leaf, version_of(leaf)) for path, leaf in _data.leaves(batch) if isinstance(leaf, Tensor)]
         result = self.loss(self.model, batch)
+        if (altered := _altered_leaf(before, batch)) is not None:
+            self._altered.setdefault(index, altered)  # harmless where the data makes every batch afresh
         if isinstance(result, tuple) and len(result) == 2:
             return _checked_loss(result[0], index), result[1]
         return _checked_loss(result, index), None
+
+    def _borrowed_state(self) -> ModelState:
+        if self._state is None:
+            raise RuntimeError("a loss term was evaluated outside of a session; use `with problem.session():`")
+        return self._state
 
     def _first_pass(self) -> _Facts:
         values: list[float] = []
@@ -292,11 +307,14 @@ class Problem:
         digests: list[int] = []
         is_sum: list[bool] = []
         dtype = self.dtype
+        fraction: int | None = None
         for index, batch in self._batches():
             _data.check_batch(batch, index)
             digests.append(_data.digest(batch))
             loss, count = self._batch_loss(index, batch)
             counts.append(_term_count(count, batch, index))
+            if fraction is None and 0 < counts[-1] < 1 and (_data.leading_dimension(batch) or 0) > 1:
+                fraction = index
             is_sum.append(count is not None)
             if is_sum[-1] != is_sum[0]:
                 raise ProblemError(
@@ -312,6 +330,8 @@ class Problem:
         total = math.fsum(counts)
         if total <= 0:
             raise ProblemError(f"the {len(counts)} batches hold {total:g} loss terms; at least one is wanted")
+        if fraction is not None and not is_ready_made(self.loss):
+            _warn_of_fraction(fraction, counts[fraction])
         weights = [(1.0 if s and c else c) / total for s, c in zip(is_sum, counts, strict=True)]
         return _Facts(values, dtype, weights, digests, total)
 
@@ -331,9 +351,27 @@ class Problem:
         present = dict(self.model.named_parameters())
         stale = next((name for name, parameter in self.parameters.items() if present.get(name) is not parameter), None)
         if stale is None:
-            stale = next((name for name, tensor, version in self._versions if version_of(tensor) != version), None)
+            stale = first_written(self._versions)
         if stale is not None:
             raise ProblemError(f"{stale!r} of the model has changed since the problem was made; make a new Problem")
+
+    def _data_changed(self, what: str, index: int | None = None) -> str:
+        found = f"the data changed between two passes: {what}; "
+        if index in self._altered:
+            return (
+                f"{found}forward or loss changed {self._altered[index]} of it in place, so the data is no longer as it "
+                "was; reload it, and let them work on a copy, as in x = x.clone()"
+            )
+        likely = (
+            "likely shuffling or random augmentation with its own random source, forward or loss that change the batch "
+            "in place, or an iterable that can be read only once"
+        )
+        if isinstance(self.data, DataLoader) and self.data.persistent_workers:
+            likely = (
+                "likely shuffling or random augmentation in a DataLoader with persistent_workers=True, which carries "
+                "random state from pass to pass (leave it out)"
+            )
+        return f"{found}{likely}; give data that is the same each time, as list(data) is"
 
     def _check_losses(self, facts: _Facts, evaluated: list[tuple[int, Tensor]]) -> None:
         if not evaluated:
@@ -349,6 +387,27 @@ class Problem:
                     f"the loss is not deterministic: batch {index} gave {wanted!r} at first and now {value!r}, "
                     f"from the same data and random seed; {_likely_causes(self.model)}"
                 )
+
+
+def _check_loss_function(loss: Any) -> None:
+    if not callable(loss):
+        raise ProblemError(
+            f"loss of type {type(loss).__name__} is not callable; give a function loss(model, batch), "
+            "or build one with hesd_fast.losses"
+        )
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    if isinstance(function, CriterionModule) or getattr(function, "__module__", None) == functional.__name__:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ProblemError(
+            f"loss is the criterion {name}, a function of (output, targets), but a function of (model, batch) is "
+            "wanted; give hesd_fast.losses.supervised(criterion), or write a loss that calls it"
+        )
+
+
+def _altered_leaf(before: list[tuple[str, Tensor, int]], batch: Any) -> str | None:
+    """Return the path of the first tensor of a batch that was written to, replaced or taken out, or None."""
+    after = dict(_data.leaves(batch))
+    return next((path for path, leaf, _ in before if after.get(path) is not leaf), first_written(before))
 
 
 def _checked_loss(loss: Any, index: int) -> Tensor:
@@ -396,10 +455,13 @@ def _term_count(count: Any, batch: Any, index: int) -> float:
     return number
 
 
-def _data_changed(what: str) -> str:
-    return (
-        f"the data changed between two passes: {what}; likely shuffling or random augmentation with its own random "
-        "source, or an iterable that can be read only once; give data that is the same each time, as list(data) is"
+def _warn_of_fraction(index: int, count: float) -> None:
+    """Warn of a count that hardly is one, as where a loss returns (loss, accuracy)."""
+    warnings.warn(
+        f"the loss of batch {index} is a pair, which means (sum, count): the sum of the batch's loss terms and their "
+        f"number, but this count is {count:g}; if it is something else, as an accuracy is, return the mean loss alone",
+        HESDWarning,
+        stacklevel=2,
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -181,11 +182,8 @@ class Report:
             "versions": self.versions,
         }
         text = json.dumps(_finite(content), indent=1, allow_nan=False)
-        target = Path(path)
         try:
-            with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False) as file:
-                file.write(text)
-            os.replace(file.name, target)
+            _write_whole(Path(path), text)
         except OSError as error:
             raise CheckpointError(
                 f"{os.fspath(path)!r} cannot be written: {error}; give a path in a writable folder"
@@ -226,7 +224,7 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     """
     name = os.fspath(path)
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name!r} cannot be read as a report: {error}; give a file that Report.save wrote"
@@ -255,6 +253,18 @@ def load_report(path: str | os.PathLike[str]) -> Report:
         )
     except (KeyError, TypeError, ValueError, HESDError) as error:
         raise CheckpointError(f"{name!r} is damaged: {error!r}; run the analysis again") from error
+
+
+def _write_whole(target: Path, text: str) -> None:
+    """Replace a file by a finished one, with the permissions that any new file gets; leave nothing after a failure."""
+    temporary = target.parent / f"{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _finite(value: Any) -> Any:

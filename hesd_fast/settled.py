@@ -69,7 +69,7 @@ def settle(tridiagonal: BlockTridiagonal, values: Array, residuals: Array, share
     random = tridiagonal.probe_kind in ("rademacher", "gaussian")
     padded = np.concatenate(([-np.inf], values, [np.inf]))
     gap = np.minimum(values - padded[:-2], padded[2:] - values)
-    mask = residuals <= LARGEST_ANGLE * gap
+    mask = (gap > 0.0) & (residuals <= LARGEST_ANGLE * gap)
     if not (full and random and tridiagonal.probes >= FEWEST_PROBES) or values.size == 1:
         mask = np.zeros(values.size, dtype=np.bool_)
     return Settled(mask, values[mask], shares[mask], residuals[mask] / gap[mask], 1.0 / tridiagonal.size)

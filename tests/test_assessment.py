@@ -132,3 +132,10 @@ def test_reports_that_cannot_be_compared() -> None:
         compare({"train": mp(0.2), "shifted": changed})
     with pytest.raises(ProblemError, match="relative"):
         ComparisonThresholds(relative=-1.0)
+
+
+def test_what_is_not_a_mapping_of_reports() -> None:
+    with pytest.raises(ProblemError, match="compare got a list; give reports by name, the reference first"):
+        compare([mp(0.2), mp(0.2)])  # type: ignore[arg-type]
+    with pytest.raises(ProblemError, match="compare got a str under 'b'; give a Report"):
+        compare({"a": mp(0.2), "b": "run.hesd.json"})  # type: ignore[dict-item]

@@ -22,6 +22,9 @@ def build():
 def wrong():
     return 3
 
+def needs(path):
+    return build()
+
 number = 4
 """
 
@@ -60,13 +63,33 @@ def test_analyze_passes_mode_and_protocol_on(folder):
 
 def test_compare_reads_saved_reports(folder):
     run("analyze", "cli_problem:build", "--out", "a")
-    result = run("compare", "a/report.hesd.json", "a/report.hesd.json")
+    result = run("compare", "a/report.hesd.json")
     assert result.exit_code == 1
     assert "at least one other" in result.output
     run("analyze", "cli_problem:build", "--out", "b", "--seed", "1")
     result = run("compare", "a/report.hesd.json", "b/report.hesd.json")
     assert result.exit_code == 0, result.output
     assert "generalization: holds" in result.output
+
+
+def test_compare_with_itself(folder):
+    run("analyze", "cli_problem:build", "--out", "a")
+    result = run("compare", "a/report.hesd.json", "a/report.hesd.json")
+    assert result.exit_code == 0, result.output
+    assert "reference 1. a/report.hesd.json" in result.output
+    assert "2. a/report.hesd.json: mainly positive; generalization: holds" in result.output
+
+
+def test_a_file_is_not_taken_for_a_module_of_the_same_name(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "json.py").write_text("from hesd_cli_helper import build\n")
+    (folder / "sub" / "hesd_cli_helper.py").write_text(PROBLEM)
+    before = list(sys.path)
+    result = run("analyze", "sub/json.py:build", "--max-steps", "2", "--out", "a")
+    assert result.exit_code == 0, result.output
+    assert sys.path == before
+    assert sys.modules["json"].__name__ == "json"
+    del sys.modules["hesd_cli_helper"]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +103,8 @@ def test_compare_reads_saved_reports(folder):
         ("cli_problem:missing", "no function 'missing'"),
         ("cli_problem:number", "no function 'number'"),
         ("cli_problem:wrong", "returned a int"),
+        ("cli_problem:needs", "cli_problem:needs cannot be called without arguments: missing a required argument"),
+        ("cli_problem.py:missing", "'cli_problem.py' has no function 'missing'"),
     ],
 )
 def test_bad_targets_are_explained_without_a_traceback(folder, target, message):
@@ -99,11 +124,16 @@ def test_bad_options_are_explained(folder):
     assert "leave them out" in result.output
 
 
-def test_an_unwritable_folder_is_explained(folder):
+@pytest.mark.parametrize("command", [("analyze", "cli_problem:build"), ("demo",)])
+@pytest.mark.parametrize("out", ["taken/inside", "/proc"])
+def test_an_unwritable_folder_is_explained_before_the_analysis(folder, monkeypatch, command, out):
+    if out == "/proc" and not sys.platform.startswith("linux"):
+        pytest.skip("a folder that nobody can write to is only known on Linux")
+    monkeypatch.setattr(hesd, "analyze", lambda *_, **__: pytest.fail("the analysis began"))
     (folder / "taken").write_text("a file")
-    result = run("analyze", "cli_problem:build", "--out", "taken/inside")
+    result = run(*command, "--out", out)
     assert result.exit_code == 1
-    assert "cannot be made" in result.output
+    assert f"'{out}' cannot be made or written to" in result.output
 
 
 def test_info_shows_the_build():

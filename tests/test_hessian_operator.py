@@ -347,6 +347,61 @@ def test_reentrant_checkpoint_is_named() -> None:
         HessianOperator(problem).matvec(torch.ones(problem.size, dtype=torch.float64))
 
 
+class NormalizedByHand(nn.Module):
+    """A linear layer whose weight is g v / |v| by rows, in ordinary operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.direction, self.length = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.rand(6, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.length * self.direction / self.direction.norm(dim=1, keepdim=True)).T
+
+
+class FusedNormalization(NormalizedByHand):
+    """The same function in the kernel that PyTorch's weight_norm calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch._weight_norm(self.direction, self.length, 0).T
+
+
+def test_weight_norm_by_hand_is_right_and_that_of_pytorch_is_wrong() -> None:
+    torch.manual_seed(0)
+    by_hand, fused, data = NormalizedByHand().double(), FusedNormalization().double(), vectors(8, 2)
+    fused.load_state_dict(by_hand.state_dict())
+    hessians = [
+        dense_hessian(model, lambda model: classification(model, data), dict(model.named_parameters()))
+        for model in (by_hand, fused)
+    ]
+    problem = Problem(by_hand, CROSS_ENTROPY, data)
+    product = HessianOperator(problem).matmat(torch.eye(problem.size, dtype=torch.float64))
+    assert relative(product, hessians[0]) <= ROUNDING * torch.finfo(torch.float64).eps
+    assert relative(hessians[1], hessians[0]) > 0.1  # once PyTorch has mended this, there is nothing to refuse
+    with pytest.raises(OperatorError, match=r"weight_norm \(in module ''\) is wrong"):
+        HessianOperator(Problem(fused, CROSS_ENTROPY, data)).matvec(product[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("weight_norm", "place"),
+    [
+        (nn.utils.parametrizations.weight_norm, r"0\.parametrizations\.weight\.0"),
+        (nn.utils.weight_norm, "0"),
+    ],
+    ids=["parametrization", "old"],
+)
+def test_weight_norm_is_refused_where_derivatives_pass_through_it(weight_norm: object, place: str) -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(weight_norm(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 3)).double(), vectors(8, 2)
+    problem = Problem(model, CROSS_ENTROPY, data)
+    with pytest.raises(OperatorError, match=f"weight_norm .in module '{place}'. is wrong; .*remove_parametrizations"):
+        HessianOperator(problem).matvec(torch.ones(problem.size, dtype=torch.float64))
+    problem = Problem(model, CROSS_ENTROPY, data, parameters="2.*")
+    wanted = dense_hessian(model, lambda model: classification(model, data), problem.parameters)
+    product = HessianOperator(problem).matmat(torch.eye(problem.size, dtype=torch.float64))
+    assert relative(product, wanted) <= ROUNDING * torch.finfo(torch.float64).eps
+
+
 def test_non_finite_product_names_the_parameter() -> None:
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return (model.bias * 0).sqrt().sum() + model(batch[0].float()).square().mean()

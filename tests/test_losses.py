@@ -228,6 +228,20 @@ def test_causal_lm_sums_in_float32_at_least() -> None:
     assert total.dtype == torch.float32
 
 
+def test_numpy_batches_are_refused_by_name() -> None:
+    x, y = torch.ones(4, 8), torch.zeros(4).long()
+    loss = supervised(nn.CrossEntropyLoss())
+    for batch, path in (((x, y.numpy()), r"batch\[1\]"), ({"x": x.numpy(), "labels": y}, r"batch\['x'\]")):
+        with pytest.raises(
+            ProblemError, match=rf"{path} is a NumPy array \(.*shape \(4.*; give a tensor, as torch\.from"
+        ):
+            Problem(nn.Linear(8, 3), loss, [batch]).prepare()
+    with pytest.raises(ProblemError, match=r"batch\['input_ids'\] is a NumPy array"):
+        causal_lm()(PlainLanguageModel(), {"input_ids": IDS.numpy()})
+    own = Problem(nn.Linear(8, 3), lambda m, b: m(torch.from_numpy(b[0])).square().mean(), [(x.numpy(), y)])
+    assert own.loss_value > 0
+
+
 def test_bad_causal_lm_input() -> None:
     with pytest.raises(ProblemError, match=r"type dict with the keys \['tokens'\]; give token ids"):
         causal_lm()(PlainLanguageModel(), {"tokens": IDS})

@@ -197,6 +197,58 @@ def test_written_weights_are_an_error() -> None:
         problem.prepare()
 
 
+class Counting(nn.Module):
+    """A layer with a tensor that is neither parameter nor buffer, written to in place if ``writes``."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.layer, self.calls, self.writes = nn.Linear(8, 3), torch.zeros(1), writes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.writes:
+            self.calls += 1
+        return self.layer(x)
+
+
+def squared(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return model(batch[0].float()).square().mean()
+
+
+def test_written_tensor_attributes_are_an_error_before_any_long_work() -> None:
+    Problem(nn.Sequential(Counting(writes=False)), squared, vectors(4)).prepare()
+    problem = Problem(nn.Sequential(Counting(writes=True)), squared, vectors(4))
+    message = r"'0\.calls' was written to in place .*register_buffer"
+    # The inner error comes from the preparation, the outer one from the session that ends with the model changed.
+    with pytest.raises(OperatorError, match=message), problem.session(), pytest.raises(OperatorError, match=message):
+        problem.prepare()
+
+
+def test_lists_and_numbers_that_forward_writes_stay() -> None:
+    class Keeping(nn.Linear):
+        seen: list[int]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.append(len(x))
+            return super().forward(x)
+
+    model = Keeping(8, 3)
+    model.seen = []
+    Problem(model, squared, vectors(4)).prepare()
+    assert model.seen == [4]
+
+
+def test_buffers_changed_after_a_held_session_are_an_error() -> None:
+    model = stateful()
+    problem = Problem(model, noisy_loss, vectors(4))
+    with problem.session():
+        problem.prepare()
+    with problem.session():
+        list(problem.terms())
+    model.norm.running_mean.add_(1)
+    with pytest.raises(ProblemError, match=r"'norm\.running_mean' of the model has changed"), problem.session():
+        pass
+
+
 @pytest.mark.parametrize("change", ["value", "object"])
 def test_weights_changed_between_products_are_an_error(change: str) -> None:
     model = stateful()

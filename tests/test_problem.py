@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import UserDict
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from hesd_fast import losses
 from hesd_fast.data import as_batches, digest
-from hesd_fast.errors import OperatorError, ProblemError
+from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.operators import HessianOperator
 from hesd_fast.problem import Problem
 
@@ -253,6 +255,41 @@ def test_changed_data_is_an_error_at_every_pass(change: str, what: str, same: in
             list(problem.terms())
 
 
+def writing(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    batch[0].mul_(0.5)
+    return mean(model, (batch[0], batch[1]))
+
+
+def replacing(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    batch[0] = batch[0] * 0.5
+    return mean(model, (batch[0], batch[1]))
+
+
+@pytest.mark.parametrize("loss", [writing, replacing])
+def test_loss_that_changes_its_batch_is_named(loss: object) -> None:
+    data = [list(batch) for batch in vectors(4, 3)]
+    operator = HessianOperator(Problem(model(), loss, data))
+    message = r"batch 0 differs .*; forward or loss changed batch\[0\] of it in place, .* as in x = x\.clone"
+    with pytest.raises(ProblemError, match=message):
+        operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+
+
+def test_loss_may_change_batches_that_are_made_afresh() -> None:
+    def halving(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        return mean(model, (batch[0] * 0.5, batch[1]))
+
+    operators = [HessianOperator(Problem(model(), loss, Squares(), batch_size=4)) for loss in (halving, writing)]
+    vector = torch.ones(operators[0].size, dtype=torch.float64)
+    assert torch.equal(operators[0].matvec(vector), operators[1].matvec(vector))
+
+
+def test_persistent_workers_are_named_where_they_shuffle_differently() -> None:
+    loader = DataLoader(Squares(), batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
+    problem = Problem(model(), mean, loader)
+    with pytest.raises(ProblemError, match=r"differs .* persistent_workers=True, .* \(leave it out\); give data"):
+        HessianOperator(problem).matvec(torch.ones(problem.size, dtype=torch.float64))
+
+
 # Digests
 
 
@@ -288,6 +325,27 @@ def test_fingerprint_depends_on_what_defines_the_problem() -> None:
     ]
     assert len(set(fingerprints)) == len(fingerprints)
     assert Problem(model(), mean, [tuple(t.clone() for t in first)]).fingerprint == fingerprints[0]
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_fingerprint_of_buffers_of_every_kind(layout: torch.layout) -> None:
+    def fingerprint(value: float) -> str:
+        network = model()
+        dense = torch.tensor([[0.0, value], [2.0, 0.0]])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+            network.register_buffer("sparse", dense.to_sparse(layout=layout))
+        network.register_buffer("complex", torch.ones(2, dtype=torch.complex64).conj())
+        network.register_buffer("flag", torch.tensor(True))
+        network.register_buffer("empty", torch.zeros(0, 3))
+        return Problem(network, mean, vectors_of(0)).fingerprint
+
+    assert fingerprint(1.0) == fingerprint(1.0) != fingerprint(1.5)
+
+
+def vectors_of(seed: int) -> list[object]:
+    torch.manual_seed(seed)
+    return vectors(4)
 
 
 # Parameters
@@ -332,6 +390,7 @@ def with_parameter(parameter: nn.Parameter) -> nn.Module:
         (mlp(nn.Tanh), [3], "item of type int; give names"),
         (mlp(nn.Tanh), 3, "parameters is of type int; give None, a regular"),
         (mlp(nn.Tanh), lambda name, parameter: False, "selects no parameter; the first names are '0.weight'"),
+        (mlp(nn.Tanh), lambda name: True, r"signature \(name\), which cannot .* \(name, parameter\): .*; give"),
         (mlp(nn.Tanh).requires_grad_(False), None, "no parameter has requires_grad=True; select frozen ones by name"),
         (nn.Tanh(), None, "the model .Tanh. has no parameters"),
         (with_parameter(nn.Parameter(torch.ones(2).int(), False)), "odd", r"'odd' has dtype torch\.int32; only real"),
@@ -361,6 +420,36 @@ def test_hooked_and_inference_parameters_are_refused() -> None:
         network = mlp(nn.Tanh)
     with pytest.raises(ProblemError, match=r"'0\.weight' was made in inference mode; build"):
         Problem(network, mean, vectors(4))
+
+
+def backward_hook(*arguments: object) -> None:
+    """Looks and does not touch, which cannot be told from outside."""
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+@pytest.mark.parametrize("register", ["full_backward_hook", "full_backward_pre_hook", "backward_hook"])
+def test_module_backward_hooks_are_refused(register: str) -> None:
+    network = model()
+    network.register_forward_hook(backward_hook)
+    problem = Problem(network, mean, vectors(4))
+    handle = getattr(network[1], f"register_{register}")(backward_hook)
+    with pytest.raises(ProblemError, match=r"module '1' has backward hooks .*; remove them"):
+        Problem(network, mean, vectors(4))
+    with pytest.raises(ProblemError, match=r"module '1' has backward hooks .*; remove them"):
+        problem.prepare()
+    handle.remove()
+    problem.prepare()
+
+
+@pytest.mark.parametrize("register", ["full_backward_hook", "full_backward_pre_hook"])
+def test_global_backward_hooks_are_refused(register: str) -> None:
+    handle = getattr(nn.modules.module, f"register_module_{register}")(backward_hook)
+    try:
+        with pytest.raises(ProblemError, match=r"backward hooks on all modules .*; remove them"):
+            Problem(model(), mean, vectors(4))
+    finally:
+        handle.remove()
+    assert Problem(model(), mean, vectors(4)).size == 1011
 
 
 def test_parameters_on_two_devices() -> None:
@@ -438,6 +527,36 @@ def test_loss_and_mode_that_are_refused() -> None:
         Problem(model(), "mean", vectors(4))
     with pytest.raises(ProblemError, match="mode is 'test'; give one of 'eval', 'train', 'as_is'"):
         Problem(model(), mean, vectors(4), mode="test")
+
+
+@pytest.mark.parametrize(
+    ("criterion", "name"),
+    [
+        (nn.CrossEntropyLoss(), "CrossEntropyLoss"),
+        (functional.cross_entropy, "cross_entropy"),
+        (partial(functional.cross_entropy, label_smoothing=0.1), "cross_entropy"),
+    ],
+)
+def test_criterion_in_place_of_a_loss(criterion: object, name: str) -> None:
+    with pytest.raises(ProblemError, match=rf"loss is the criterion {name}, .*; give hesd_fast\.losses\.supervised\("):
+        Problem(model(), criterion, vectors(4))
+
+
+def test_loss_and_accuracy_in_place_of_sum_and_count() -> None:
+    def with_accuracy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return mean(model, batch), torch.tensor(0.75)
+
+    with pytest.warns(HESDWarning, match=r"batch 1 is a pair, which means \(sum, count\): .* count is 0\.75") as warned:
+        Problem(model(), with_accuracy, vectors(1, 4, 3)).prepare()
+    assert len(warned) == 1
+
+
+def test_small_counts_that_are_right_do_not_warn() -> None:
+    light = losses.supervised(nn.CrossEntropyLoss(weight=torch.full((3,), 0.1, dtype=torch.float64)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Problem(model(), light, vectors(4)).total_count == pytest.approx(0.4, rel=1e-14)
+        Problem(model(), lambda m, b: (mean(m, b), 0.5), vectors(1)).prepare()
 
 
 def test_mean_loss_without_anything_to_count() -> None:

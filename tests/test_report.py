@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -67,6 +71,37 @@ def test_saving_over_an_old_report_replaces_it(report, zero_report, tmp_path):
     report.save(path)
     assert hesd.load_report(path).criteria == report.criteria
     assert [p.name for p in tmp_path.iterdir()] == ["run.hesd.json"]
+
+
+def test_a_report_gets_the_permissions_of_any_new_file(report, tmp_path):
+    path = tmp_path / "run.hesd.json"
+    before = os.umask(0o027)
+    try:
+        report.save(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_save_onto_a_folder_leaves_nothing(report, tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(hesd.CheckpointError, match=r"taken.*cannot be written"):
+        report.save(tmp_path / "taken")
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken"]
+
+
+def test_reports_are_utf_8_whatever_the_locale(report, tmp_path):
+    path = tmp_path / "run.hesd.json"
+    report.save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["problem"]["model"] = "Модель"
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    program = "import sys, hesd_fast as hesd; print(ascii(hesd.load_report(sys.argv[1]).problem.model))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == ascii("Модель"), done.stderr
 
 
 def break_type(content):
@@ -146,3 +181,30 @@ def test_plots_of_several_and_of_degenerate_reports(report, zero_report, tmp_pat
         plot_densities({})
     with pytest.raises(hesd.ProblemError, match="sigma"):
         report.plot(sigma=0.0)
+
+
+def test_every_name_is_drawn_as_it_is(report):
+    names = ["_Net", "a$b$", "plain"]
+    figure = plot_densities(dict.fromkeys(names, report))
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    labels = [text.get_text().split(":")[0] for text in legend.get_texts()]
+    assert labels == ["_Net", r"a\$b\$", "plain"]
+    colors = [line.get_color() for line in legend.get_lines()]
+    assert colors == ["C0", "C1", "C2"]
+
+
+@pytest.mark.parametrize("path", ["nowhere/hesd.png", "hesd.xyz"])
+def test_a_picture_that_cannot_be_written_names_the_file(report, tmp_path, path):
+    with pytest.raises(hesd.ProblemError, match=rf"{path}' cannot be written: .*; give a path .*\.png, \.pdf or \.svg"):
+        report.plot(tmp_path / path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_a_mapping_of_reports_is_not_drawn(report):
+    with pytest.raises(hesd.ProblemError, match="plot_densities got a Report; give reports by name"):
+        plot_densities(report)
+    with pytest.raises(hesd.ProblemError, match="plot_densities got a list; give reports by name"):
+        plot_densities([report])
+    with pytest.raises(hesd.ProblemError, match="plot_densities got a str under 'a'; give a Report"):
+        plot_densities({"a": "run.hesd.json"})

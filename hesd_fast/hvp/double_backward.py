@@ -22,6 +22,9 @@ _NO_SECOND_DERIVATIVE = re.compile(
     re.IGNORECASE,
 )
 
+# The fused kernel's backward pass uses the norm found by the forward pass, and autograd takes that for a constant.
+_WEIGHT_NORM = "_weight_norm_interface_backward"
+
 
 class DoubleBackward:
     """Multiply a panel exactly, one batch after the other.
@@ -50,7 +53,7 @@ class DoubleBackward:
         ProblemError
             If the problem cannot be used.
         OperatorError
-            If an operation of model or loss has no second derivative; the message names it.
+            If an operation of model or loss has no second derivative, or a wrong one; the message names it.
         """
         problem.prepare()
         self.problem = problem
@@ -135,10 +138,19 @@ def _as_gradients(problem: Problem, row: Tensor) -> list[Tensor]:
 def _check_second_derivatives(problem: Problem, term: LossTerm) -> None:
     """Raise an OperatorError if an operation in one batch's loss has no second derivative."""
     loss = term.evaluate()
-    if any(node.name() == "CheckpointFunctionBackward" for node in _graph([loss.grad_fn])):
+    operations = {node.name() for node in _graph([loss.grad_fn])}
+    if "CheckpointFunctionBackward" in operations:
         raise OperatorError(
             "the model uses reentrant activation checkpoints, which hide their parameters from torch.autograd.grad; "
             "call torch.utils.checkpoint with use_reentrant=False"
+        )
+    if any(_plain(operation) == _plain(_WEIGHT_NORM) for operation in operations):
+        places = ", ".join(_culprits(problem, term, _WEIGHT_NORM)) or "the model"
+        raise OperatorError(
+            f"the second derivative of PyTorch's weight_norm (in {places}) is wrong; take it off with "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), or remove_weight_norm(module) if it "
+            "is of the old kind, for the Hessian of the plain weight; or write g v / |v| in ordinary operations; or "
+            "leave its parameters out of the selection"
         )
     # A once_differentiable function refuses only where the derivative coming in has a graph, and its refusal is a dead
     # end that a second backward pass would take for a zero. So the start gets a graph, and dead ends are looked for.
