@@ -35,7 +35,7 @@ bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only
 
 fashion-mnist: setup
-	$(BIN)/python examples/fashion_mnist.py --out docs/images
+	$(BIN)/python examples/fashion_mnist.py
 
 clean:
 	rm -rf $(VENV) build hesd_fast/*.so *.egg-info
