@@ -1,7 +1,5 @@
 #include "hesd/panel_combine.hpp"
 
-#include <omp.h>
-
 #include "cpu/targets.hpp"
 #include "cpu/vector.hpp"
 
@@ -11,25 +9,18 @@ namespace {
 template <typename S, typename T>
 void combine(const double* s, const Panel& v, const Panel& x) {
     const std::int64_t r = x.rows;
-    const Chunks chunks = chunks_of(x.columns);
     const std::int64_t block = block_columns(r, 8, 32 * 1024);
     const Scratch rows(omp_get_max_threads() * r * block);
     const S* v_data = static_cast<const S*>(v.data);
     T* x_data = static_cast<T*>(x.data);
-#pragma omp parallel for schedule(dynamic, 1)
-    for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-        double* x_rows = rows.data() + omp_get_thread_num() * r * block;
-        const std::int64_t first = chunk * chunks.length;
-        const std::int64_t last = first + chunks.length < x.columns ? first + chunks.length : x.columns;
-        for (std::int64_t column = first; column < last; column += block) {
-            const std::int64_t length = last - column < block ? last - column : block;
-            for (std::int64_t i = 0; i < r * block; ++i) {
-                x_rows[i] = 0.0;
-            }
-            combine_block(v_data + column, v.stride, v.rows, s, 1, v.rows, x_rows, block, r, length);
-            store_rows(x_rows, block, r, length, x_data + column, x.stride);
+    for_each_block(x.columns, block, [&](std::int64_t, int thread, std::int64_t column, std::int64_t length) {
+        double* x_rows = rows.data() + thread * r * block;
+        for (std::int64_t i = 0; i < r * block; ++i) {
+            x_rows[i] = 0.0;
         }
-    }
+        combine_block(v_data + column, v.stride, v.rows, s, 1, v.rows, x_rows, block, r, length);
+        store_rows(x_rows, block, r, length, x_data + column, x.stride);
+    });
 }
 
 }  // namespace

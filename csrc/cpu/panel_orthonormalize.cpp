@@ -1,7 +1,5 @@
 #include "hesd/panel_orthonormalize.hpp"
 
-#include <omp.h>
-
 #include "cpu/targets.hpp"
 #include "cpu/vector.hpp"
 #include "orthonormalize_plan.hpp"
@@ -13,39 +11,27 @@ namespace {
 template <typename T>
 void transform_rows(const Panel& source, const double* transform, const Panel& target, double* gram) {
     const std::int64_t b = source.rows;
-    const Chunks chunks = chunks_of(source.columns);
     const std::int64_t block = block_columns(2 * b, 8, 64 * 1024);
     const std::int64_t size = gram != nullptr ? b * b : 0;
-    const Scratch partials(chunks.count * size);
+    const ChunkSums sums(source.columns, size);
     const Scratch rows(omp_get_max_threads() * 2 * b * block);
     const T* from = static_cast<const T*>(source.data);
     T* to = static_cast<T*>(target.data);
-#pragma omp parallel for schedule(dynamic, 1)
-    for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-        double* partial = partials.data() + chunk * size;
-        double* before = rows.data() + omp_get_thread_num() * 2 * b * block;
-        double* after = before + b * block;
-        for (std::int64_t i = 0; i < size; ++i) {
-            partial[i] = 0.0;
-        }
-        const std::int64_t first = chunk * chunks.length;
-        const std::int64_t last = first + chunks.length < source.columns ? first + chunks.length : source.columns;
-        for (std::int64_t column = first; column < last; column += block) {
-            const std::int64_t length = last - column < block ? last - column : block;
-            load_rows(from + column, source.stride, b, length, before, block);
-            for (std::int64_t i = 0; i < b * block; ++i) {
-                after[i] = 0.0;
-            }
-            combine_block(before, block, b, transform, 1, b, after, block, b, length);
-            store_rows(after, block, b, length, to + column, target.stride);
-            if (size > 0) {
-                gram_block(after, block, b, after, block, b, length, partial);
-            }
-        }
-    }
-    if (size > 0) {
-        sum_partials(partials.data(), chunks.count, size, gram);
-    }
+    for_each_block(source.columns, block,
+                   [&](std::int64_t chunk, int thread, std::int64_t column, std::int64_t length) {
+                       double* before = rows.data() + thread * 2 * b * block;
+                       double* after = before + b * block;
+                       load_rows(from + column, source.stride, b, length, before, block);
+                       for (std::int64_t i = 0; i < b * block; ++i) {
+                           after[i] = 0.0;
+                       }
+                       combine_block(before, block, b, transform, 1, b, after, block, b, length);
+                       store_rows(after, block, b, length, to + column, target.stride);
+                       if (size > 0) {
+                           gram_block(after, block, b, after, block, b, length, sums.of(chunk));
+                       }
+                   });
+    sums.total(0, size, gram);
 }
 
 void transform_rows(const Panel& source, const double* transform, const Panel& target, double* gram) {

@@ -3,6 +3,8 @@
 // generated for one instruction set never stands in for another.
 #pragma once
 
+#include <omp.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -120,18 +122,51 @@ HESD_INLINE Chunks chunks_of(std::int64_t columns) {
     return {length, (columns + length - 1) / length};
 }
 
-// out = sum of `count` arrays of `size` doubles that lie one after the other, added in order.
-HESD_INLINE void sum_partials(const double* partials, std::int64_t count, std::int64_t size, double* out) {
-    for (std::int64_t i = 0; i < size; ++i) {
-        out[i] = 0.0;
-    }
-    for (std::int64_t chunk = 0; chunk < count; ++chunk) {
-        const double* partial = partials + chunk * size;
-        for (std::int64_t i = 0; i < size; ++i) {
-            out[i] += partial[i];
+// Runs body(chunk, thread, column, length) over all columns: chunks in parallel, the blocks of a chunk in order.
+template <typename Body>
+HESD_INLINE void for_each_block(std::int64_t columns, std::int64_t block, Body body) {
+    const Chunks chunks = chunks_of(columns);
+#pragma omp parallel for schedule(dynamic, 1)
+    for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+        const int thread = omp_get_thread_num();
+        const std::int64_t first = chunk * chunks.length;
+        const std::int64_t last = first + chunks.length < columns ? first + chunks.length : columns;
+        for (std::int64_t column = first; column < last; column += block) {
+            body(chunk, thread, column, last - column < block ? last - column : block);
         }
     }
 }
+
+// Sums of `size` doubles, one set for each chunk, added up in the order of the chunks.
+class ChunkSums {
+   public:
+    ChunkSums(std::int64_t columns, std::int64_t size)
+        : count_(chunks_of(columns).count), size_(size), memory_(count_ * size) {
+        for (std::int64_t i = 0; i < count_ * size_; ++i) {
+            memory_.data()[i] = 0.0;
+        }
+    }
+
+    [[nodiscard]] double* of(std::int64_t chunk) const { return memory_.data() + chunk * size_; }
+
+    // Writes `length` totals, those that start at `first`, to out.
+    void total(std::int64_t first, std::int64_t length, double* out) const {
+        for (std::int64_t i = 0; i < length; ++i) {
+            out[i] = 0.0;
+        }
+        for (std::int64_t chunk = 0; chunk < count_; ++chunk) {
+            const double* sums = of(chunk) + first;
+            for (std::int64_t i = 0; i < length; ++i) {
+                out[i] += sums[i];
+            }
+        }
+    }
+
+   private:
+    std::int64_t count_;
+    std::int64_t size_;
+    Scratch memory_;
+};
 
 template <typename T>
 HESD_INLINE void load_rows(const T* source, std::int64_t stride, std::int64_t rows, std::int64_t length, double* target,
