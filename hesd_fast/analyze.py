@@ -101,7 +101,10 @@ def analyze(
     fingerprint = problem.fingerprint
     with problem.session():
         operator = HessianOperator(problem)
-        with ProductProgress(settings.max_steps * settings.block_size, enabled=progress) as bar:
+        expected = settings.max_steps * settings.block_size
+        if settings.reorthogonalization == "full":
+            expected = min(expected, problem.size)
+        with ProductProgress(expected, enabled=progress) as bar:
             tridiagonal = block_lanczos(
                 operator,
                 settings.max_steps,
@@ -133,11 +136,11 @@ def analyze(
         if not check.passed:
             warnings.warn(f"the check of {check.name} failed: {check.detail}", HESDWarning, stacklevel=2)
     options = {
-        "block_size": settings.block_size,
-        "max_steps": settings.max_steps,
+        "block_size": int(settings.block_size),
+        "max_steps": int(settings.max_steps),
         "reorthogonalization": settings.reorthogonalization,
         "protocol": protocol,
-        "seed": seed,
+        "seed": int(seed),
     }
     cost = Cost(tridiagonal.products, time.perf_counter() - started, _peak_bytes(problem), operator.strategy.name)
     return Report(hesd_type, evidence, found, measure, facts, cost, checks, options, _versions())

@@ -159,6 +159,36 @@ def test_seeds_and_reruns(case):
     assert first.measure.tridiagonal.to_dict() != other.measure.tridiagonal.to_dict()
 
 
+def test_numpy_integers_are_integers(case, tmp_path):
+    model, loss, batches, _ = case
+    steps, block, seed = np.int64(3), np.int32(2), np.int64(1)
+    report = hesd.analyze(model, loss, batches, max_steps=steps, block_size=block, seed=seed, progress=False)
+    report.save(tmp_path / "run.hesd.json")
+    assert hesd.load_report(tmp_path / "run.hesd.json").options == report.options
+
+
+@pytest.mark.parametrize("mode", ["window", "none"])
+def test_more_products_than_parameters_in_every_mode(case, mode):
+    model, loss, batches, eigenvalues = case
+    report = hesd.analyze(model, loss, batches, reorthogonalization=mode, progress=False)
+    assert report.lambda_max.low <= eigenvalues[-1] <= report.lambda_max.high
+    assert (
+        report.criteria.balance.low <= np.sum(eigenvalues) / np.abs(eigenvalues).sum() <= report.criteria.balance.high
+    )
+
+
+def test_low_precision_parameters_widen_the_intervals(case):
+    _, loss, batches, eigenvalues = case
+    model, _, _ = trained()
+    model.to(torch.bfloat16)
+    batches = [(x.to(torch.bfloat16), y) for x, y in batches]
+    report = hesd.analyze(model, loss, batches, max_steps=20, progress=False)
+    assert report.lambda_max.low <= eigenvalues[-1] <= report.lambda_max.high
+    assert report.lambda_min.low <= eigenvalues[0] <= report.lambda_min.high
+    assert report.criteria.r_e.low <= -eigenvalues[0] / eigenvalues[-1] <= report.criteria.r_e.high
+    assert report.lambda_max.high - report.lambda_max.low >= 2.0**-7 * report.lambda_max.value
+
+
 def test_parameter_selection_reaches_the_spectrum(case):
     model, loss, batches, _ = case
     report = hesd.analyze(model, loss, batches, parameters=r"2\..*", max_steps=39, block_size=1, progress=False)
