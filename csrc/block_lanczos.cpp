@@ -234,10 +234,13 @@ SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation) {
     const Panel target = last ? w : basis_.slice(slot(step_ + 1) * b, width_);
     const std::int64_t room = options_.global_size - rank_;
     const bool full = options_.reorthogonalization == Reorthogonalization::full;
+    // With a ring of slots the next block takes the place of one that is still projected against: it is made in `work`.
+    const bool in_place = full || last;
+    const Panel made = in_place ? target : w;
 
     std::vector<double> factor = zeros(width_ * width_);
     OrthonormalizeResult result =
-        kernels_->panel_orthonormalize(w, target, tolerance, full ? room : width_, reduction_, factor.data());
+        kernels_->panel_orthonormalize(w, made, tolerance, full ? room : width_, reduction_, factor.data());
     SmallMatrix c = leading_columns(factor, width_, width_, result.rank);
     double strongest = 0.0;
     for (std::int64_t i = 0; i < width_; ++i) {
@@ -250,9 +253,9 @@ SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation) {
     }
 
     const bool weak = result.weakest < kWeakBlock * strongest || cancellation < 0.5;
-    if (full && result.rank > 0 && weak) {
+    if (result.rank > 0 && weak) {
         // Q <- Q - (V Q^T)^T V, then orthonormal again; the change of C_j is of the order of epsilon * ||W||.
-        const Panel q = target.slice(0, result.rank);
+        const Panel q = made.slice(0, result.rank);
         std::vector<double> overlap = zeros(v.rows * result.rank);
         kernels_->panel_gram(v, q, overlap.data());
         reduction_(overlap.data(), v.rows * result.rank);
@@ -262,6 +265,13 @@ SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation) {
             kernels_->panel_orthonormalize(q, q, kInSpan, result.rank, reduction_, again.data());
         c = product(c, leading_columns(again, result.rank, result.rank, second.rank));
         ++extra_sweeps_;
+    }
+    if (!in_place) {
+        std::vector<double> identity = zeros(width_ * width_);
+        for (std::int64_t i = 0; i < width_; ++i) {
+            identity[static_cast<std::size_t>(i * width_ + i)] = 1.0;
+        }
+        kernels_->panel_combine(identity.data(), made, target);
     }
     // Rows of the slot beyond the block's width may hold an older block: they must not take part in projections.
     if (!last) {

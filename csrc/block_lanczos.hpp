@@ -11,7 +11,7 @@
 // Orthogonality. Each product is projected twice against the stored blocks (block classical Gram-Schmidt, "twice is
 // enough", Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005), the second projection fused with the
 // first one's Gram matrix: three reads of the basis. When the new block comes out much weaker than the product it was
-// taken from, one more sweep over the orthonormal block restores orthogonality (full mode).
+// taken from, one more sweep over the orthonormal block restores orthogonality.
 //
 // Breakdown and deflation. A direction whose remaining norm is at most breakdown_multiple * epsilon * scale is dropped
 // from the block, scale being the largest norm of a row of any product so far, a lower bound of ||H||. No direction

@@ -466,3 +466,19 @@ def test_an_asymmetric_operator_is_refused():
 
     with pytest.raises(OperatorError, match="not those of one symmetric matrix"):
         block_lanczos(Operator(), 10, 2)
+
+
+@pytest.mark.parametrize("mode", ["full", "window", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nearly_dependent_blocks_stay_orthogonal_to_their_neighbours_in_every_mode(mode, dtype):
+    # low rank: next to a strong direction the block has one of rounding noise, just above the breakdown tolerance
+    eigenvalues = np.zeros(300)
+    eigenvalues[:10] = np.linspace(-0.5, 1.0, 10)
+    matrix = matrix_with(eigenvalues, dtype)
+    epsilon = torch.finfo(dtype).eps
+    for seed in range(30):
+        tridiagonal = block_lanczos(matrix, 20, 4, seed=seed, reorthogonalization=mode)
+        assert tridiagonal.recurrence_error <= 64 * epsilon
+        values, _, residuals = tridiagonal.ritz()
+        distance = np.abs(values[:, None] - eigenvalues[None, :]).min(axis=1)
+        assert (distance <= residuals + 64 * epsilon).all()
