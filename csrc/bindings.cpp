@@ -1,6 +1,5 @@
 // The only file that knows Python: takes tensors apart, checks them once, calls the kernels without the GIL.
 
-#include <omp.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "block_lanczos.hpp"
+#include "cpu/parallel.hpp"
 #include "dispatch.hpp"
 #include "dlpack.hpp"
 
@@ -447,7 +447,7 @@ py::dict build_info() {
     info["compiler"] = HESD_COMPILER;
     info["cpu_target"] = hesd::cpu_kernels().name;
     info["cpu_targets_available"] = hesd::available_targets();
-    info["threads"] = omp_get_max_threads();
+    info["threads"] = hesd::most_threads();
     info["cuda"] = false;
     return info;
 }

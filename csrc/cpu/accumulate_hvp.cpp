@@ -73,8 +73,7 @@ void accumulate_hvp(const Panel& out, const HvpPart* parts, std::int64_t part_co
         starts[i + 1] = starts[i] + (parts[i].values.columns + kPiece - 1) / kPiece;
     }
     const std::int64_t pieces = starts[part_count];
-#pragma omp parallel for schedule(static)
-    for (std::int64_t work = 0; work < pieces * out.rows; ++work) {
+    parallel_for(pieces * out.rows, [&](std::int64_t work, int) {
         const std::int64_t row = work / pieces;
         const std::int64_t piece = work % pieces;
         std::int64_t low = 0;
@@ -91,7 +90,7 @@ void accumulate_hvp(const Panel& out, const HvpPart* parts, std::int64_t part_co
         } else {
             accumulate_piece<float>(out, parts[low], row, column, length, alpha, compensation);
         }
-    }
+    });
 }
 
 }  // namespace hesd::HESD_TARGET

@@ -136,8 +136,7 @@ constexpr std::int64_t kPiece = 16384;
 template <typename T>
 void fill(const Panel& out, std::uint64_t seed, std::uint32_t first_probe, std::uint64_t first_index, ProbeKind kind) {
     const std::int64_t pieces = (out.columns + kPiece - 1) / kPiece;
-#pragma omp parallel for schedule(static)
-    for (std::int64_t work = 0; work < pieces * out.rows; ++work) {
+    parallel_for(pieces * out.rows, [&](std::int64_t work, int) {
         const std::int64_t row = work / pieces;
         const std::int64_t column = work % pieces * kPiece;
         const std::int64_t length = out.columns - column < kPiece ? out.columns - column : kPiece;
@@ -149,7 +148,7 @@ void fill(const Panel& out, std::uint64_t seed, std::uint32_t first_probe, std::
         } else {
             fill_gaussian(to, length, seed, probe, index);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ template <typename S, typename T>
 void combine(const double* s, const Panel& v, const Panel& x) {
     const std::int64_t r = x.rows;
     const std::int64_t block = block_columns(r, 8, 32 * 1024);
-    const Scratch rows(omp_get_max_threads() * r * block);
+    const Scratch rows(most_threads() * r * block);
     const S* v_data = static_cast<const S*>(v.data);
     T* x_data = static_cast<T*>(x.data);
     for_each_block(x.columns, block, [&](std::int64_t, int thread, std::int64_t column, std::int64_t length) {

@@ -13,7 +13,7 @@ void gram(const Panel& v, const Panel& w, double* out) {
     // W's doubles stay in the first-level cache while V's rows pass by.
     const std::int64_t block = block_columns(b, 8, 32 * 1024);
     const ChunkSums sums(w.columns, k * b);
-    const Scratch rows(omp_get_max_threads() * b * block);
+    const Scratch rows(most_threads() * b * block);
     const S* v_data = static_cast<const S*>(v.data);
     const T* w_data = static_cast<const T*>(w.data);
     for_each_block(w.columns, block, [&](std::int64_t chunk, int thread, std::int64_t column, std::int64_t length) {

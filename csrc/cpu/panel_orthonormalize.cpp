@@ -14,7 +14,7 @@ void transform_rows(const Panel& source, const double* transform, const Panel& t
     const std::int64_t block = block_columns(2 * b, 8, 64 * 1024);
     const std::int64_t size = gram != nullptr ? b * b : 0;
     const ChunkSums sums(source.columns, size);
-    const Scratch rows(omp_get_max_threads() * 2 * b * block);
+    const Scratch rows(most_threads() * 2 * b * block);
     const T* from = static_cast<const T*>(source.data);
     T* to = static_cast<T*>(target.data);
     for_each_block(source.columns, block,

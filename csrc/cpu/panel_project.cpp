@@ -15,7 +15,7 @@ void project(const Panel& w, const Panel& v, const double* coefficients, double*
     const std::int64_t gram_size = gram != nullptr ? k * b : 0;
     const std::int64_t self_size = self_gram != nullptr ? b * b : 0;
     const ChunkSums sums(w.columns, gram_size + self_size);
-    const Scratch rows(omp_get_max_threads() * b * block);
+    const Scratch rows(most_threads() * b * block);
     const Scratch negative(k * b);
     for (std::int64_t i = 0; i < k * b; ++i) {
         negative.data()[i] = -coefficients[i];

@@ -3,12 +3,11 @@
 // generated for one instruction set never stands in for another.
 #pragma once
 
-#include <omp.h>
-
 #include <cstdint>
 #include <cstdlib>
 #include <new>
 
+#include "cpu/parallel.hpp"
 #include "hesd/panel.hpp"
 
 namespace hesd {
@@ -126,15 +125,13 @@ HESD_INLINE Chunks chunks_of(std::int64_t columns) {
 template <typename Body>
 HESD_INLINE void for_each_block(std::int64_t columns, std::int64_t block, Body body) {
     const Chunks chunks = chunks_of(columns);
-#pragma omp parallel for schedule(dynamic, 1)
-    for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-        const int thread = omp_get_thread_num();
+    parallel_for(chunks.count, [&](std::int64_t chunk, int thread) {
         const std::int64_t first = chunk * chunks.length;
         const std::int64_t last = first + chunks.length < columns ? first + chunks.length : columns;
         for (std::int64_t column = first; column < last; column += block) {
             body(chunk, thread, column, last - column < block ? last - column : block);
         }
-    }
+    });
 }
 
 // Sums of `size` doubles, one set for each chunk, added up in the order of the chunks.
