@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.[ch]pp')
 
-.PHONY: setup demo test lint format bench fashion-mnist clean
+.PHONY: setup demo test native-test lint format bench bench-report bench-smoke fashion-mnist clean
 
 setup: $(VENV)/.installed
 
@@ -20,6 +20,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+native-test: setup
+	$(BIN)/python tests/native/sanitize.py address -q
+	$(BIN)/python tests/native/sanitize.py thread -q
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,8 +35,15 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(shell find csrc -name '*.[ch]pp')
 
+# A part of it: make bench BENCH="-k sweep". Results are merged into bench/results/<machine>.json.
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench $(BENCH)
+
+bench-report: setup
+	$(BIN)/python bench/report.py
+
+bench-smoke: setup
+	$(BIN)/python -m pytest bench --sizes smoke
 
 fashion-mnist: setup
 	$(BIN)/python examples/fashion_mnist.py

@@ -177,6 +177,44 @@ void require_apart(const LentPanel& a, const LentPanel& b) {
     }
 }
 
+// The history of BlockLanczos: one panel, or a list of panels that hold its columns one after another.
+class LentHistory {
+   public:
+    LentHistory(const py::object& object, const std::string& name) {
+        if (py::isinstance<py::list>(object)) {
+            for (const py::handle tile : object.cast<py::list>()) {
+                tiles_.emplace_back(tile.cast<py::object>(), name + "[" + std::to_string(tiles_.size()) + "]", false);
+                if (tiles_.back().panel().rows != tiles_.front().panel().rows ||
+                    tiles_.back().panel().precision != tiles_.front().panel().precision) {
+                    tiles_.back().fail("differs from the first tile in its number of vectors or its dtype");
+                }
+            }
+            if (tiles_.empty()) {
+                throw EngineError("`" + name + "` is an empty list; wanted a panel or a list of panels");
+            }
+        } else {
+            tiles_.emplace_back(object, name, false);
+        }
+    }
+
+    [[nodiscard]] hesd::TiledPanel tiled() const {
+        std::vector<Panel> panels;
+        for (const LentPanel& tile : tiles_) {
+            panels.push_back(tile.panel());
+        }
+        return hesd::TiledPanel(std::move(panels));
+    }
+
+    void require_apart_from(const LentPanel& panel) const {
+        for (const LentPanel& tile : tiles_) {
+            require_apart(tile, panel);
+        }
+    }
+
+   private:
+    std::vector<LentPanel> tiles_;
+};
+
 Matrix checked_matrix(const py::object& object, const std::string& name, std::int64_t rows, std::int64_t columns) {
     const auto matrix = Matrix::ensure(object);
     if (!matrix || matrix.ndim() != 2 || matrix.shape(0) != rows || matrix.shape(1) != columns) {
@@ -232,16 +270,17 @@ Matrix panel_gram(const py::object& v_object, const py::object& w_object) {
     return gram;
 }
 
-py::tuple panel_project(const py::object& w_object, const py::object& v_object, const py::object& c_object) {
+py::tuple panel_project(const py::object& w_object, const py::object& v_object, const py::object& c_object,
+                        bool with_gram, bool with_self_gram) {
     const LentPanel w(w_object, "W", true);
     const LentPanel v(v_object, "V", false);
     require_equal_columns(v, w);
     require_apart(w, v);
     const Matrix c = checked_matrix(c_object, "C", v.panel().rows, w.panel().rows);
-    Matrix gram({v.panel().rows, w.panel().rows});
-    Matrix self_gram({w.panel().rows, w.panel().rows});
-    double* gram_data = gram.mutable_data();
-    double* self_data = self_gram.mutable_data();
+    Matrix gram({with_gram ? v.panel().rows : 0, w.panel().rows});
+    Matrix self_gram({with_self_gram ? w.panel().rows : 0, w.panel().rows});
+    double* gram_data = with_gram ? gram.mutable_data() : nullptr;
+    double* self_data = with_self_gram ? self_gram.mutable_data() : nullptr;
     const double* c_data = c.data();
     {
         const py::gil_scoped_release unlocked;
@@ -275,14 +314,14 @@ py::tuple panel_orthonormalize(const py::object& w_object, const py::object& out
     {
         const py::gil_scoped_release unlocked;
         result = hesd::cpu_kernels().panel_orthonormalize(w.panel(), out.panel(), tolerance, max_rank, reduction.hook(),
-                                                          data);
+                                                          nullptr, data);
     }
     return py::make_tuple(result.rank, result.weakest, factor);
 }
 
 void panel_combine(const py::object& s_object, const py::object& v_object, const py::object& x_object) {
     const LentPanel v(v_object, "V", false);
-    const LentPanel x(x_object, "X", true);
+    const LentPanel x(x_object, "X", false);
     require_equal_columns(v, x);
     require_apart(x, v);
     const Matrix s = checked_matrix(s_object, "S", x.panel().rows, v.panel().rows);
@@ -368,23 +407,29 @@ hesd::Reorthogonalization parse_reorthogonalization(const std::string& name) {
     if (name == "none") {
         return hesd::Reorthogonalization::none;
     }
-    throw EngineError("`reorthogonalization` is '" + name + "'; wanted 'full', 'window' or 'none'");
+    if (name == "partial") {
+        return hesd::Reorthogonalization::partial;
+    }
+    throw EngineError("`reorthogonalization` is '" + name + "'; wanted 'full', 'partial', 'window' or 'none'");
 }
 
 // BlockLanczos with the panels and the reduction that Python lends it.
 class PythonBlockLanczos {
    public:
-    PythonBlockLanczos(const py::object& basis, const py::object& work, std::int64_t max_steps,
-                       std::int64_t global_size, const std::string& reorthogonalization, double breakdown_multiple,
-                       const py::object& reduce)
-        : basis_(basis, "basis", true),
+    PythonBlockLanczos(const py::object& history, const py::object& recent, const py::object& work,
+                       std::int64_t max_steps, std::int64_t global_size, const std::string& reorthogonalization,
+                       double breakdown_multiple, const py::object& reduce)
+        : history_(history, "history"),
+          recent_(recent, "recent", true),
           work_(work, "work", true),
           reduction_(reduce),
-          lanczos_(hesd::cpu_kernels(), basis_.panel(), work_.panel(),
+          lanczos_(hesd::cpu_kernels(), history_.tiled(), recent_.panel(), work_.panel(),
                    {parse_reorthogonalization(reorthogonalization), work_.panel().rows, max_steps, global_size,
                     breakdown_multiple},
                    reduction_.hook()) {
-        require_apart(work_, basis_);
+        require_apart(work_, recent_);
+        history_.require_apart_from(work_);
+        history_.require_apart_from(recent_);
     }
 
     void start() {
@@ -396,6 +441,11 @@ class PythonBlockLanczos {
         const Working working(*this);
         const py::gil_scoped_release unlocked;
         lanczos_.advance();
+    }
+    double measure_orthogonality() {
+        const Working working(*this);
+        const py::gil_scoped_release unlocked;
+        return lanczos_.measure_orthogonality();
     }
     [[nodiscard]] const BlockLanczos& lanczos() const {
         if (working_) {
@@ -427,7 +477,8 @@ class PythonBlockLanczos {
     }
 
     std::atomic<bool> working_{false};
-    LentPanel basis_;
+    LentHistory history_;
+    LentPanel recent_;
     LentPanel work_;
     PythonReduction reduction_;
     BlockLanczos lanczos_;
@@ -472,7 +523,8 @@ PYBIND11_MODULE(_engine, module) {
     module.def("build_info", &build_info);
     module.def("select_target", &hesd::select_target, py::arg("name"));
     module.def("panel_gram", &panel_gram, py::arg("V"), py::arg("W"));
-    module.def("panel_project", &panel_project, py::arg("W"), py::arg("V"), py::arg("C"));
+    module.def("panel_project", &panel_project, py::arg("W"), py::arg("V"), py::arg("C"), py::arg("gram") = true,
+               py::arg("self_gram") = true);
     module.def("panel_orthonormalize", &panel_orthonormalize, py::arg("W"), py::arg("out"), py::arg("tolerance"),
                py::arg("max_rank"), py::arg("reduce"));
     module.def("panel_combine", &panel_combine, py::arg("S"), py::arg("V"), py::arg("X"));
@@ -482,9 +534,9 @@ PYBIND11_MODULE(_engine, module) {
                py::arg("first_index"), py::arg("kind"));
 
     py::class_<PythonBlockLanczos>(module, "BlockLanczos")
-        .def(py::init<const py::object&, const py::object&, std::int64_t, std::int64_t, const std::string&, double,
-                      const py::object&>(),
-             py::arg("basis"), py::arg("work"), py::arg("max_steps"), py::arg("global_size"),
+        .def(py::init<const py::object&, const py::object&, const py::object&, std::int64_t, std::int64_t,
+                      const std::string&, double, const py::object&>(),
+             py::arg("history"), py::arg("recent"), py::arg("work"), py::arg("max_steps"), py::arg("global_size"),
              py::arg("reorthogonalization"), py::arg("breakdown_multiple"), py::arg("reduce"))
         .def("start", &PythonBlockLanczos::start)
         .def("advance", &PythonBlockLanczos::advance)
@@ -505,5 +557,12 @@ PYBIND11_MODULE(_engine, module) {
         .def_property_readonly("recurrence_error",
                                [](const PythonBlockLanczos& self) { return self.lanczos().recurrence_error(); })
         .def_property_readonly("extra_sweeps",
-                               [](const PythonBlockLanczos& self) { return self.lanczos().extra_sweeps(); });
+                               [](const PythonBlockLanczos& self) { return self.lanczos().extra_sweeps(); })
+        .def_property_readonly("partial_sweeps",
+                               [](const PythonBlockLanczos& self) { return self.lanczos().partial_sweeps(); })
+        .def_property_readonly("vectors_read",
+                               [](const PythonBlockLanczos& self) { return self.lanczos().vectors_read(); })
+        .def_property_readonly("estimated_overlap",
+                               [](const PythonBlockLanczos& self) { return self.lanczos().estimated_overlap(); })
+        .def("measure_orthogonality", &PythonBlockLanczos::measure_orthogonality);
 }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
+#include <utility>
 
 namespace hesd {
 namespace {
@@ -15,26 +17,18 @@ std::vector<double> zeros(std::int64_t count) { return std::vector<double>(stati
 
 SmallMatrix leading_columns(const std::vector<double>& values, std::int64_t rows, std::int64_t stride,
                             std::int64_t columns) {
-    SmallMatrix matrix{rows, columns, zeros(rows * columns)};
+    SmallMatrix matrix(rows, columns);
     for (std::int64_t i = 0; i < rows; ++i) {
         for (std::int64_t j = 0; j < columns; ++j) {
-            matrix.values[static_cast<std::size_t>(i * columns + j)] = values[static_cast<std::size_t>(i * stride + j)];
+            matrix.at(i, j) = values[static_cast<std::size_t>(i * stride + j)];
         }
     }
     return matrix;
 }
 
 SmallMatrix product(const SmallMatrix& left, const SmallMatrix& right) {
-    SmallMatrix result{left.rows, right.columns, zeros(left.rows * right.columns)};
-    for (std::int64_t i = 0; i < left.rows; ++i) {
-        for (std::int64_t k = 0; k < left.columns; ++k) {
-            for (std::int64_t j = 0; j < right.columns; ++j) {
-                result.values[static_cast<std::size_t>(i * right.columns + j)] +=
-                    left.values[static_cast<std::size_t>(i * left.columns + k)] *
-                    right.values[static_cast<std::size_t>(k * right.columns + j)];
-            }
-        }
-    }
+    SmallMatrix result(left.rows, right.columns);
+    add_product(result, 1.0, left, false, right, false);
     return result;
 }
 
@@ -44,6 +38,21 @@ double largest_row_norm(const std::vector<double>& self_gram, std::int64_t width
         largest = std::max(largest, self_gram[static_cast<std::size_t>(i * width + i)]);
     }
     return std::sqrt(largest);
+}
+
+// Coefficients as panel_project uses them, so that what is recorded is what was subtracted.
+void round_to(Precision precision, std::vector<double>& values) {
+    if (precision == Precision::float32) {
+        for (double& value : values) {
+            value = static_cast<double>(static_cast<float>(value));
+        }
+    }
+}
+
+void reduce(const Reduction& reduction, std::vector<double>* values) {
+    if (values != nullptr) {
+        reduction(values->data(), static_cast<std::int64_t>(values->size()));
+    }
 }
 
 void require_finite(const std::vector<double>& values) {
@@ -56,29 +65,36 @@ void require_finite(const std::vector<double>& values) {
 
 }  // namespace
 
-BlockLanczos::BlockLanczos(const Kernels& kernels, Panel basis, Panel work, BlockLanczosOptions options,
-                           Reduction reduction)
+BlockLanczos::BlockLanczos(const Kernels& kernels, TiledPanel history, Panel recent, Panel work,
+                           BlockLanczosOptions options, Reduction reduction)
     : kernels_(&kernels),
-      basis_(basis),
+      history_(std::move(history)),
+      recent_(recent),
       work_(work),
       options_(options),
       reduction_(reduction),
-      slots_(options.block > 0 ? basis.rows / options.block : 0) {
+      slots_(options.block > 0 ? history_.rows() / options.block : 0) {
     const auto refuse = [](const std::string& what) { throw EngineError("BlockLanczos: " + what); };
     if (options.block < 1 || options.max_steps < 1) {
         refuse("block size " + std::to_string(options.block) + " and max_steps " + std::to_string(options.max_steps) +
                " must both be at least 1");
     }
-    if (work.rows != options.block || work.columns != basis.columns || work.precision != basis.precision) {
-        refuse("`work` must have block size rows and the columns and precision of `basis`");
+    if (work.rows != options.block || recent.rows != 2 * options.block || work.columns != recent.columns ||
+        work.columns != history_.columns() || work.precision != recent.precision) {
+        refuse(
+            "`work` must have block size rows and `recent` twice as many, both of one precision and with the columns "
+            "of `history`");
     }
-    if (options.global_size < basis.columns) {
+    if (element_bytes(history_.precision()) > element_bytes(work.precision)) {
+        refuse("`history` has a higher precision than `work`; wanted the same or a lower one");
+    }
+    if (options.global_size < work.columns) {
         refuse("global_size " + std::to_string(options.global_size) + " is smaller than the panel's " +
-               std::to_string(basis.columns) + " columns");
+               std::to_string(work.columns) + " columns");
     }
-    if (options.global_size > basis.columns && reduction.sum == nullptr) {
+    if (options.global_size > work.columns && reduction.sum == nullptr) {
         refuse("global_size " + std::to_string(options.global_size) + " is larger than the panel's " +
-               std::to_string(basis.columns) + " columns, but there is no reduction over shards");
+               std::to_string(work.columns) + " columns, but there is no reduction over shards");
     }
     if (!(options.breakdown_multiple >= 0.0 && std::isfinite(options.breakdown_multiple))) {
         refuse("breakdown_multiple must be finite and not negative");
@@ -87,25 +103,82 @@ BlockLanczos::BlockLanczos(const Kernels& kernels, Panel basis, Panel work, Bloc
         refuse("block size " + std::to_string(options.block) + " is larger than the dimension " +
                std::to_string(options.global_size));
     }
-    std::int64_t needed = 2;
-    if (options.reorthogonalization == Reorthogonalization::full) {
-        needed = options.max_steps;
-    } else if (options.reorthogonalization == Reorthogonalization::none) {
-        slots_ = std::min<std::int64_t>(slots_, 2);
-        needed = std::min<std::int64_t>(2, options.max_steps);
+    const bool whole = options.reorthogonalization == Reorthogonalization::full ||
+                       options.reorthogonalization == Reorthogonalization::partial;
+    if (whole && slots_ < options.max_steps - 2) {
+        refuse("`history` has " + std::to_string(history_.rows()) + " rows; this mode needs " +
+               std::to_string((options.max_steps - 2) * options.block));
     }
-    if (slots_ < std::min(needed, options.max_steps)) {
-        refuse("`basis` has " + std::to_string(basis.rows) + " rows; this mode needs " +
-               std::to_string(needed * options.block));
+    if (options.reorthogonalization == Reorthogonalization::none) {
+        slots_ = 0;
     }
+    // A stored vector is off by its rounding, which in a vector of n entries points nowhere in particular.
+    const double rounding = history_.precision() == work.precision ? 0.0 : 0.5 * machine_epsilon(history_.precision());
+    fresh_ = epsilon() + rounding / std::sqrt(static_cast<double>(options.global_size));
 }
 
-Panel BlockLanczos::current() const { return basis_.slice(current_row(), width_); }
+Panel BlockLanczos::current() const { return recent_.slice(current_row(), width_); }
 
-std::int64_t BlockLanczos::current_row() const { return slot(step_) * options_.block; }
+std::int64_t BlockLanczos::current_row() const {
+    const std::int64_t step = finished_ && step_ > 0 ? step_ - 1 : step_;
+    return step % 2 * options_.block;
+}
 
-// All blocks kept so far, the current one included; the order of the slots does not matter for a projection.
-Panel BlockLanczos::stored() const { return basis_.slice(0, std::min(step_ + 1, slots_) * options_.block); }
+// All rows stored so far; the order of the slots does not matter for a projection.
+std::int64_t BlockLanczos::history_rows() const { return std::min(stored_, slots_) * options_.block; }
+
+Panel BlockLanczos::recent_rows() const {
+    const std::int64_t last = finished_ && step_ > 0 ? step_ - 1 : step_;
+    return recent_.slice(0, std::min<std::int64_t>(last + 1, 2) * options_.block);
+}
+
+void BlockLanczos::gram(const Panel& v, const Panel& w, std::vector<double>& out) {
+    out.assign(static_cast<std::size_t>(v.rows * w.rows), 0.0);
+    kernels_->panel_gram(v, w, out.data());
+    reduction_(out.data(), v.rows * w.rows);
+    vectors_read_ += v.rows;
+}
+
+void BlockLanczos::project(const Panel& w, const Panel& v, const std::vector<double>& c, std::vector<double>* gram,
+                           std::vector<double>* self_gram) {
+    if (gram != nullptr) {
+        gram->assign(static_cast<std::size_t>(v.rows * w.rows), 0.0);
+    }
+    if (self_gram != nullptr) {
+        self_gram->assign(static_cast<std::size_t>(w.rows * w.rows), 0.0);
+    }
+    kernels_->panel_project(w, v, c.data(), gram != nullptr ? gram->data() : nullptr,
+                            self_gram != nullptr ? self_gram->data() : nullptr);
+    reduce(reduction_, gram);
+    reduce(reduction_, self_gram);
+    vectors_read_ += v.rows;
+}
+
+void BlockLanczos::gram_history(Range range, const Panel& w, std::vector<double>& out) {
+    const std::int64_t first = range.first * options_.block;
+    const std::int64_t count = range.last * options_.block - first;
+    out.assign(static_cast<std::size_t>(count * w.rows), 0.0);
+    history_.gram(*kernels_, first, count, w, out.data());
+    reduction_(out.data(), count * w.rows);
+    vectors_read_ += count;
+}
+
+void BlockLanczos::project_history(const Panel& w, Range range, const std::vector<double>& c, std::vector<double>* gram,
+                                   std::vector<double>* self_gram) {
+    const std::int64_t first = range.first * options_.block;
+    const std::int64_t count = range.last * options_.block - first;
+    if (gram != nullptr) {
+        gram->assign(static_cast<std::size_t>(count * w.rows), 0.0);
+    }
+    if (self_gram != nullptr) {
+        self_gram->assign(static_cast<std::size_t>(w.rows * w.rows), 0.0);
+    }
+    history_.project(*kernels_, first, count, w, c.data(), gram != nullptr ? gram->data() : nullptr,
+                     self_gram != nullptr ? self_gram->data() : nullptr);
+    reduce(reduction_, gram);
+    reduce(reduction_, self_gram);
+    vectors_read_ += count;
+}
 
 void BlockLanczos::start() {
     if (started_ || failed_) {
@@ -113,20 +186,21 @@ void BlockLanczos::start() {
     }
     failed_ = true;
     const std::int64_t b = options_.block;
-    std::vector<double> gram = zeros(b * b);
-    kernels_->panel_gram(work_, work_, gram.data());
-    reduction_(gram.data(), b * b);
-    require_finite(gram);
-    const double tolerance = options_.breakdown_multiple * machine_epsilon(work_.precision) * largest_row_norm(gram, b);
+    std::vector<double> self_gram = zeros(b * b);
+    kernels_->panel_gram(work_, work_, self_gram.data());
+    reduction_(self_gram.data(), b * b);
+    require_finite(self_gram);
+    const double tolerance = options_.breakdown_multiple * epsilon() * largest_row_norm(self_gram, b);
     std::vector<double> factor = zeros(b * b);
-    const OrthonormalizeResult result = kernels_->panel_orthonormalize(work_, basis_.slice(0, b), tolerance,
-                                                                       options_.global_size, reduction_, factor.data());
+    const OrthonormalizeResult result = kernels_->panel_orthonormalize(
+        work_, recent_.slice(0, b), tolerance, options_.global_size, reduction_, self_gram.data(), factor.data());
     if (result.rank == 0) {
         throw EngineError("BlockLanczos: all probes are zero");
     }
     start_ = leading_columns(factor, b, b, result.rank);
     width_ = result.rank;
     rank_ = result.rank;
+    estimate_.start(width_);
     started_ = true;
     failed_ = false;
 }
@@ -141,48 +215,60 @@ void BlockLanczos::advance() {
             "BlockLanczos: an earlier step ended with an error, so the recurrence is not whole; start a new one");
     }
     failed_ = true;
-    const Panel v = stored();
     const Panel w = work_.slice(0, width_);
-    const std::int64_t k = v.rows;
+    const Panel recent = recent_rows();
+    const bool local = options_.reorthogonalization == Reorthogonalization::partial || history_rows() == 0;
+    const Range all = {0, local ? 0 : history_rows() / options_.block};
+    std::vector<double> first;
+    std::vector<double> second;
+    std::vector<double> first_history;
+    std::vector<double> second_history;
+    std::vector<double> self_gram;
 
-    // S1 = V W^T                                        reads V
-    std::vector<double> first = zeros(k * width_);
-    kernels_->panel_gram(v, w, first.data());
-    reduction_(first.data(), k * width_);
+    // S1 = V W^T,  W <- W - S1^T V, with V the last two blocks, then the same with the history; S2 = V W^T, and
+    // W <- W - S2^T V again.                            reads V three times; W once and reads and writes it twice
+    gram(recent, w, first);
     require_finite(first);
-
-    // W <- W - S1^T V,  S2 = V W^T                      reads V, reads and writes W
-    std::vector<double> second = zeros(k * width_);
-    kernels_->panel_project(w, v, first.data(), second.data(), nullptr);
-    reduction_(second.data(), k * width_);
-
-    // W <- W - S2^T V,  W W^T                           reads V, reads and writes W
-    std::vector<double> self_gram = zeros(width_ * width_);
-    kernels_->panel_project(w, v, second.data(), nullptr, self_gram.data());
-    reduction_(self_gram.data(), width_ * width_);
+    round_to(work_.precision, first);
+    project(w, recent, first, local ? &second : nullptr, nullptr);
+    if (!local) {
+        gram_history(all, w, first_history);
+        require_finite(first_history);
+        round_to(work_.precision, first_history);
+        project_history(w, all, first_history, &second_history, nullptr);
+        gram(recent, w, second);
+        round_to(work_.precision, second_history);
+    }
+    round_to(work_.precision, second);
+    project(w, recent, second, nullptr, local ? &self_gram : nullptr);
+    if (!local) {
+        project_history(w, all, second_history, nullptr, &self_gram);
+    }
     require_finite(self_gram);
 
     double cancellation = 1.0;  // least fraction of a row's norm that outlived the second projection
     for (std::int64_t j = 0; j < width_; ++j) {
         double removed_first = 0.0;
         double removed_second = 0.0;
-        for (std::int64_t i = 0; i < k; ++i) {
-            auto& total = first[static_cast<std::size_t>(i * width_ + j)];
-            const double correction = second[static_cast<std::size_t>(i * width_ + j)];
-            removed_second += correction * correction;
-            total += correction;
-            removed_first += total * total;
-        }
+        const auto add = [&](std::vector<double>& once, const std::vector<double>& again) {
+            for (std::size_t i = static_cast<std::size_t>(j); i < once.size(); i += static_cast<std::size_t>(width_)) {
+                removed_second += again[i] * again[i];
+                once[i] += again[i];
+                removed_first += once[i] * once[i];
+            }
+        };
+        add(first, second);
+        add(first_history, second_history);
         const double left = self_gram[static_cast<std::size_t>(j * width_ + j)];
         scale_ = std::max(scale_, std::sqrt(removed_first + left));
         if (removed_second > 0.0) {
             cancellation = std::min(cancellation, std::sqrt(left / (left + removed_second)));
         }
     }
-    record_coefficients(first, width_);
+    record_coefficients(first, first_history, width_);
 
-    const double tolerance = options_.breakdown_multiple * machine_epsilon(work_.precision) * scale_;
-    offdiagonal_.push_back(next_block(tolerance, cancellation));
+    const double tolerance = options_.breakdown_multiple * epsilon() * scale_;
+    offdiagonal_.push_back(next_block(tolerance, cancellation, self_gram));
     ++step_;
     width_ = offdiagonal_.back().columns;
     rank_ += width_;
@@ -192,96 +278,185 @@ void BlockLanczos::advance() {
 }
 
 // A_j is the symmetric part of its projection; the rest of the projection ought to repeat C_{j-1} and be zero before.
-void BlockLanczos::record_coefficients(const std::vector<double>& projection, std::int64_t width) {
+void BlockLanczos::record_coefficients(const std::vector<double>& recent, const std::vector<double>& history,
+                                       std::int64_t width) {
     const std::int64_t b = options_.block;
     const auto at = [&](std::int64_t row, std::int64_t column) {
-        return projection[static_cast<std::size_t>(row * width + column)];
+        return recent[static_cast<std::size_t>(row * width + column)];
     };
     const std::int64_t here = current_row();
-    SmallMatrix a{width, width, zeros(width * width)};
+    SmallMatrix a(width, width);
     for (std::int64_t i = 0; i < width; ++i) {
         for (std::int64_t j = 0; j < width; ++j) {
-            a.values[static_cast<std::size_t>(i * width + j)] = 0.5 * (at(here + i, j) + at(here + j, i));
+            a.at(i, j) = 0.5 * (at(here + i, j) + at(here + j, i));
             recurrence_error_ = std::max(recurrence_error_, 0.5 * std::abs(at(here + i, j) - at(here + j, i)));
         }
     }
     diagonal_.push_back(std::move(a));
-    const std::int64_t blocks = std::min(step_ + 1, slots_);
-    for (std::int64_t other = 0; other < blocks; ++other) {
-        if (other == slot(step_)) {
-            continue;
-        }
-        const bool previous = step_ > 0 && other == slot(step_ - 1);
-        const SmallMatrix* c = previous ? &offdiagonal_.back() : nullptr;
+    if (step_ > 0) {
+        const SmallMatrix& c = offdiagonal_.back();
         for (std::int64_t i = 0; i < b; ++i) {
             for (std::int64_t j = 0; j < width; ++j) {
-                const double expected =
-                    c != nullptr && i < c->rows ? c->values[static_cast<std::size_t>(i * c->columns + j)] : 0.0;
-                if (previous || options_.reorthogonalization == Reorthogonalization::full) {
-                    recurrence_error_ = std::max(recurrence_error_, std::abs(at(other * b + i, j) - expected));
-                }
+                const double expected = i < c.rows ? c.at(i, j) : 0.0;
+                recurrence_error_ = std::max(recurrence_error_, std::abs(at(b - here + i, j) - expected));
             }
+        }
+    }
+    if (options_.reorthogonalization == Reorthogonalization::full) {
+        for (const double value : history) {
+            recurrence_error_ = std::max(recurrence_error_, std::abs(value));
         }
     }
 }
 
-// Orthonormalizes work[0 : width] into the next slot (into work itself after the last step) and returns C_j.
-SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation) {
-    const std::int64_t b = options_.block;
-    const Panel v = stored();
-    const bool last = step_ + 1 == options_.max_steps;
-    const Panel w = work_.slice(0, width_);
-    const Panel target = last ? w : basis_.slice(slot(step_ + 1) * b, width_);
-    const std::int64_t room = options_.global_size - rank_;
-    const bool full = options_.reorthogonalization == Reorthogonalization::full;
-    // With a ring of slots the next block takes the place of one that is still projected against: it is made in `work`.
-    const bool in_place = full || last;
-    const Panel made = in_place ? target : w;
+// Q <- Q - (V Q^T)^T V for the blocks asked for, then orthonormal again; returns the factor of the old rows in the new.
+SmallMatrix BlockLanczos::sweep(const Panel& q, const std::vector<Range>& ranges, bool against_recent) {
+    std::vector<double> overlap;
+    if (against_recent) {
+        const Panel recent = recent_rows();
+        gram(recent, q, overlap);
+        project(q, recent, overlap, nullptr, nullptr);
+    }
+    for (const Range range : ranges) {
+        if (range.first < range.last) {
+            gram_history(range, q, overlap);
+            project_history(q, range, overlap, nullptr, nullptr);
+        }
+    }
+    std::vector<double> factor = zeros(q.rows * q.rows);
+    const OrthonormalizeResult result =
+        kernels_->panel_orthonormalize(q, q, kInSpan, q.rows, reduction_, nullptr, factor.data());
+    return leading_columns(factor, q.rows, q.rows, result.rank);
+}
 
+// The blocks of the history that the newest block has to be swept against, after the estimate has moved on to it.
+std::vector<BlockLanczos::Range> BlockLanczos::ranges_to_sweep() {
+    const std::int64_t blocks = std::min(stored_, slots_);
+    const double limit = std::sqrt(epsilon());
+    const double target = std::pow(epsilon(), 0.75);
+    double largest = 0.0;
+    for (std::int64_t i = 0; i < blocks; ++i) {
+        largest = std::max(largest, estimate_.with(i));
+    }
+    const bool again = !pending_.empty();
+    if (largest <= limit && !again) {
+        return {};
+    }
+    std::vector<bool> wanted(static_cast<std::size_t>(blocks));
+    for (std::int64_t i = 0; i < blocks; ++i) {
+        wanted[static_cast<std::size_t>(i)] = estimate_.with(i) > target;
+    }
+    for (const Range range : pending_) {
+        for (std::int64_t i = range.first; i < std::min(range.last + 1, blocks); ++i) {
+            wanted[static_cast<std::size_t>(i)] = true;
+        }
+    }
+    std::vector<Range> ranges;
+    for (std::int64_t i = 0; i < blocks; ++i) {
+        if (!wanted[static_cast<std::size_t>(i)]) {
+            continue;
+        }
+        if (!ranges.empty() && i - ranges.back().last <= 1) {  // one block between two ranges costs less than a new one
+            ranges.back().last = i + 1;
+        } else {
+            ranges.push_back({i, i + 1});
+        }
+    }
+    pending_ = again ? std::vector<Range>{} : ranges;
+    return ranges;
+}
+
+// Orthonormalizes work[0 : width] in place, moves it to the recent blocks (not after the last step), returns C_j.
+SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation, const std::vector<double>& self_gram) {
+    const Panel w = work_.slice(0, width_);
+    const bool whole = options_.reorthogonalization == Reorthogonalization::full ||
+                       options_.reorthogonalization == Reorthogonalization::partial;
+    const std::int64_t room = whole ? options_.global_size - rank_ : width_;
     std::vector<double> factor = zeros(width_ * width_);
-    OrthonormalizeResult result =
-        kernels_->panel_orthonormalize(w, made, tolerance, full ? room : width_, reduction_, factor.data());
+    const OrthonormalizeResult result =
+        kernels_->panel_orthonormalize(w, w, tolerance, room, reduction_, self_gram.data(), factor.data());
     SmallMatrix c = leading_columns(factor, width_, width_, result.rank);
     double strongest = 0.0;
     for (std::int64_t i = 0; i < width_; ++i) {
         double square = 0.0;
         for (std::int64_t j = 0; j < result.rank; ++j) {
-            const double value = c.values[static_cast<std::size_t>(i * result.rank + j)];
-            square += value * value;
+            square += c.at(i, j) * c.at(i, j);
         }
         strongest = std::max(strongest, std::sqrt(square));
     }
 
+    const bool partial = options_.reorthogonalization == Reorthogonalization::partial;
+    const std::int64_t blocks = std::min(stored_, slots_);
     const bool weak = result.weakest < kWeakBlock * strongest || cancellation < 0.5;
     if (result.rank > 0 && weak) {
-        // Q <- Q - (V Q^T)^T V, then orthonormal again; the change of C_j is of the order of epsilon * ||W||.
-        const Panel q = made.slice(0, result.rank);
-        std::vector<double> overlap = zeros(v.rows * result.rank);
-        kernels_->panel_gram(v, q, overlap.data());
-        reduction_(overlap.data(), v.rows * result.rank);
-        kernels_->panel_project(q, v, overlap.data(), nullptr, nullptr);
-        std::vector<double> again = zeros(result.rank * result.rank);
-        const OrthonormalizeResult second =
-            kernels_->panel_orthonormalize(q, q, kInSpan, result.rank, reduction_, again.data());
-        c = product(c, leading_columns(again, result.rank, result.rank, second.rank));
+        c = product(c, sweep(w.slice(0, result.rank), {{0, blocks}}, true));
         ++extra_sweeps_;
     }
-    if (!in_place) {
-        std::vector<double> identity = zeros(width_ * width_);
-        for (std::int64_t i = 0; i < width_; ++i) {
-            identity[static_cast<std::size_t>(i * width_ + i)] = 1.0;
+    if (partial && c.columns > 0) {
+        offdiagonal_.push_back(c);
+        // A product's noise shows in the projections; its rounding alone is at least of this size.
+        const double noise = std::max(recurrence_error_, 0.125 * epsilon() * scale_);
+        estimate_.advance(diagonal_, offdiagonal_, noise, fresh_);
+        offdiagonal_.pop_back();
+        if (weak) {
+            estimate_.removed(0, blocks, fresh_);
+            pending_.clear();
         }
-        kernels_->panel_combine(identity.data(), made, target);
+        const std::vector<Range> ranges = ranges_to_sweep();
+        if (!ranges.empty()) {
+            c = product(c, sweep(w.slice(0, c.columns), ranges, false));
+            for (const Range range : ranges) {
+                estimate_.removed(range.first, range.last, fresh_);
+            }
+            ++partial_sweeps_;
+        }
     }
-    // Rows of the slot beyond the block's width may hold an older block: they must not take part in projections.
-    if (!last) {
-        for (std::int64_t row = width_; row < b; ++row) {
-            const Panel rest = basis_.slice(slot(step_ + 1) * b + row, 1);
-            char* bytes = static_cast<char*>(rest.data);
-            std::fill(bytes, bytes + rest.columns * element_bytes(rest.precision), 0);
-        }
+    if (step_ + 1 < options_.max_steps && c.columns > 0) {
+        keep(c.columns);
     }
     return c;
+}
+
+// Q_{j-1} goes into the history, and Q_{j+1} takes its place.
+void BlockLanczos::keep(std::int64_t width) {
+    const std::int64_t b = options_.block;
+    const Panel place = recent_.slice((step_ + 1) % 2 * b, b);
+    if (step_ > 0 && slots_ > 0) {
+        history_.store(*kernels_, stored_ % slots_ * b, place);
+        ++stored_;
+    }
+    std::vector<double> identity = zeros(width * width);
+    for (std::int64_t i = 0; i < width; ++i) {
+        identity[static_cast<std::size_t>(i * width + i)] = 1.0;
+    }
+    kernels_->panel_combine(identity.data(), work_.slice(0, width), place.slice(0, width));
+    // Rows beyond the block's width may hold an older block: they must not take part in projections.
+    for (std::int64_t row = width; row < b; ++row) {
+        const Panel rest = place.slice(row, 1);
+        std::fill_n(static_cast<char*>(rest.data), rest.columns * element_bytes(rest.precision), '\0');
+    }
+}
+
+double BlockLanczos::measure_orthogonality() {
+    if (!started_ || failed_) {
+        throw EngineError("BlockLanczos: there is no basis to measure");
+    }
+    const std::int64_t width = finished_ ? diagonal_.back().rows : width_;
+    const Panel q = recent_.slice(current_row(), width);
+    std::vector<double> overlap;
+    gram(recent_rows(), q, overlap);
+    double largest = 0.0;
+    for (std::int64_t i = 0; i < recent_rows().rows; ++i) {
+        for (std::int64_t j = 0; j < width; ++j) {
+            const double expected = i == current_row() + j ? 1.0 : 0.0;
+            largest = std::max(largest, std::abs(overlap[static_cast<std::size_t>(i * width + j)] - expected));
+        }
+    }
+    gram_history({0, history_rows() / options_.block}, q, overlap);
+    for (const double value : overlap) {
+        largest = std::max(largest, std::abs(value));
+    }
+    return largest;
 }
 
 }  // namespace hesd

@@ -2,16 +2,23 @@
 //
 //   H Q_j = C_{j-1}^T Q_{j-1} + A_j Q_j + C_j Q_{j+1}        (vectors are rows; Golub & Underwood 1977)
 //
-// The caller owns all panels: `basis` (slots * block, n) holds Q_0, Q_1, ... and `work` (block, n) takes the
-// probes, then each product H Q_j. Usage:
+// The caller owns all panels, at least (block, n) each. `work` takes the probes, then each product H Q_j. `recent`
+// (2 * block, n) holds Q_{j-1} and Q_j. `history` (slots * block, n) holds the blocks before them, perhaps in a lower
+// precision and perhaps in tiles on a disk. Usage:
 //
 //   fill work with the probes;  start();
 //   while not finished:  work[0 : width] = H * current();  advance();
 //
-// Orthogonality. Each product is projected twice against the stored blocks (block classical Gram-Schmidt, "twice is
-// enough", Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005), the second projection fused with the
-// first one's Gram matrix: three reads of the basis. When the new block comes out much weaker than the product it was
-// taken from, one more sweep over the orthonormal block restores orthogonality.
+// Orthogonality. Each product is projected twice against the blocks that the mode asks for (block classical
+// Gram-Schmidt, "twice is enough", Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005), the second
+// projection fused with the first one's Gram matrix: three reads of the history. When the new block comes out much
+// weaker than the product it was taken from, one more sweep of the orthonormal block against all stored ones restores
+// orthogonality.
+//
+// Partial reorthogonalization keeps the basis orthogonal to the square root of epsilon, which leaves the coefficients
+// right to epsilon (Simon, Linear Algebra Appl. 61, 1984): the overlaps are estimated (orthogonality_estimate.hpp), and
+// when the largest passes sqrt(epsilon) the new block and the one after it are swept once against the blocks whose
+// estimates have passed epsilon^(3/4).
 //
 // Breakdown and deflation. A direction whose remaining norm is at most breakdown_multiple * epsilon * scale is dropped
 // from the block, scale being the largest norm of a row of any product so far, a lower bound of ||H||. No direction
@@ -22,13 +29,17 @@
 #include <vector>
 
 #include "dispatch.hpp"
+#include "orthogonality_estimate.hpp"
+#include "small_matrix.hpp"
+#include "tiled_panel.hpp"
 
 namespace hesd {
 
 enum class Reorthogonalization {
-    full,    // against all previous blocks; basis holds every step
-    window,  // against the last blocks only, as many as the basis has slots
-    none,    // the three-term recurrence: two slots
+    full,     // against all previous blocks; history holds max_steps - 2 of them
+    partial,  // against the last two, and against others when the estimate says so; history as for full
+    window,   // against the last two and as many before them as history has slots
+    none,     // against the last two; no history
 };
 
 struct BlockLanczosOptions {
@@ -39,16 +50,10 @@ struct BlockLanczosOptions {
     double breakdown_multiple;
 };
 
-// Row-major float64.
-struct SmallMatrix {
-    std::int64_t rows = 0;
-    std::int64_t columns = 0;
-    std::vector<double> values;
-};
-
 class BlockLanczos {
    public:
-    BlockLanczos(const Kernels& kernels, Panel basis, Panel work, BlockLanczosOptions options, Reduction reduction);
+    BlockLanczos(const Kernels& kernels, TiledPanel history, Panel recent, Panel work, BlockLanczosOptions options,
+                 Reduction reduction);
 
     // work (block, n) holds the probes Z; sets Q_0 and the factor Z = L_0 Q_0. Throws EngineError if all probes are
     // zero.
@@ -56,6 +61,7 @@ class BlockLanczos {
 
     // Q_j, the rows to multiply; its rows are current().rows <= block.
     [[nodiscard]] Panel current() const;
+    // Its first row in `recent`.
     [[nodiscard]] std::int64_t current_row() const;
 
     // work[0 : current().rows] holds H Q_j; its contents are destroyed. One step of the recurrence.
@@ -72,20 +78,47 @@ class BlockLanczos {
     // Largest deviation of the projections from the recurrence (A_j symmetric, C_{j-1} repeated, zero before): the
     // noise and asymmetry of the operator, in the units of H.
     [[nodiscard]] double recurrence_error() const { return recurrence_error_; }
+    // Sweeps of weak blocks against everything stored.
     [[nodiscard]] std::int64_t extra_sweeps() const { return extra_sweeps_; }
+    // Sweeps that partial reorthogonalization asked for.
+    [[nodiscard]] std::int64_t partial_sweeps() const { return partial_sweeps_; }
+    // How many stored vectors projections have read, each reading counted.
+    [[nodiscard]] std::int64_t vectors_read() const { return vectors_read_; }
+    // Estimated largest overlap of the newest block with older ones after its sweeps; partial mode only.
+    [[nodiscard]] double estimated_overlap() const { return estimate_.largest(); }
+    // Largest entry of Q Q_j^T - I over all stored blocks, for the last block multiplied: one read of the history.
+    [[nodiscard]] double measure_orthogonality();
 
    private:
-    [[nodiscard]] std::int64_t slot(std::int64_t step) const { return step % slots_; }
-    [[nodiscard]] Panel stored() const;
-    void record_coefficients(const std::vector<double>& projection, std::int64_t width);
-    SmallMatrix next_block(double tolerance, double cancellation);
+    // Blocks [first, last) of the history.
+    struct Range {
+        std::int64_t first;
+        std::int64_t last;
+    };
+
+    [[nodiscard]] std::int64_t history_rows() const;
+    [[nodiscard]] Panel recent_rows() const;
+    [[nodiscard]] double epsilon() const { return machine_epsilon(work_.precision); }
+    void gram(const Panel& v, const Panel& w, std::vector<double>& out);
+    void project(const Panel& w, const Panel& v, const std::vector<double>& c, std::vector<double>* gram,
+                 std::vector<double>* self_gram);
+    void gram_history(Range range, const Panel& w, std::vector<double>& out);
+    void project_history(const Panel& w, Range range, const std::vector<double>& c, std::vector<double>* gram,
+                         std::vector<double>* self_gram);
+    void record_coefficients(const std::vector<double>& recent, const std::vector<double>& history, std::int64_t width);
+    SmallMatrix next_block(double tolerance, double cancellation, const std::vector<double>& self_gram);
+    SmallMatrix sweep(const Panel& q, const std::vector<Range>& ranges, bool against_recent);
+    [[nodiscard]] std::vector<Range> ranges_to_sweep();
+    void keep(std::int64_t width);
 
     const Kernels* kernels_;
-    Panel basis_;
+    TiledPanel history_;
+    Panel recent_;
     Panel work_;
     BlockLanczosOptions options_;
     Reduction reduction_;
-    std::int64_t slots_;
+    std::int64_t slots_;       // blocks that history can hold
+    std::int64_t stored_ = 0;  // blocks that went into history
     std::int64_t step_ = 0;
     std::int64_t width_ = 0;  // rows of Q_j
     std::int64_t rank_ = 0;   // directions found so far
@@ -95,7 +128,12 @@ class BlockLanczos {
     bool failed_ = false;  // set while a step runs: one that ends by an exception leaves it set
     double scale_ = 0.0;
     double recurrence_error_ = 0.0;
+    double fresh_ = 0.0;  // overlap with a block that was just projected out
     std::int64_t extra_sweeps_ = 0;
+    std::int64_t partial_sweeps_ = 0;
+    std::int64_t vectors_read_ = 0;
+    OrthogonalityEstimate estimate_;
+    std::vector<Range> pending_;  // swept in the last step, to be swept in the next one too
     SmallMatrix start_;
     std::vector<SmallMatrix> diagonal_;
     std::vector<SmallMatrix> offdiagonal_;

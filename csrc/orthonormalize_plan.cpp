@@ -116,7 +116,10 @@ bool OrthonormalizePlan::next(const double* gram) {
     // coefficients are as good as those of any other row.
     const bool full = accepted == max_rank_ && resolved_ == max_rank_;
     const std::int64_t kept = full ? accepted : candidates;
-    double distance = *std::max_element(row_sum.begin(), row_sum.end());
+    double distance = 0.0;
+    for (const double sum : row_sum) {
+        distance = std::max(distance, sum);
+    }
 
     // accepted rows:  Y_a = C^-1 D_a^-1 X_a;    residual rows:  Y_r = X_r - D_r C_r Y_a
     std::fill(transform_.begin(), transform_.end(), 0.0);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from hesd_fast import _engine
+from hesd_fast.basis import BASIS_DTYPES, check_basis
 from hesd_fast.criteria import criteria
 from hesd_fast.errors import HESDWarning, ProblemError
 from hesd_fast.hesd_type import classify
@@ -30,6 +32,9 @@ DEFAULT_MAX_STEPS = 100
 
 ORTHOGONALITY_MULTIPLE = 1024.0
 """Loss of orthogonality, in machine epsilons, up to which a fully reorthogonalized run passes its check."""
+
+SEMIORTHOGONALITY_MULTIPLE = 8.0
+"""The same of a partially reorthogonalized one, in square roots of epsilon."""
 
 
 class Protocol(NamedTuple):
@@ -57,6 +62,8 @@ def analyze(
     block_size: int | str = "auto",
     max_steps: int | None = None,
     reorthogonalization: str | None = None,
+    basis: str | os.PathLike[str] = "auto",
+    basis_dtype: str | torch.dtype = "auto",
     protocol: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -73,8 +80,10 @@ def analyze(
         Number of probes b; "auto" takes 4, or n if that is less.
     max_steps : int, optional
         Block steps m, 100 by default. Fewer are taken only when the Krylov space becomes invariant.
-    reorthogonalization : {"full", "window", "none"}, optional
+    reorthogonalization : {"full", "partial", "window", "none"}, optional
         See :func:`~hesd_fast.block_lanczos`; "full" by default.
+    basis, basis_dtype
+        Where and in what precision the Lanczos vectors are kept; see :func:`~hesd_fast.block_lanczos`.
     protocol : {"lla"}, optional
         A published protocol, which sets the three options before: numbers comparable with those of Loss Landscape
         Analysis.
@@ -96,13 +105,14 @@ def analyze(
     problem = _as_problem(model, loss, data, parameters, mode)
     settings = _settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
     check_options(problem.size, settings.max_steps, settings.block_size, settings.reorthogonalization, seed)
+    check_basis(basis, basis_dtype, problem.dtype)
     started = time.perf_counter()
     problem.prepare()
     fingerprint = problem.fingerprint
     with problem.session():
         operator = HessianOperator(problem)
         expected = settings.max_steps * settings.block_size
-        if settings.reorthogonalization == "full":
+        if settings.reorthogonalization in ("full", "partial"):
             expected = min(expected, problem.size)
         with ProductProgress(expected, enabled=progress) as bar:
             tridiagonal = block_lanczos(
@@ -112,6 +122,8 @@ def analyze(
                 seed=seed,
                 reorthogonalization=settings.reorthogonalization,
                 window=settings.window,
+                basis=basis,
+                basis_dtype=basis_dtype,
                 on_step=bar.update,
             )
     facts = ProblemFacts(
@@ -139,6 +151,8 @@ def analyze(
         "block_size": int(settings.block_size),
         "max_steps": int(settings.max_steps),
         "reorthogonalization": settings.reorthogonalization,
+        "basis": tridiagonal.basis_place,
+        "basis_dtype": tridiagonal.basis_dtype,
         "protocol": protocol,
         "seed": int(seed),
     }
@@ -207,6 +221,11 @@ def _checks(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> tuple[Ch
     ]
     if tridiagonal.orthogonality is not None:
         bound = ORTHOGONALITY_MULTIPLE * tridiagonal.epsilon
+        if tridiagonal.reorthogonalization == "partial":
+            bound = max(bound, SEMIORTHOGONALITY_MULTIPLE * float(np.sqrt(tridiagonal.epsilon)))
+        if tridiagonal.basis_dtype is not None:
+            # a stored vector is off by its rounding, all of it where the vector sits on a few coordinates
+            bound = max(bound, torch.finfo(BASIS_DTYPES[tridiagonal.basis_dtype]).eps)
         checks.append(
             Check(
                 "orthogonality",

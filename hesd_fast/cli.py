@@ -17,7 +17,9 @@ from typing import Any, ParamSpec
 import click
 
 import hesd_fast as hesd
+from hesd_fast.basis import BASIS_DTYPES
 from hesd_fast.demo import demo_problem
+from hesd_fast.lanczos import REORTHOGONALIZATIONS
 
 P = ParamSpec("P")
 
@@ -74,10 +76,18 @@ def demo(out: Path, progress: bool) -> None:
 @click.option("--max-steps", type=int, help="Block Lanczos steps.  [default: 100]")
 @click.option(
     "--reorthogonalization",
-    type=click.Choice(["full", "window", "none"]),
-    help="Against all vectors, the last ten, or two blocks only.  [default: full]",
+    type=click.Choice(REORTHOGONALIZATIONS),
+    help="Against all vectors, those that an estimate names, the last ten, or two blocks only.  [default: full]",
 )
 @click.option("--protocol", type=click.Choice(["lla"]), help="A published protocol; sets the three options above.")
+@click.option("--basis", default="auto", show_default=True, help="memory, disk, or a directory for Lanczos vectors.")
+@click.option(
+    "--basis-dtype",
+    type=click.Choice(["auto", *BASIS_DTYPES]),
+    default="auto",
+    show_default=True,
+    help="Precision that the Lanczos vectors are kept in.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the probes.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar on a terminal.")
 @_plain_errors
@@ -88,6 +98,8 @@ def analyze(
     max_steps: int | None,
     reorthogonalization: str | None,
     protocol: str | None,
+    basis: str,
+    basis_dtype: str,
     seed: int,
     progress: bool,
 ) -> None:
@@ -104,6 +116,8 @@ def analyze(
         max_steps=max_steps,
         reorthogonalization=reorthogonalization,
         protocol=protocol,
+        basis=basis,
+        basis_dtype=basis_dtype,
         seed=seed,
         progress=progress,
     )

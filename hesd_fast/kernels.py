@@ -9,7 +9,9 @@ Every kernel gives the same bits for any number of threads and has a twin in pla
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,6 +27,9 @@ Matrix: TypeAlias = torch.Tensor | npt.NDArray[np.float64]
 Reduce: TypeAlias = Callable[[npt.NDArray[np.float64]], None]
 
 _CACHE_LINE = 64
+_PAGE = 4096
+_LONG_VECTOR = 1 << 16  # bytes
+_LARGE_PANEL = 1 << 23  # bytes
 
 
 class OrthonormalFactor(NamedTuple):
@@ -48,13 +53,28 @@ def empty_panel(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> 
     Returns
     -------
     torch.Tensor
-        Shape (rows, columns), unit stride within a vector, vectors a multiple of 64 bytes apart.
+        Shape (rows, columns), unit stride within a vector, vectors a multiple of 64 bytes apart. Long vectors lie so
+        that a column's elements spread over the sets of a cache; a large panel is on huge pages where the system has
+        them, which saves the processor most of its page walks.
     """
     if rows < 0 or columns < 0:
         raise EngineError(f"a panel of {rows} vectors of {columns} elements was asked for; wanted both >= 0")
-    per_line = _CACHE_LINE // torch.empty((), dtype=dtype).element_size()
-    stride = max(math.ceil(columns / per_line), 1) * per_line
-    return torch.empty((rows, stride), dtype=dtype)[:, :columns]
+    stride = max(math.ceil(columns * dtype.itemsize / _CACHE_LINE), 1) * _CACHE_LINE
+    if stride >= _LONG_VECTOR:
+        stride = math.ceil(stride / _PAGE) * _PAGE + _PAGE // 8
+    elements = stride // dtype.itemsize
+    if rows * stride < _LARGE_PANEL or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty((rows, elements), dtype=dtype)[:, :columns]
+    try:
+        memory = mmap.mmap(-1, rows * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise EngineError(
+            f"a panel of {rows} vectors of {columns} elements takes {rows * stride / 2**30:.1f} GiB, which the system "
+            f"does not give: {error}"
+        ) from error
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, elements)[:, :columns]
 
 
 def _like(matrix: npt.NDArray[np.float64], panel: Panel) -> Matrix:
@@ -70,6 +90,9 @@ def _as_array(matrix: Matrix) -> npt.NDArray[np.float64]:
 
 def panel_gram(V: Panel, W: Panel) -> Matrix:
     """Inner products ``V @ W.T`` of two panels, summed in float64.
+
+    Products of panels of which neither is float64 are taken in float32, 64 of them at a time, except of a panel with
+    itself.
 
     Parameters
     ----------
@@ -91,7 +114,9 @@ def panel_gram(V: Panel, W: Panel) -> Matrix:
     return _like(_engine.panel_gram(V, W), V)
 
 
-def panel_project(W: Panel, V: Panel, C: Matrix) -> tuple[Matrix, Matrix]:
+def panel_project(
+    W: Panel, V: Panel, C: Matrix, *, gram: bool = True, self_gram: bool = True
+) -> tuple[Matrix | None, Matrix | None]:
     """Subtract ``C.T @ V`` from W in place and return the next Gram matrices.
 
     Parameters
@@ -101,22 +126,24 @@ def panel_project(W: Panel, V: Panel, C: Matrix) -> tuple[Matrix, Matrix]:
     V : panel (k, n)
         float64, float32, bfloat16 or float16; must not overlap W.
     C : matrix (k, b)
-        float64 coefficients.
+        float64 coefficients; where neither panel is float64 they are rounded to float32 first.
+    gram, self_gram : bool
+        Whether to take the Gram matrices, with V while V is in cache and of W.
 
     Returns
     -------
-    gram : matrix (k, b), float64
-        ``V @ W.T`` of the new W.
-    self_gram : matrix (b, b), float64
-        ``W @ W.T`` of the new W.
+    gram : matrix (k, b), float64, or None
+        ``V @ W.T`` of the new W, if asked for.
+    self_gram : matrix (b, b), float64, or None
+        ``W @ W.T`` of the new W, if asked for; its products are always in float64.
 
     Raises
     ------
     EngineError
         As :func:`panel_gram`; also when W and V overlap.
     """
-    gram, self_gram = _engine.panel_project(W, V, _as_array(C))
-    return _like(gram, W), _like(self_gram, W)
+    product, self_product = _engine.panel_project(W, V, _as_array(C), gram, self_gram)
+    return _like(product, W) if gram else None, _like(self_product, W) if self_gram else None
 
 
 def panel_orthonormalize(
@@ -182,7 +209,7 @@ def panel_combine(S: Matrix, V: Panel, out: Panel) -> None:
     V : panel (k, n)
         float64, float32, bfloat16 or float16.
     out : panel (r, n)
-        float64 or float32; overwritten; must not overlap V.
+        Any of the four; overwritten; must not overlap V.
 
     Raises
     ------

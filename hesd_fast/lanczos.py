@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from hesd_fast import _engine, kernels
-from hesd_fast.errors import EngineError, OperatorError, PlanError, ProblemError
+from hesd_fast.basis import plan_basis
+from hesd_fast.errors import EngineError, OperatorError, ProblemError
 from hesd_fast.operators import as_operator
 from hesd_fast.operators.base import CurvatureOperator
 from hesd_fast.tridiagonal import BlockTridiagonal
 
-REORTHOGONALIZATIONS = ("full", "window", "none")
+REORTHOGONALIZATIONS = ("full", "partial", "window", "none")
 PROBE_KINDS = ("rademacher", "gaussian")
 
 BREAKDOWN_MULTIPLE = 8.0
@@ -51,6 +52,8 @@ def block_lanczos(
     window: int = 10,
     probe_kind: str = "rademacher",
     probes: Tensor | None = None,
+    basis: str | os.PathLike[str] = "auto",
+    basis_dtype: str | torch.dtype = "auto",
     on_step: Callable[[LanczosProgress], None] | None = None,
 ) -> BlockTridiagonal:
     """Run block Lanczos from random probes.
@@ -65,8 +68,10 @@ def block_lanczos(
         Probes b, 1 <= b <= n.
     seed : int
         Chooses the probes, 0 <= seed < 2**64.
-    reorthogonalization : {"full", "window", "none"}
-        Against all previous vectors (memory (m + 1) b n elements); against the last ``window`` vectors; or the
+    reorthogonalization : {"full", "partial", "window", "none"}
+        "full": each new block against all previous ones (memory (m + 1) b n elements). "partial": against the last two,
+        and against older ones only when an estimate of the overlaps passes the square root of epsilon; the same
+        memory and the same spectrum for fewer reads. "window": against the last ``window`` vectors. "none": the
         three-term recurrence alone (3 b n elements), where converged Ritz values reappear as copies that share their
         weight.
     window : int
@@ -76,20 +81,27 @@ def block_lanczos(
     probes : tensor (b, n), optional
         Probes to use instead of random ones; ``block_size``, ``seed`` and ``probe_kind`` then have no say. Results
         carry no sampling error.
+    basis : {"auto", "memory", "disk"} or path of a directory
+        Where the vectors are kept that are not at work: in memory, or in a file without a name, which the system
+        removes when the run ends, however it ends. "auto" takes memory where it suffices. "disk" takes the directory
+        ``HESD_FAST_SCRATCH``, else ``/var/tmp``.
+    basis_dtype : {"auto", "float64", "float32", "bfloat16", "float16"} or torch.dtype
+        What they are kept in; "auto" is the dtype of the products. The block at work and the one before it always have
+        that dtype.
     on_step : callable, optional
         Called with a :class:`LanczosProgress` after each step.
 
     Returns
     -------
     BlockTridiagonal
-        Cost: m b products, and in full mode 3 m^2 b n / 2 elements of basis read.
+        Cost: m b products, and in full mode 3 m^2 b n / 2 elements of basis read (see ``basis_vectors_read``).
 
     Raises
     ------
     ProblemError
         For options that do not fit together or the operator.
     PlanError
-        When the basis does not fit into the available memory.
+        When the basis does not fit into the available memory or onto the disk.
     OperatorError
         When a product is not finite.
     EngineError
@@ -113,18 +125,26 @@ def block_lanczos(
             "Move the model and data to the CPU"
         )
     steps = min(steps, n)
-    blocks = {"full": steps, "window": max(2, math.ceil(window / block_size)), "none": 2}[reorthogonalization]
-    blocks = min(blocks, steps)
-    _check_memory((blocks + 1) * block_size, n, operator.dtype)
-
-    basis = kernels.empty_panel(blocks * block_size, n, operator.dtype)
+    blocks = {"window": math.ceil(window / block_size), "none": 2}.get(reorthogonalization, steps)
+    plan = plan_basis(
+        max(min(blocks, steps) - 2, 0) * block_size,
+        3 * block_size,
+        n,
+        operator.dtype,
+        basis=basis,
+        basis_dtype=basis_dtype,
+        available=available_memory(),
+    )
+    history = plan.allocate()
+    recent = kernels.empty_panel(2 * block_size, n, operator.dtype)
     work = kernels.empty_panel(block_size, n, operator.dtype)
     if probes is None:
         kernels.fill_probes(work, seed, kind=probe_kind)
     else:
         work.copy_(probes.detach())
     engine = _engine.BlockLanczos(
-        basis,
+        history,
+        recent,
         work,
         max_steps=steps,
         global_size=n,
@@ -143,7 +163,7 @@ def block_lanczos(
     while not engine.finished:
         row, width = engine.current_row, engine.current_width
         product = work[:width]
-        result = operator.matmat(basis[row : row + width], out=product)
+        result = operator.matmat(recent[row : row + width], out=product)
         if result is not product:  # an operator of the user's own may have made a panel of its own
             product.copy_(result)
         products += width
@@ -159,8 +179,8 @@ def block_lanczos(
 
     diagonal = tuple(engine.diagonal)
     orthogonality = None
-    if reorthogonalization == "full":
-        orthogonality = _loss_of_orthogonality(basis, block_size, [len(block) for block in diagonal])
+    if reorthogonalization in ("full", "partial"):
+        orthogonality = engine.measure_orthogonality()
     return BlockTridiagonal(
         size=n,
         start=engine.start_factor,
@@ -173,6 +193,9 @@ def block_lanczos(
         breakdown=engine.invariant,
         probe_kind=probe_kind,
         recurrence_error=engine.recurrence_error,
+        basis_dtype=str(plan.dtype).removeprefix("torch."),
+        basis_place=plan.place,
+        basis_vectors_read=engine.vectors_read,
     )
 
 
@@ -223,17 +246,6 @@ def available_memory() -> int | None:
         return None
 
 
-def _check_memory(rows: int, n: int, dtype: torch.dtype) -> None:
-    needed = rows * n * dtype.itemsize
-    available = available_memory()
-    if available is not None and needed > available:
-        raise PlanError(
-            f"the Lanczos basis takes {needed / 2**30:.1f} GiB ({rows} vectors of {n} {dtype}), but "
-            f"{available / 2**30:.1f} GiB are available; "
-            'take fewer steps, or reorthogonalization="none", which keeps three panels'
-        )
-
-
 def _check_scale(scale: float) -> None:
     if 0.0 < scale < SMALLEST_SCALE:
         raise OperatorError(
@@ -267,12 +279,3 @@ def _name_non_finite(product: Tensor, operator: CurvatureOperator, error: Engine
         f"the product of vector {row} is {float(product[row, column])} at {where}; wanted finite numbers. "
         "Check weights, data and loss, or use float64"
     ) from error
-
-
-def _loss_of_orthogonality(basis: Tensor, block_size: int, widths: list[int]) -> float:
-    """Return max |Q Q_last^T - I| of the last block against all: one read of the basis."""
-    last = len(widths) - 1
-    first = last * block_size
-    overlap = torch.as_tensor(kernels.panel_gram(basis[: first + widths[last]], basis[first : first + widths[last]]))
-    overlap[first:] -= torch.eye(widths[last], dtype=overlap.dtype)
-    return float(overlap.abs().max())

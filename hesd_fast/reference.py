@@ -5,8 +5,7 @@ Each function has the name, the arguments and the meaning of the kernel in :mod:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -142,27 +141,33 @@ def _cosine_sine(turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return cosine, sine
 
 
-def lanczos_quadrature(operator: torch.Tensor, steps: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def lanczos_quadrature(
+    matvec: Callable[[torch.Tensor], torch.Tensor], probe: torch.Tensor, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Nodes and weights of one probe by single-vector Lanczos as the pure-Python peers write it: a list of vectors.
 
-    ``operator`` is a dense symmetric matrix (n, n). Full reorthogonalization by modified Gram-Schmidt. The baseline
-    of the benchmarks.
+    ``matvec`` returns the product with a vector (n,) as a new tensor. Full reorthogonalization by one pass of modified
+    Gram-Schmidt, in the probe's precision; ends early when the Krylov space is invariant. The baseline of the
+    benchmarks.
     """
-    n = operator.shape[0]
-    probe = torch.empty((1, n), dtype=operator.dtype)
-    fill_probes(probe, seed)
-    basis = [probe[0] / math.sqrt(n)]
-    diagonal: list[torch.Tensor] = []
-    offdiagonal: list[torch.Tensor] = []
-    for _ in range(steps):
-        vector = operator @ basis[-1]
-        diagonal.append(torch.dot(vector, basis[-1]))
+    epsilon = torch.finfo(probe.dtype).eps
+    basis = [probe / torch.linalg.vector_norm(probe)]
+    diagonal: list[float] = []
+    offdiagonal: list[float] = []
+    largest = 0.0
+    for _ in range(min(steps, len(probe))):
+        vector = matvec(basis[-1])
+        largest = max(largest, float(torch.linalg.vector_norm(vector)))
+        diagonal.append(float(torch.dot(vector, basis[-1])))
         for other in basis:
-            vector = vector - torch.dot(vector, other) * other
-        norm = torch.linalg.vector_norm(vector)
+            vector.add_(other, alpha=-float(torch.dot(vector, other)))
+        norm = float(torch.linalg.vector_norm(vector))
+        if norm <= 8 * epsilon * largest:
+            break
         offdiagonal.append(norm)
         basis.append(vector / norm)
-    matrix = torch.diag(torch.stack(diagonal)) + torch.diag(torch.stack(offdiagonal[:-1]), 1)
-    matrix = matrix + torch.diag(torch.stack(offdiagonal[:-1]), -1)
+    couplings = torch.tensor(offdiagonal[: len(diagonal) - 1], dtype=torch.float64)
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    matrix += torch.diag(couplings, 1) + torch.diag(couplings, -1)
     nodes, vectors = torch.linalg.eigh(matrix)
     return nodes, vectors[0] ** 2

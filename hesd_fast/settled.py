@@ -61,11 +61,11 @@ def settle(tridiagonal: BlockTridiagonal, values: Array, residuals: Array, share
 
     A Ritz value settles when its residual norm is at most ``LARGEST_ANGLE`` of the distance to its neighbours (Parlett,
     *The Symmetric Eigenvalue Problem*, 1998, theorem 11.7.1). A multiple eigenvalue shows up as several Ritz values
-    without a gap, as long as there are two probes whose projections onto its eigenspace differ. Nothing settles without
-    full reorthogonalization, where copies of converged Ritz values share their weight, or for probes that are not
-    random.
+    without a gap, as long as there are two probes whose projections onto its eigenspace differ. Nothing settles where
+    copies of converged Ritz values share their weight, without full or partial reorthogonalization, or for probes that
+    are not random.
     """
-    full = tridiagonal.reorthogonalization == "full"
+    full = tridiagonal.reorthogonalization in ("full", "partial")
     random = tridiagonal.probe_kind in ("rademacher", "gaussian")
     padded = np.concatenate(([-np.inf], values, [np.inf]))
     gap = np.minimum(values - padded[:-2], padded[2:] - values)

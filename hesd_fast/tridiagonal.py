@@ -62,6 +62,10 @@ class BlockTridiagonal:
     recurrence_error : float or None
         Largest deviation of the measured projections ``Q H Q^T`` from a symmetric block tridiagonal matrix, in the
         units of ``H``: the noise and asymmetry of the Hessian products. None when it was not measured.
+    basis_dtype, basis_place : str or None
+        What the basis was kept in (``"float32"``) and where (``"memory"`` or ``"disk"``); None when not known.
+    basis_vectors_read : int or None
+        How many vectors of the basis its projections read, each reading counted.
 
     Raises
     ------
@@ -85,6 +89,9 @@ class BlockTridiagonal:
     breakdown: bool
     probe_kind: str = "rademacher"
     recurrence_error: float | None = None
+    basis_dtype: str | None = None
+    basis_place: str | None = None
+    basis_vectors_read: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", _frozen(self.start))
@@ -117,7 +124,7 @@ class BlockTridiagonal:
                 raise ProblemError(f"{name} holds a number that is not finite; check the Hessian products")
         if not 0.0 < self.epsilon < 1.0:
             raise ProblemError(f"epsilon must be a unit roundoff in (0, 1), got {self.epsilon!r}; pass 2**-23 for fp32")
-        if self.reorthogonalization == "full" and sum(self.block_sizes) > self.size:
+        if self.reorthogonalization in ("full", "partial") and sum(self.block_sizes) > self.size:
             raise ProblemError(f"{sum(self.block_sizes)} basis vectors do not fit into size={self.size}; check size")
         if self.products < 0:
             raise ProblemError(f"products must not be negative, got {self.products}")
@@ -214,6 +221,9 @@ class BlockTridiagonal:
             "breakdown": bool(self.breakdown),
             "probe_kind": self.probe_kind,
             "recurrence_error": None if self.recurrence_error is None else float(self.recurrence_error),
+            "basis_dtype": self.basis_dtype,
+            "basis_place": self.basis_place,
+            "basis_vectors_read": None if self.basis_vectors_read is None else int(self.basis_vectors_read),
         }
 
     @classmethod

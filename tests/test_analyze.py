@@ -137,6 +137,8 @@ def test_published_protocol_is_what_it_says(case):
         "block_size": 1,
         "max_steps": 100,
         "reorthogonalization": "window",
+        "basis": "memory",
+        "basis_dtype": "float64",
         "protocol": "lla",
         "seed": 3,
     }

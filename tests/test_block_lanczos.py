@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -14,6 +15,7 @@ from hesd_fast.errors import EngineError, OperatorError, PlanError, ProblemError
 from hesd_fast.lanczos import LanczosProgress, block_lanczos
 from hesd_fast.operators import MatrixOperator
 
+MODES = ["full", "partial", "window", "none"]
 DTYPES = [torch.float64, torch.float32]
 
 
@@ -33,24 +35,26 @@ def hessian_like(n=300, seed=0):
 class Recorder:
     """Runs the engine by hand and keeps every block, to check the recurrence itself."""
 
-    def __init__(self, matrix, steps, block, mode="full", slots=None, seed=0, multiple=8.0, probes=None):
+    def __init__(self, matrix, steps, block, mode="full", slots=None, seed=0, multiple=8.0, probes=None, storage=None):
         n = matrix.shape[0]
-        slots = steps if slots is None else slots
+        slots = max(steps - 2, 0) if slots is None else slots
         self.matrix = matrix
-        self.basis = kernels.empty_panel(slots * block, n, matrix.dtype)
-        self.basis.fill_(float("nan"))  # what was never written must never be read
+        self.history = kernels.empty_panel(slots * block, n, matrix.dtype if storage is None else storage)
+        self.recent = kernels.empty_panel(2 * block, n, matrix.dtype)
+        for panel in (self.history, self.recent):
+            panel.fill_(float("nan"))  # what was never written must never be read
         self.work = kernels.empty_panel(block, n, matrix.dtype)
         if probes is None:
             kernels.fill_probes(self.work, seed)
         else:
             self.work.copy_(probes)
         self.probes = self.work.clone()
-        self.engine = _engine.BlockLanczos(self.basis, self.work, steps, n, mode, multiple, None)
+        self.engine = _engine.BlockLanczos(self.history, self.recent, self.work, steps, n, mode, multiple, None)
         self.engine.start()
         self.blocks = []
         while not self.engine.finished:
             row, width = self.engine.current_row, self.engine.current_width
-            self.blocks.append(self.basis[row : row + width].double().clone())
+            self.blocks.append(self.recent[row : row + width].double().clone())
             self.work[:width] = self.blocks[-1].to(matrix.dtype) @ matrix
             self.engine.advance()
         self.following = self.work[: self.engine.offdiagonal[-1].shape[1]].double().clone()
@@ -81,17 +85,20 @@ def test_recurrence_and_orthogonality(dtype, block):
     assert (start @ run.blocks[0] - run.probes.double()).norm() <= 32 * epsilon * run.probes.double().norm()
 
 
-@pytest.mark.parametrize("mode", ["full", "window", "none"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("block", [1, 3])
 def test_every_mode_keeps_the_recurrence_and_finds_the_extremes(mode, block):
     matrix = matrix_with(hessian_like())
-    slots = {"full": 25, "window": 4, "none": 2}[mode]
+    slots = {"full": 23, "partial": 23, "window": 2, "none": 0}[mode]
     run = Recorder(matrix, 25, block, mode, slots)
-    assert run.recurrence_residual() <= 1e-12
+    # a sweep takes out overlaps of up to sqrt(epsilon) that the coefficients do not record
+    assert run.recurrence_residual() <= (10.0 * 2.0**-25 if mode == "partial" else 1e-12)
     q = torch.cat(run.blocks)
     loss = (q @ q.T - torch.eye(len(q), dtype=torch.float64)).abs().max()
     if mode == "full":
         assert loss <= 1e-13
+    elif mode == "partial":
+        assert 1e-13 < loss <= 2.0**-26
     else:
         assert loss > 1e-8  # the modes differ in what they are for
     tridiagonal = block_lanczos(matrix, 25, block, reorthogonalization=mode, window=4 * block)
@@ -165,9 +172,9 @@ def test_slots_of_deflated_blocks_hold_nothing_stale():
     # in window mode slots are used again: a narrower block must clear what an older, wider one left
     eigenvalues = np.zeros(100)
     eigenvalues[:6] = np.linspace(1, 2, 6)
-    run = Recorder(matrix_with(eigenvalues), 3, 4, "window", 2)
-    assert [len(a) for a in run.diagonal] == [4, 4, 2]
-    assert torch.equal(run.basis[2:4], torch.zeros(2, 100, dtype=torch.float64))
+    run = Recorder(matrix_with(eigenvalues), 6, 4, "window", 1)
+    assert [len(a) for a in run.diagonal][:3] == [4, 4, 2]
+    assert torch.equal(run.recent[2:4], torch.zeros(2, 100, dtype=torch.float64))
     assert run.recurrence_residual() <= 1e-12
 
 
@@ -221,7 +228,8 @@ def test_recurrence_error_sees_an_asymmetric_operator():
     assert block_lanczos(Operator(1e-6), 10, 2).recurrence_error >= 1e-7
 
 
-def test_two_shards_with_an_all_reduce_give_the_whole_result():
+@pytest.mark.parametrize("mode", MODES)
+def test_two_shards_with_an_all_reduce_give_the_whole_result(mode):
     matrix = matrix_with(hessian_like(101))
     n, cut, steps, block = 101, 40, 8, 3
     pieces = [slice(0, cut), slice(cut, n)]
@@ -241,14 +249,15 @@ def test_two_shards_with_an_all_reduce_give_the_whole_result():
     def shard(rank):
         columns = pieces[rank]
         local = columns.stop - columns.start
-        basis = kernels.empty_panel(steps * block, local, torch.float64)
+        history = kernels.empty_panel((steps - 2) * block, local, torch.float64)
+        recent = kernels.empty_panel(2 * block, local, torch.float64)
         work = kernels.empty_panel(block, local, torch.float64)
         kernels.fill_probes(work, 9, first_index=columns.start)
-        engine = _engine.BlockLanczos(basis, work, steps, n, "full", 8.0, all_reduce(rank))
+        engine = _engine.BlockLanczos(history, recent, work, steps, n, mode, 8.0, all_reduce(rank))
         engine.start()
         while not engine.finished:
             row, width = engine.current_row, engine.current_width
-            shared[rank] = basis[row : row + width].clone()
+            shared[rank] = recent[row : row + width].clone()
             barrier.wait()
             whole = torch.cat(shared, dim=1)
             barrier.wait()
@@ -261,11 +270,16 @@ def test_two_shards_with_an_all_reduce_give_the_whole_result():
         thread.start()
     for thread in threads:
         thread.join()
-    whole = block_lanczos(matrix, steps, block, seed=9)
+    whole = block_lanczos(matrix, steps, block, seed=9, reorthogonalization=mode, window=steps * block)
     for mine, theirs in zip(results[0], results[1], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
-    for a, b in zip(results[0][0], whole.diagonal, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    # a recurrence that is not reorthogonalized amplifies rounding, and so the entries of its blocks differ
+    if mode in ("full", "window"):
+        for a, b in zip(results[0][0], whole.diagonal, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(results[0][0][0], whole.diagonal[0], rtol=0, atol=1e-12)
+    sharded = dataclasses.replace(whole, diagonal=tuple(results[0][0]), offdiagonal=tuple(results[0][1]))
+    np.testing.assert_allclose(sharded.ritz()[0][[0, -2, -1]], whole.ritz()[0][[0, -2, -1]], rtol=0, atol=1e-12 * 10)
 
 
 def test_progress_is_reported_after_each_step():
@@ -311,7 +325,7 @@ def test_bad_options_are_refused_before_any_product(options, error, message):
 def test_a_basis_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(lanczos_module, "available_memory", lambda: 1000)
     with pytest.raises(PlanError, match="GiB are available"):
-        block_lanczos(torch.eye(20), 10, 2)
+        block_lanczos(torch.eye(20), 10, 2, basis="memory")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -335,22 +349,22 @@ def test_non_finite_products_are_named(bad):
 
 
 def test_the_engine_refuses_wrong_order_and_wrong_panels():
-    basis, work = torch.ones(4, 10), torch.ones(2, 10)
+    history, recent, work = torch.ones(2, 10), torch.ones(4, 10), torch.ones(2, 10)
     kernels.fill_probes(work, 0)
-    engine = _engine.BlockLanczos(basis, work, 2, 10, "full", 8.0, None)
+    engine = _engine.BlockLanczos(history, recent, work, 2, 10, "full", 8.0, None)
     with pytest.raises(EngineError, match=r"before start\(\)"):
         engine.advance()
     engine.start()
     with pytest.raises(EngineError, match="twice"):
         engine.start()
     with pytest.raises(EngineError, match="needs"):
-        _engine.BlockLanczos(basis, work, 3, 10, "full", 8.0, None)
+        _engine.BlockLanczos(history, recent, work, 4, 10, "full", 8.0, None)
     with pytest.raises(EngineError, match="'half'"):
-        _engine.BlockLanczos(basis, work, 2, 10, "half", 8.0, None)
+        _engine.BlockLanczos(history, recent, work, 2, 10, "half", 8.0, None)
     with pytest.raises(EngineError, match="shares memory"):
-        _engine.BlockLanczos(basis, basis[2:], 2, 10, "full", 8.0, None)
+        _engine.BlockLanczos(history, recent, recent[2:], 2, 10, "full", 8.0, None)
     with pytest.raises(EngineError, match="smaller than"):
-        _engine.BlockLanczos(basis, work, 2, 9, "full", 8.0, None)
+        _engine.BlockLanczos(history, recent, work, 2, 9, "full", 8.0, None)
 
 
 def test_ritz_values_of_exhausted_spaces_lie_within_their_bounds():
@@ -364,7 +378,7 @@ def test_ritz_values_of_exhausted_spaces_lie_within_their_bounds():
         assert len(values) <= n
 
 
-@pytest.mark.parametrize("mode", ["full", "window", "none"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("block", [1, 4])
 def test_more_steps_than_dimensions_are_fine_in_every_mode(mode, block):
     eigenvalues = hessian_like(30)
@@ -390,9 +404,10 @@ class StepError(Exception):
 
 
 def engine_with(reduce, n=40, steps=6, block=2):
-    basis, work = kernels.empty_panel(steps * block, n, torch.float64), kernels.empty_panel(block, n, torch.float64)
+    history = kernels.empty_panel((steps - 2) * block, n, torch.float64)
+    recent, work = kernels.empty_panel(2 * block, n, torch.float64), kernels.empty_panel(block, n, torch.float64)
     kernels.fill_probes(work, 0)
-    return _engine.BlockLanczos(basis, work, steps, n, "full", 8.0, reduce), basis, work
+    return _engine.BlockLanczos(history, recent, work, steps, n, "full", 8.0, reduce), recent, work
 
 
 def test_a_step_that_failed_cannot_be_continued():
@@ -404,12 +419,12 @@ def test_a_step_that_failed_cannot_be_continued():
             raise StepError
 
     armed = False
-    engine, basis, work = engine_with(reduce)
+    engine, recent, work = engine_with(reduce)
     engine.start()
     calls.clear()
     armed = True
     matrix = matrix_with(hessian_like(40))
-    work[:2] = basis[:2] @ matrix
+    work[:2] = recent[:2] @ matrix
     with pytest.raises(StepError):
         engine.advance()
     with pytest.raises(EngineError, match="earlier step ended with an error"):
@@ -418,10 +433,10 @@ def test_a_step_that_failed_cannot_be_continued():
 
 def test_what_a_reduction_keeps_stays_as_it_was():
     kept = []
-    engine, basis, work = engine_with(kept.append)
+    engine, recent, work = engine_with(kept.append)
     engine.start()
     copies = [values.copy() for values in kept]
-    work[:2] = basis[:2] @ matrix_with(hessian_like(40))
+    work[:2] = recent[:2] @ matrix_with(hessian_like(40))
     engine.advance()
     for values, copy in zip(kept, copies, strict=False):
         np.testing.assert_array_equal(values, copy)
@@ -468,7 +483,7 @@ def test_an_asymmetric_operator_is_refused():
         block_lanczos(Operator(), 10, 2)
 
 
-@pytest.mark.parametrize("mode", ["full", "window", "none"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nearly_dependent_blocks_stay_orthogonal_to_their_neighbours_in_every_mode(mode, dtype):
     # low rank: next to a strong direction the block has one of rounding noise, just above the breakdown tolerance

@@ -46,9 +46,19 @@ def orthogonality_bound(working, n):
     return 4 * epsilon(working) + np.sqrt(n) * epsilon(torch.float64)
 
 
-def rounding(working, terms):
-    """Bound on two float64 sums in different orders, each then rounded to the working precision."""
-    return epsilon(working) + (terms + 1) * epsilon(torch.float64)
+def arithmetic(storage, working):
+    """Epsilon of what the kernels compute in."""
+    return epsilon(torch.float64 if torch.float64 in (storage, working) else torch.float32)
+
+
+def gram_rounding(storage, working, n):
+    """Rounding of an inner product, relative to the norms: runs of 64 products in the arithmetic, then float64."""
+    return 2 * arithmetic(storage, working) + np.sqrt(n) * epsilon(torch.float64)
+
+
+def rounding(storage, working, terms):
+    """Bound on a sum of so many products and its twin in float64, both then rounded to the working precision."""
+    return epsilon(working) + (terms + 3) * arithmetic(storage, working)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -60,7 +70,8 @@ def test_panel_gram_matches_its_twin(target, n, storage, working):
         gram = kernels.panel_gram(v, w)
         scale = v.double().norm(dim=1)[:, None] * w.double().norm(dim=1)[None, :]
         assert gram.shape == (k, b)
-        assert ((gram - reference.panel_gram(v, w)).abs() <= 4 * epsilon(torch.float64) * np.sqrt(n) * scale).all()
+        # runs of 64 products and a few more sums
+        assert ((gram - reference.panel_gram(v, w)).abs() <= 4 * gram_rounding(storage, working, n) * scale).all()
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -75,11 +86,10 @@ def test_panel_project_matches_its_twin(target, n, storage, working):
         before = v.clone()
         gram, self_gram = kernels.panel_project(w, v, c)
         size = w.double().abs() + c.T.abs() @ v.double().abs()
-        assert ((w.double() - expected.double()).abs() <= rounding(working, k) * size).all()
+        assert ((w.double() - expected.double()).abs() <= rounding(storage, working, k) * size).all()
         # the Gram matrices are those of the W that was stored
-        torch.testing.assert_close(
-            gram, reference.panel_gram(v, w), rtol=1e-12, atol=1e-13 * n * float(size.max()) ** 2
-        )
+        scale = v.double().norm(dim=1)[:, None] * w.double().norm(dim=1)[None, :]
+        assert ((gram - reference.panel_gram(v, w)).abs() <= 4 * gram_rounding(storage, working, n) * scale).all()
         torch.testing.assert_close(
             self_gram, reference.panel_gram(w, w), rtol=1e-12, atol=1e-13 * n * float(size.max()) ** 2
         )
@@ -88,7 +98,7 @@ def test_panel_project_matches_its_twin(target, n, storage, working):
 
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("storage", STORAGE)
-@pytest.mark.parametrize("working", WORKING)
+@pytest.mark.parametrize("working", STORAGE)
 def test_panel_combine_matches_its_twin(target, n, storage, working):
     for k, r in SHAPES:
         v, x = panel(k, n, storage), panel(r, n, working, seed=1)
@@ -97,7 +107,8 @@ def test_panel_combine_matches_its_twin(target, n, storage, working):
         reference.panel_combine(s, v, expected)
         kernels.panel_combine(s, v, x)
         size = s.abs() @ v.double().abs()
-        assert ((x.double() - expected.double()).abs() <= rounding(working, k) * size).all()
+        tiny = 2.0**-24 if working == torch.float16 else 0.0  # the step of its subnormal numbers
+        assert ((x.double() - expected.double()).abs() <= rounding(storage, working, k) * size + tiny).all()
 
 
 @pytest.mark.parametrize("working", WORKING)

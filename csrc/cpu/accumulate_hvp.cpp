@@ -1,7 +1,7 @@
 #include "hesd/accumulate_hvp.hpp"
 
 #include "cpu/targets.hpp"
-#include "cpu/vector.hpp"
+#include "cpu/tiles.hpp"
 
 // Compiled without contraction of multiply and add: two-sum needs each operation rounded on its own.
 
@@ -20,11 +20,11 @@ HESD_INLINE T read(const float* source) {
 }
 template <typename T>
 HESD_INLINE T read(const BFloat16* source) {
-    return static_cast<T>(to_double(*source));
+    return static_cast<T>(widen(*source));
 }
 template <typename T>
 HESD_INLINE T read(const Float16* source) {
-    return static_cast<T>(to_double(*source));
+    return static_cast<T>(widen(*source));
 }
 
 template <typename T, typename S>
@@ -66,8 +66,8 @@ void accumulate_piece(const Panel& out, const HvpPart& part, std::int64_t row, s
 void accumulate_hvp(const Panel& out, const HvpPart* parts, std::int64_t part_count, double alpha,
                     const Panel* compensation) {
     // One list of equal pieces over all parts, so that many small tensors and one large one share the threads alike.
-    const Scratch starts_memory(part_count + 1);
-    auto* starts = reinterpret_cast<std::int64_t*>(starts_memory.data());
+    const Scratch<std::int64_t> starts_memory(part_count + 1);
+    std::int64_t* starts = starts_memory.data();
     starts[0] = 0;
     for (std::int64_t i = 0; i < part_count; ++i) {
         starts[i + 1] = starts[i] + (parts[i].values.columns + kPiece - 1) / kPiece;

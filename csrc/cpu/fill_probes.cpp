@@ -1,5 +1,6 @@
 #include "hesd/fill_probes.hpp"
 
+#include "cpu/parallel.hpp"
 #include "cpu/targets.hpp"
 #include "cpu/vector.hpp"
 

@@ -1,7 +1,7 @@
 #include "hesd/panel_orthonormalize.hpp"
 
 #include "cpu/targets.hpp"
-#include "cpu/vector.hpp"
+#include "cpu/tiles.hpp"
 #include "orthonormalize_plan.hpp"
 
 namespace hesd::HESD_TARGET {
@@ -11,10 +11,10 @@ namespace {
 template <typename T>
 void transform_rows(const Panel& source, const double* transform, const Panel& target, double* gram) {
     const std::int64_t b = source.rows;
-    const std::int64_t block = block_columns(2 * b, 8, 64 * 1024);
+    const std::int64_t block = block_columns(2 * b * 8, 64 * 1024, 256);
     const std::int64_t size = gram != nullptr ? b * b : 0;
     const ChunkSums sums(source.columns, size);
-    const Scratch rows(most_threads() * 2 * b * block);
+    const Scratch<double> rows(most_threads() * 2 * b * block);
     const T* from = static_cast<const T*>(source.data);
     T* to = static_cast<T*>(target.data);
     for_each_block(source.columns, block,
@@ -27,11 +27,14 @@ void transform_rows(const Panel& source, const double* transform, const Panel& t
                        }
                        combine_block(before, block, b, transform, 1, b, after, block, b, length);
                        store_rows(after, block, b, length, to + column, target.stride);
+                       load_rows(to + column, target.stride, b, length, after, block);
                        if (size > 0) {
-                           gram_block(after, block, b, after, block, b, length, sums.of(chunk));
+                           self_gram_block(after, block, b, length, sums.of(chunk));
                        }
                    });
-    sums.total(0, size, gram);
+    if (size > 0) {
+        sums.symmetric_total(0, b, gram);
+    }
 }
 
 void transform_rows(const Panel& source, const double* transform, const Panel& target, double* gram) {
@@ -45,15 +48,21 @@ void transform_rows(const Panel& source, const double* transform, const Panel& t
 }  // namespace
 
 OrthonormalizeResult panel_orthonormalize(const Panel& w, const Panel& out, double tolerance, std::int64_t max_rank,
-                                          const Reduction& reduction, double* factor) {
+                                          const Reduction& reduction, const double* gram, double* factor) {
     const std::int64_t b = w.rows;
-    const Scratch gram(b * b);
-    panel_gram(w, w, gram.data());
-    reduction(gram.data(), b * b);
+    const Scratch<double> current(b * b);
+    if (gram != nullptr) {
+        for (std::int64_t i = 0; i < b * b; ++i) {
+            current.data()[i] = gram[i];
+        }
+    } else {
+        panel_gram(w, w, current.data());
+        reduction(current.data(), b * b);
+    }
     OrthonormalizePlan plan(b, tolerance, max_rank);
-    while (!plan.next(gram.data())) {
-        transform_rows(w, plan.transform(), w, gram.data());
-        reduction(gram.data(), b * b);
+    while (!plan.next(current.data())) {
+        transform_rows(w, plan.transform(), w, current.data());
+        reduction(current.data(), b * b);
     }
     transform_rows(w, plan.transform(), out, nullptr);
     return plan.finish(factor);

@@ -1,41 +1,49 @@
 #include "hesd/panel_project.hpp"
 
 #include "cpu/targets.hpp"
-#include "cpu/vector.hpp"
+#include "cpu/tiles.hpp"
 
 namespace hesd::HESD_TARGET {
 namespace {
 
 template <typename S, typename T>
 void project(const Panel& w, const Panel& v, const double* coefficients, double* gram, double* self_gram) {
+    typedef typename Common<S, T>::type C;
     const std::int64_t k = v.rows;
     const std::int64_t b = w.rows;
-    // V's block stays in the second-level cache between the subtraction and the Gram matrix.
-    const std::int64_t block = block_columns(k * static_cast<std::int64_t>(sizeof(S)) + b * 8, 1, 384 * 1024);
+    // V's block stays in the second-level cache between the subtraction and the Gram matrix; with many rows in the
+    // third.
+    const std::int64_t block = block_columns(k * static_cast<std::int64_t>(sizeof(S)), 256 * 1024, 256);
     const std::int64_t gram_size = gram != nullptr ? k * b : 0;
     const std::int64_t self_size = self_gram != nullptr ? b * b : 0;
     const ChunkSums sums(w.columns, gram_size + self_size);
-    const Scratch rows(most_threads() * b * block);
-    const Scratch negative(k * b);
+    const std::int64_t stride = scratch_stride<C>(block);
+    const Scratch<C> rows(most_threads() * b * stride);
+    const Scratch<C> factors(k * b);
     for (std::int64_t i = 0; i < k * b; ++i) {
-        negative.data()[i] = -coefficients[i];
+        factors.data()[i] = static_cast<C>(coefficients[i]);
     }
     const S* v_data = static_cast<const S*>(v.data);
     T* w_data = static_cast<T*>(w.data);
     for_each_block(w.columns, block, [&](std::int64_t chunk, int thread, std::int64_t column, std::int64_t length) {
-        double* w_rows = rows.data() + thread * b * block;
-        load_rows(w_data + column, w.stride, b, length, w_rows, block);
-        combine_block(v_data + column, v.stride, k, negative.data(), b, 1, w_rows, block, b, length);
-        store_rows(w_rows, block, b, length, w_data + column, w.stride);
+        C* w_rows = rows.data() + thread * b * stride;
+        // The combination is summed by itself: most of its terms are small, and so are their rounding errors.
+        for (std::int64_t i = 0; i < b * stride; ++i) {
+            w_rows[i] = C(0);
+        }
+        combine_block(v_data + column, v.stride, k, factors.data(), b, 1, w_rows, stride, b, length);
+        subtract_rows(w_rows, stride, b, length, w_data + column, w.stride);
         if (gram_size > 0) {
-            gram_block(v_data + column, v.stride, k, w_rows, block, b, length, sums.of(chunk));
+            gram_block<C>(v_data + column, v.stride, k, w_rows, stride, b, length, sums.of(chunk));
         }
         if (self_size > 0) {
-            gram_block(w_rows, block, b, w_rows, block, b, length, sums.of(chunk) + gram_size);
+            self_gram_block(w_rows, stride, b, length, sums.of(chunk) + gram_size);
         }
     });
     sums.total(0, gram_size, gram);
-    sums.total(gram_size, self_size, self_gram);
+    if (self_size > 0) {
+        sums.symmetric_total(gram_size, b, self_gram);
+    }
 }
 
 }  // namespace

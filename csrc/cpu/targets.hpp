@@ -12,7 +12,8 @@
     void panel_gram(const Panel& v, const Panel& w, double* gram);                                                   \
     void panel_project(const Panel& w, const Panel& v, const double* coefficients, double* gram, double* self_gram); \
     OrthonormalizeResult panel_orthonormalize(const Panel& w, const Panel& out, double tolerance,                    \
-                                              std::int64_t max_rank, const Reduction& reduction, double* factor);    \
+                                              std::int64_t max_rank, const Reduction& reduction, const double* gram, \
+                                              double* factor);                                                       \
     void panel_combine(const double* s, const Panel& v, const Panel& x);                                             \
     }
 

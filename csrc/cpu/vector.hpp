@@ -1,306 +1,233 @@
-// Vectors of doubles for the CPU kernels, in the compiler's vector extension: the same source for each instruction set.
-// Included only by files that are compiled once per target; everything has internal linkage, so that code
-// generated for one instruction set never stands in for another.
+// Vectors of float32 and float64 for the CPU kernels, in the compiler's vector extension: the same source for each
+// instruction set. Included only by files that are compiled once per target; everything has internal linkage, so that
+// code generated for one instruction set never stands in for another.
 #pragma once
 
-#include <cstdint>
-#include <cstdlib>
-#include <new>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
-#include "cpu/parallel.hpp"
+#include <cstdint>
+
 #include "hesd/panel.hpp"
+
+#define HESD_INLINE inline __attribute__((always_inline))
 
 namespace hesd {
 namespace {
 
-constexpr int kLanes = HESD_LANES;
-typedef double DoubleVector __attribute__((vector_size(kLanes * 8)));
-typedef float FloatVector __attribute__((vector_size(kLanes * 4)));
-typedef std::uint32_t WordVector __attribute__((vector_size(kLanes * 4)));
-typedef std::uint16_t HalfWordVector __attribute__((vector_size(kLanes * 2)));
+constexpr int kVectorBytes = HESD_VECTOR_BYTES;
+typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
+typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
+typedef std::uint32_t WordVector __attribute__((vector_size(kVectorBytes)));
+typedef std::uint16_t ShortVector __attribute__((vector_size(kVectorBytes / 2)));
+typedef double HalfDoubleVector __attribute__((vector_size(kVectorBytes / 2)));
+typedef float HalfFloatVector __attribute__((vector_size(kVectorBytes / 2)));
+typedef std::uint32_t HalfWordVector __attribute__((vector_size(kVectorBytes / 2)));
+typedef std::uint16_t HalfShortVector __attribute__((vector_size(kVectorBytes / 4)));
 
-#define HESD_INLINE inline __attribute__((always_inline))
+// The arithmetic that a kernel computes in.
+template <typename C>
+struct As;
+template <>
+struct As<double> {
+    typedef DoubleVector Vector;
+    static constexpr int lanes = kVectorBytes / 8;
+};
+template <>
+struct As<float> {
+    typedef FloatVector Vector;
+    static constexpr int lanes = kVectorBytes / 4;
+};
 
-HESD_INLINE float bits_to_float(std::uint32_t bits) {
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
+// Keeps a loaded vector in a register: GCC would rather read the memory again in each use.
+#if defined(__AVX2__)
+#define HESD_IN_REGISTER(vector) asm("" : "+v"(vector))
+#else
+#define HESD_IN_REGISTER(vector) static_cast<void>(0)
+#endif
+
+template <typename Vector, typename S>
+HESD_INLINE Vector bytes_at(const S* source) {
+    Vector value;
+    __builtin_memcpy(&value, source, sizeof value);
     return value;
 }
 
-HESD_INLINE double to_double(double value) { return value; }
-HESD_INLINE double to_double(float value) { return value; }
-HESD_INLINE double to_double(BFloat16 value) { return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16); }
+// A cast between vector types of one size keeps the bits.
+template <typename Floats, typename Words>
+HESD_INLINE Floats from_bfloat16(Words bits) {
+    return (Floats)(bits << 16);
+}
 // The exponent and fraction move into float32's fields; multiplying by 2^112 corrects the exponent bias and
 // makes subnormals normal. Infinities and NaNs get float32's largest exponent.
-HESD_INLINE double to_double(Float16 value) {
+template <typename Floats, typename Words>
+HESD_INLINE Floats from_float16(Words bits) {
+    const Words sign = (bits & 0x8000u) << 16;
+    const Words magnitude = (bits & 0x7fffu) << 13;
+    const Floats scaled = (Floats)magnitude * 0x1p112f;
+    const Words is_special = (Words)(magnitude >= 0x0f800000u);
+    const Words merged = (is_special & (magnitude | 0x7f800000u)) | (~is_special & (Words)scaled);
+    return (Floats)(merged | sign);
+}
+
+HESD_INLINE double widen(double value) { return value; }
+HESD_INLINE float widen(float value) { return value; }
+HESD_INLINE float widen(BFloat16 value) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
+    return bytes_at<float>(&bits);
+}
+HESD_INLINE float widen(Float16 value) {
     const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
     std::uint32_t magnitude = static_cast<std::uint32_t>(value.bits & 0x7fffu) << 13;
     if (magnitude >= 0x0f800000u) {
-        magnitude |= 0x7f800000u;
-        return bits_to_float(magnitude | sign);
+        magnitude |= 0x7f800000u | sign;
+        return bytes_at<float>(&magnitude);
     }
-    const float scaled = bits_to_float(magnitude) * 0x1p112f;
+    const float scaled = bytes_at<float>(&magnitude) * 0x1p112f;
     return sign != 0 ? -scaled : scaled;
 }
 
-HESD_INLINE DoubleVector load(const double* source) {
-    DoubleVector value;
-    __builtin_memcpy(&value, source, sizeof value);
-    return value;
+HESD_INLINE DoubleVector load(As<double>, const double* source) { return bytes_at<DoubleVector>(source); }
+HESD_INLINE DoubleVector load(As<double>, const float* source) {
+    return __builtin_convertvector(bytes_at<HalfFloatVector>(source), DoubleVector);
 }
-HESD_INLINE DoubleVector load(const float* source) {
-    FloatVector value;
-    __builtin_memcpy(&value, source, sizeof value);
-    return __builtin_convertvector(value, DoubleVector);
+HESD_INLINE DoubleVector load(As<double>, const BFloat16* source) {
+    const auto bits = __builtin_convertvector(bytes_at<HalfShortVector>(source), HalfWordVector);
+    return __builtin_convertvector(from_bfloat16<HalfFloatVector>(bits), DoubleVector);
 }
-// A cast between vector types of one size keeps the bits.
-HESD_INLINE DoubleVector load(const BFloat16* source) {
-    HalfWordVector bits;
-    __builtin_memcpy(&bits, source, sizeof bits);
-    const WordVector wide = __builtin_convertvector(bits, WordVector) << 16;
-    return __builtin_convertvector((FloatVector)wide, DoubleVector);
+HESD_INLINE DoubleVector load(As<double>, const Float16* source) {
+    const auto bits = __builtin_convertvector(bytes_at<HalfShortVector>(source), HalfWordVector);
+    return __builtin_convertvector(from_float16<HalfFloatVector>(bits), DoubleVector);
 }
-HESD_INLINE DoubleVector load(const Float16* source) {
-    HalfWordVector bits;
-    __builtin_memcpy(&bits, source, sizeof bits);
-    const WordVector wide = __builtin_convertvector(bits, WordVector);
-    const WordVector sign = (wide & 0x8000u) << 16;
-    const WordVector magnitude = (wide & 0x7fffu) << 13;
-    const FloatVector scaled = (FloatVector)magnitude * 0x1p112f;
-    const WordVector is_special = (WordVector)(magnitude >= 0x0f800000u);
-    const WordVector merged = (is_special & (magnitude | 0x7f800000u)) | (~is_special & (WordVector)scaled);
-    return __builtin_convertvector((FloatVector)(merged | sign), DoubleVector);
+HESD_INLINE FloatVector load(As<float>, const float* source) { return bytes_at<FloatVector>(source); }
+HESD_INLINE FloatVector load(As<float>, const BFloat16* source) {
+#if defined(__AVX512F__)
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+    return (FloatVector)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16);
+#elif defined(__AVX2__)
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return (FloatVector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#else
+    return from_bfloat16<FloatVector>(__builtin_convertvector(bytes_at<ShortVector>(source), WordVector));
+#endif
+}
+HESD_INLINE FloatVector load(As<float>, const Float16* source) {
+#if defined(__AVX512F__)  // the unmasked form sets off -Wmaybe-uninitialized in GCC 12
+    return (FloatVector)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__F16C__)
+    return (FloatVector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
+    return from_float16<FloatVector>(__builtin_convertvector(bytes_at<ShortVector>(source), WordVector));
+#endif
 }
 
 HESD_INLINE void store(double* target, DoubleVector value) { __builtin_memcpy(target, &value, sizeof value); }
+HESD_INLINE void store(float* target, FloatVector value) { __builtin_memcpy(target, &value, sizeof value); }
 HESD_INLINE void store(float* target, DoubleVector value) {
-    const FloatVector narrow = __builtin_convertvector(value, FloatVector);
+    const HalfFloatVector narrow = __builtin_convertvector(value, HalfFloatVector);
     __builtin_memcpy(target, &narrow, sizeof narrow);
 }
 
-HESD_INLINE double horizontal_sum(DoubleVector value) {
-    double sum = 0.0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-        sum += value[lane];
-    }
-    return sum;
+// Rounds to nearest even; a NaN stays one.
+template <typename Words, typename Floats>
+HESD_INLINE Words to_bfloat16(Floats value) {
+    const Words bits = (Words)value;
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Words is_nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
+    return (is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded);
 }
-
-// Cache-line aligned doubles for one kernel call.
-class Scratch {
-   public:
-    explicit Scratch(std::int64_t count) {
-        const std::size_t bytes = (static_cast<std::size_t>(count > 0 ? count : 1) * sizeof(double) + 63) / 64 * 64;
-        data_ = static_cast<double*>(std::aligned_alloc(64, bytes));
-        if (data_ == nullptr) {
-            throw std::bad_alloc();
-        }
-    }
-    ~Scratch() { std::free(data_); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-
-    [[nodiscard]] double* data() const { return data_; }
-
-   private:
-    double* data_;
-};
-
-// The columns of a panel in pieces that depend on n alone, so that a reduction over them has one order whatever
-// the number of threads. At most 256 pieces keep the partial sums small.
-struct Chunks {
-    std::int64_t length;
-    std::int64_t count;
-};
-HESD_INLINE Chunks chunks_of(std::int64_t columns) {
-    constexpr std::int64_t smallest = 4096;
-    constexpr std::int64_t most = 256;
-    std::int64_t length = (columns + most - 1) / most;
-    length = (length + smallest - 1) / smallest * smallest;
-    length = length < smallest ? smallest : length;
-    return {length, (columns + length - 1) / length};
+// In the normal range the exponent is biased anew and the fraction rounded where it is cut; below it the number is
+// added to 1/2, whose last place is float16's smallest step.
+template <typename Words, typename Floats>
+HESD_INLINE Words to_float16(Floats value) {
+    const Words bits = (Words)value;
+    const Words sign = (bits >> 16) & 0x8000u;
+    const Words magnitude = bits & 0x7fffffffu;
+    const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000u;
+    const Words is_small = (Words)(magnitude < 0x38800000u);
+    const Words is_large = (Words)(magnitude >= 0x477ff000u);  // rounds to 65536 or more
+    const Words is_nan = (Words)(magnitude > 0x7f800000u);
+    const Words finite = (is_small & subnormal) | (~is_small & normal);
+    const Words rounded = (is_large & ((is_nan & 0x7e00u) | (~is_nan & 0x7c00u))) | (~is_large & finite);
+    return sign | rounded;
 }
-
-// Runs body(chunk, thread, column, length) over all columns: chunks in parallel, the blocks of a chunk in order.
-template <typename Body>
-HESD_INLINE void for_each_block(std::int64_t columns, std::int64_t block, Body body) {
-    const Chunks chunks = chunks_of(columns);
-    parallel_for(chunks.count, [&](std::int64_t chunk, int thread) {
-        const std::int64_t first = chunk * chunks.length;
-        const std::int64_t last = first + chunks.length < columns ? first + chunks.length : columns;
-        for (std::int64_t column = first; column < last; column += block) {
-            body(chunk, thread, column, last - column < block ? last - column : block);
-        }
-    });
+HESD_INLINE void store(BFloat16* target, FloatVector value) {
+    const ShortVector narrow = __builtin_convertvector(to_bfloat16<WordVector>(value), ShortVector);
+    __builtin_memcpy(target, &narrow, sizeof narrow);
 }
-
-// Sums of `size` doubles, one set for each chunk, added up in the order of the chunks.
-class ChunkSums {
-   public:
-    ChunkSums(std::int64_t columns, std::int64_t size)
-        : count_(chunks_of(columns).count), size_(size), memory_(count_ * size) {
-        for (std::int64_t i = 0; i < count_ * size_; ++i) {
-            memory_.data()[i] = 0.0;
-        }
-    }
-
-    [[nodiscard]] double* of(std::int64_t chunk) const { return memory_.data() + chunk * size_; }
-
-    // Writes `length` totals, those that start at `first`, to out.
-    void total(std::int64_t first, std::int64_t length, double* out) const {
-        for (std::int64_t i = 0; i < length; ++i) {
-            out[i] = 0.0;
-        }
-        for (std::int64_t chunk = 0; chunk < count_; ++chunk) {
-            const double* sums = of(chunk) + first;
-            for (std::int64_t i = 0; i < length; ++i) {
-                out[i] += sums[i];
-            }
-        }
-    }
-
-   private:
-    std::int64_t count_;
-    std::int64_t size_;
-    Scratch memory_;
-};
-
-template <typename T>
-HESD_INLINE void load_rows(const T* source, std::int64_t stride, std::int64_t rows, std::int64_t length, double* target,
-                           std::int64_t target_stride) {
-    for (std::int64_t row = 0; row < rows; ++row) {
-        const T* from = source + row * stride;
-        double* to = target + row * target_stride;
-        std::int64_t c = 0;
-        for (; c + kLanes <= length; c += kLanes) {
-            store(to + c, load(from + c));
-        }
-        for (; c < length; ++c) {
-            to[c] = to_double(from[c]);
-        }
+HESD_INLINE void store(Float16* target, FloatVector value) {
+    const ShortVector narrow = __builtin_convertvector(to_float16<WordVector>(value), ShortVector);
+    __builtin_memcpy(target, &narrow, sizeof narrow);
+}
+HESD_INLINE void store(BFloat16* target, DoubleVector value) {
+    const auto words = to_bfloat16<HalfWordVector>(__builtin_convertvector(value, HalfFloatVector));
+    const HalfShortVector narrow = __builtin_convertvector(words, HalfShortVector);
+    __builtin_memcpy(target, &narrow, sizeof narrow);
+}
+HESD_INLINE void store(Float16* target, DoubleVector value) {
+    const auto words = to_float16<HalfWordVector>(__builtin_convertvector(value, HalfFloatVector));
+    const HalfShortVector narrow = __builtin_convertvector(words, HalfShortVector);
+    __builtin_memcpy(target, &narrow, sizeof narrow);
+}
+// One number goes the way of a vector.
+template <typename T, typename C>
+HESD_INLINE void store_one(T* target, C value) {
+    if constexpr (sizeof(T) >= 4) {
+        *target = static_cast<T>(value);
+    } else {
+        typename As<C>::Vector values{};
+        values[0] = value;
+        T rounded[As<C>::lanes];
+        store(rounded, values);
+        *target = rounded[0];
     }
 }
 
-// Rounds the doubles to T, in place as well, so that what follows uses the stored values.
-template <typename T>
-HESD_INLINE void store_rows(double* source, std::int64_t source_stride, std::int64_t rows, std::int64_t length,
-                            T* target, std::int64_t stride) {
-    for (std::int64_t row = 0; row < rows; ++row) {
-        double* from = source + row * source_stride;
-        T* to = target + row * stride;
-        std::int64_t c = 0;
-        for (; c + kLanes <= length; c += kLanes) {
-            store(to + c, load(from + c));
-            store(from + c, load(to + c));
-        }
-        for (; c < length; ++c) {
-            to[c] = static_cast<T>(from[c]);
-            from[c] = to[c];
+// Pairwise, the same order for any caller.
+HESD_INLINE double sum_of_lanes(DoubleVector value) {
+    double lanes[As<double>::lanes];
+    __builtin_memcpy(lanes, &value, sizeof value);
+    for (int half = As<double>::lanes / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) {
+            lanes[lane] += lanes[lane + half];
         }
     }
+    return lanes[0];
+}
+HESD_INLINE double sum_of_lanes(FloatVector value) {
+    HalfFloatVector halves[2];
+    __builtin_memcpy(halves, &value, sizeof value);
+    return sum_of_lanes(__builtin_convertvector(halves[0], DoubleVector) +
+                        __builtin_convertvector(halves[1], DoubleVector));
 }
 
-// Register tiles: V rows times W rows held in accumulators at once.
-constexpr int kRowTile = 4;
-constexpr int kColumnTile = kLanes >= 8 ? 4 : 2;
-
-template <typename S, int Rows, int Columns>
-HESD_INLINE void gram_tile(const S* v, std::int64_t v_stride, const double* w, std::int64_t w_stride,
-                           std::int64_t length, double* gram, std::int64_t gram_stride) {
-    DoubleVector sums[Rows][Columns] = {};
-    std::int64_t c = 0;
-    for (; c + kLanes <= length; c += kLanes) {
-        DoubleVector right[Columns];
-        for (int j = 0; j < Columns; ++j) {
-            right[j] = load(w + j * w_stride + c);
+// out[j] += the sum of the lanes of values[j].
+template <int Count, typename Vector>
+HESD_INLINE void add_sums_of_lanes(const Vector* values, double* out) {
+#if defined(__AVX2__)
+    if constexpr (Count == 4 && sizeof(values[0][0]) == 4) {
+        __m256 pairs[4];
+        for (int j = 0; j < 4; ++j) {
+#if defined(__AVX512F__)
+            HalfFloatVector halves[2];
+            __builtin_memcpy(halves, values + j, sizeof halves);
+            pairs[j] = (__m256)(halves[0] + halves[1]);
+#else
+            pairs[j] = (__m256)values[j];
+#endif
         }
-        for (int i = 0; i < Rows; ++i) {
-            const DoubleVector left = load(v + i * v_stride + c);
-            for (int j = 0; j < Columns; ++j) {
-                sums[i][j] += left * right[j];
-            }
-        }
+        const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(pairs[0], pairs[1]), _mm256_hadd_ps(pairs[2], pairs[3]));
+        const __m256d sums = _mm256_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+        _mm256_storeu_pd(out, _mm256_add_pd(_mm256_loadu_pd(out), sums));
+        return;
     }
-    for (int i = 0; i < Rows; ++i) {
-        for (int j = 0; j < Columns; ++j) {
-            double sum = horizontal_sum(sums[i][j]);
-            for (std::int64_t tail = c; tail < length; ++tail) {
-                sum += to_double(v[i * v_stride + tail]) * w[j * w_stride + tail];
-            }
-            gram[i * gram_stride + j] += sum;
-        }
+#endif
+#pragma GCC unroll 16
+    for (int j = 0; j < Count; ++j) {
+        out[j] += sum_of_lanes(values[j]);
     }
-}
-
-template <typename S, int Rows>
-HESD_INLINE void gram_row_tile(const S* v, std::int64_t v_stride, const double* w, std::int64_t w_stride,
-                               std::int64_t columns, std::int64_t length, double* gram, std::int64_t gram_stride) {
-    std::int64_t j = 0;
-    for (; j + kColumnTile <= columns; j += kColumnTile) {
-        gram_tile<S, Rows, kColumnTile>(v, v_stride, w + j * w_stride, w_stride, length, gram + j, gram_stride);
-    }
-    for (; j < columns; ++j) {
-        gram_tile<S, Rows, 1>(v, v_stride, w + j * w_stride, w_stride, length, gram + j, gram_stride);
-    }
-}
-
-// gram (k, b) += V W^T over `length` columns; W as doubles.
-template <typename S>
-void gram_block(const S* v, std::int64_t v_stride, std::int64_t k, const double* w, std::int64_t w_stride,
-                std::int64_t b, std::int64_t length, double* gram) {
-    std::int64_t i = 0;
-    for (; i + kRowTile <= k; i += kRowTile) {
-        gram_row_tile<S, kRowTile>(v + i * v_stride, v_stride, w, w_stride, b, length, gram + i * b, b);
-    }
-    for (; i < k; ++i) {
-        gram_row_tile<S, 1>(v + i * v_stride, v_stride, w, w_stride, b, length, gram + i * b, b);
-    }
-}
-
-template <typename S, int Rows>
-HESD_INLINE void combine_tile(const S* v, std::int64_t v_stride, const double* coefficients,
-                              std::int64_t coefficient_stride, double* w, std::int64_t length) {
-    std::int64_t c = 0;
-    for (; c + kLanes <= length; c += kLanes) {
-        DoubleVector sum = load(w + c);
-        for (int i = 0; i < Rows; ++i) {
-            sum += coefficients[i * coefficient_stride] * load(v + i * v_stride + c);
-        }
-        store(w + c, sum);
-    }
-    for (; c < length; ++c) {
-        double sum = w[c];
-        for (int i = 0; i < Rows; ++i) {
-            sum += coefficients[i * coefficient_stride] * to_double(v[i * v_stride + c]);
-        }
-        w[c] = sum;
-    }
-}
-
-// W (b, length doubles) += coefficients^T V, where coefficient (i, j) lies at [i * row_step + j * column_step].
-template <typename S>
-void combine_block(const S* v, std::int64_t v_stride, std::int64_t k, const double* coefficients, std::int64_t row_step,
-                   std::int64_t column_step, double* w, std::int64_t w_stride, std::int64_t b, std::int64_t length) {
-    std::int64_t i = 0;
-    for (; i + kRowTile <= k; i += kRowTile) {
-        for (std::int64_t j = 0; j < b; ++j) {
-            combine_tile<S, kRowTile>(v + i * v_stride, v_stride, coefficients + i * row_step + j * column_step,
-                                      row_step, w + j * w_stride, length);
-        }
-    }
-    for (; i < k; ++i) {
-        for (std::int64_t j = 0; j < b; ++j) {
-            combine_tile<S, 1>(v + i * v_stride, v_stride, coefficients + i * row_step + j * column_step, row_step,
-                               w + j * w_stride, length);
-        }
-    }
-}
-
-// Columns per block such that `rows` rows of `bytes`-sized elements stay within about `cache` bytes.
-HESD_INLINE std::int64_t block_columns(std::int64_t rows, std::int64_t bytes, std::int64_t cache) {
-    std::int64_t columns = cache / (rows > 0 ? rows * bytes : 1) / 64 * 64;
-    columns = columns < 64 ? 64 : columns;
-    return columns > 4096 ? 4096 : columns;
 }
 
 // Calls `body` with a typed null pointer of the panel's element type.
@@ -329,6 +256,24 @@ HESD_INLINE void with_working(Precision precision, Body body) {
         body(static_cast<float*>(nullptr));
     }
 }
+
+// float32 where both panels can be held in it, else float64.
+template <typename S, typename T>
+struct Common {
+    typedef float type;
+};
+template <typename T>
+struct Common<double, T> {
+    typedef double type;
+};
+template <typename S>
+struct Common<S, double> {
+    typedef double type;
+};
+template <>
+struct Common<double, double> {
+    typedef double type;
+};
 
 }  // namespace
 }  // namespace hesd

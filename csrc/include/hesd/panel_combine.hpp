@@ -4,9 +4,10 @@
 //
 // V   (k, n), float64, float32, bfloat16 or float16.
 // S   (r, k) row-major float64.
-// X   (r, n), float64 or float32, overwritten; must not overlap V.
+// X   (r, n), any of the four, overwritten; must not overlap V. With S the identity this is a conversion.
 //
-// Sums in float64 in the order of V's rows, rounded once to X's precision: the same bits for any thread count.
+// Sums in the order of V's rows, in float64 where V or X is float64 and else in float32 with S rounded to it, then
+// rounded to nearest even to X's precision (float64 to 16 bits through float32): the same bits for any thread count.
 // k = 0 gives zeros. Traffic: V once, X written once.
 #pragma once
 

@@ -6,6 +6,7 @@
 // out         (b, n), W's precision; rows [0, rank) receive Q, rows [rank, b) zeros. May be W itself.
 // tolerance   absolute: a direction whose remaining norm is <= tolerance is dropped.
 // max_rank    at most this many directions are kept, the largest first.
+// gram        (b, b) W W^T summed over all shards, where the caller has it already; null otherwise.
 // factor      (b, b) row-major float64: columns [0, rank) receive L, the others zeros.
 // returns     rank and the norm of the weakest direction kept (infinite when rank = 0).
 //
@@ -18,7 +19,7 @@
 //
 // Gram matrices pass through `reduction`. Non-finite W throws EngineError, and so does a panel whose rows cannot be
 // squared in float64 (norms outside about 1e-140 ... 1e150). Same bits for any thread count. Traffic when well
-// conditioned: W read twice and written once, out written once.
+// conditioned: W read twice and written once, out written once; one reading less where the Gram matrix is given.
 #pragma once
 
 #include "hesd/panel.hpp"
@@ -31,6 +32,7 @@ struct OrthonormalizeResult {
 };
 
 using PanelOrthonormalize = OrthonormalizeResult (*)(const Panel& w, const Panel& out, double tolerance,
-                                                     std::int64_t max_rank, const Reduction& reduction, double* factor);
+                                                     std::int64_t max_rank, const Reduction& reduction,
+                                                     const double* gram, double* factor);
 
 }  // namespace hesd

@@ -1,0 +1,168 @@
+"""The models that the benches analyse, with their data: seeded weights, one batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, relu
+
+import hesd_fast as hesd
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+
+from fashion_mnist import DEBIAN_FOLDER, FILES, LeNet5
+from fashion_mnist import load as load_fashion_mnist
+
+SIZES = {"mlp": 669_706, "lenet": 61_706, "resnet20": 272_474, "gpt-s": 3_438_080}
+"""Number of parameters of each workload."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model in eval mode, one batch of inputs and targets, and the mean loss over its terms."""
+
+    name: str
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    data: str
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy over all targets."""
+        return cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+
+    def problem(self) -> hesd.Problem:
+        """Return the workload as a problem."""
+
+        def loss(model: Any, batch: Any) -> tuple[Tensor, int]:
+            inputs, targets = batch
+            return self.loss(model, inputs, targets) * targets.numel(), targets.numel()
+
+        return hesd.Problem(self.model, loss, [(self.inputs, self.targets)])
+
+
+def build(name: str, samples: int | None = None) -> Workload:
+    """Return a workload by name, with fewer samples than its own number if asked."""
+    maker, default = WORKLOADS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        workload = maker(default if samples is None else samples)
+    workload.model.eval()
+    return workload
+
+
+def mlp(samples: int) -> Workload:
+    """784-512-512-10 with ReLU on Fashion-MNIST."""
+    layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
+    return Workload("mlp", nn.Sequential(nn.Flatten(), *layers), *_fashion_mnist(samples))
+
+
+def lenet(samples: int) -> Workload:
+    """LeNet-5 on Fashion-MNIST."""
+    return Workload("lenet", LeNet5(), *_fashion_mnist(samples))
+
+
+def resnet20(samples: int) -> Workload:
+    """ResNet-20 for 3 x 32 x 32 images, with projections where the shape changes."""
+    images, labels = torch.randn(samples, 3, 32, 32), torch.randint(10, (samples,))
+    return Workload("resnet20", ResNet20(), images, labels, "random images")
+
+
+def gpt_s(samples: int) -> Workload:
+    """A decoder of 4 layers, width 256, 4 heads, on sequences of 64 tokens."""
+    tokens = torch.randint(512, (samples, 65))
+    return Workload("gpt-s", Decoder(), tokens[:, :-1], tokens[:, 1:], "random tokens")
+
+
+WORKLOADS: dict[str, tuple[Callable[[int], Workload], int]] = {
+    "mlp": (mlp, 256),
+    "lenet": (lenet, 512),
+    "resnet20": (resnet20, 64),
+    "gpt-s": (gpt_s, 8),
+}
+
+
+def _fashion_mnist(samples: int) -> tuple[Tensor, Tensor, str]:
+    if all((DEBIAN_FOLDER / name).is_file() for name in FILES["train"]):
+        images, labels = load_fashion_mnist(DEBIAN_FOLDER, "train")
+        return images[:samples], labels[:samples], "Fashion-MNIST"
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(samples, 1, 28, 28, generator=generator)
+    return images, torch.randint(10, (samples,), generator=generator), "random images"
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions with batch norm, and a 1 x 1 projection beside them where the shape changes."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after))
+        self.second = nn.Sequential(nn.Conv2d(after, after, 3, padding=1, bias=False), nn.BatchNorm2d(after))
+        self.beside: nn.Module = nn.Identity()
+        if before != after:
+            self.beside = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu(self.second(relu(self.first(x))) + self.beside(x))
+
+
+class ResNet20(nn.Module):
+    """He et al., Deep Residual Learning for Image Recognition, section 4.2, n = 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        widths = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
+        self.blocks = nn.Sequential(
+            *(
+                ResidualBlock(before if first else after, after, stride if first else 1)
+                for before, after, stride in widths
+                for first in (True, False, False)
+            )
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(images)).mean(dim=(2, 3)))
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention and a feed-forward net, layer norm before each."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        # Written out: PyTorch's fused attention on the CPU has no second derivative.
+        scores = query @ key.transpose(-1, -2) / (width // self.heads) ** 0.5
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        attended = scores.masked_fill(future, -torch.inf).softmax(-1) @ value
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        return x + self.feed(self.norm2(x))
+
+
+class Decoder(nn.Module):
+    """A small GPT with learned positions and an output layer of its own."""
+
+    def __init__(self, layers: int = 4, width: int = 256, heads: int = 4, length: int = 64, words: int = 512) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(words, width), nn.Embedding(length, width)
+        self.layers = nn.Sequential(*(DecoderLayer(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens) + self.positions.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.layers(x)))

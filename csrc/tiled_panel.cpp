@@ -1,0 +1,99 @@
+#include "tiled_panel.hpp"
+
+#include <utility>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace hesd {
+namespace {
+
+// Advice only: where it is not understood, nothing is lost but time.
+void read_ahead(const Panel& panel) {
+#if defined(__unix__) || defined(__APPLE__)
+    static const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto begin = reinterpret_cast<std::uintptr_t>(panel.data) / page * page;
+    const auto end = reinterpret_cast<std::uintptr_t>(panel.data) +
+                     static_cast<std::uintptr_t>(panel.rows * panel.stride * element_bytes(panel.precision));
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_WILLNEED);
+#else
+    static_cast<void>(panel);
+#endif
+}
+
+}  // namespace
+
+TiledPanel::TiledPanel(std::vector<Panel> tiles) : tiles_(std::move(tiles)) {
+    for (const Panel& tile : tiles_) {
+        columns_ += tile.columns;
+    }
+}
+
+template <typename Body>
+void TiledPanel::for_each_tile(std::int64_t first, std::int64_t count, const Panel& w, Body body) const {
+    std::int64_t column = 0;
+    for (std::size_t t = 0; t < tiles_.size(); ++t) {
+        if (t + 1 < tiles_.size() && count > 0) {
+            read_ahead(tiles_[t + 1].slice(first, count));
+        }
+        Panel part = w;
+        part.columns = tiles_[t].columns;
+        part.data = static_cast<char*>(w.data) + column * element_bytes(w.precision);
+        body(tiles_[t].slice(first, count), part);
+        column += tiles_[t].columns;
+    }
+}
+
+void TiledPanel::gram(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
+                      double* gram) const {
+    if (tiles_.size() == 1) {
+        kernels.panel_gram(tiles_.front().slice(first, count), w, gram);
+        return;
+    }
+    const std::int64_t size = count * w.rows;
+    std::vector<double> part(static_cast<std::size_t>(size));
+    std::fill_n(gram, size, 0.0);
+    for_each_tile(first, count, w, [&](const Panel& rows, const Panel& columns) {
+        kernels.panel_gram(rows, columns, part.data());
+        for (std::int64_t i = 0; i < size; ++i) {
+            gram[i] += part[static_cast<std::size_t>(i)];
+        }
+    });
+}
+
+void TiledPanel::project(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
+                         const double* coefficients, double* gram, double* self_gram) const {
+    if (tiles_.size() == 1) {
+        kernels.panel_project(w, tiles_.front().slice(first, count), coefficients, gram, self_gram);
+        return;
+    }
+    const std::int64_t gram_size = gram != nullptr ? count * w.rows : 0;
+    const std::int64_t self_size = self_gram != nullptr ? w.rows * w.rows : 0;
+    std::vector<double> part(static_cast<std::size_t>(gram_size + self_size));
+    std::fill_n(gram, gram_size, 0.0);
+    std::fill_n(self_gram, self_size, 0.0);
+    for_each_tile(first, count, w, [&](const Panel& rows, const Panel& columns) {
+        kernels.panel_project(columns, rows, coefficients, gram != nullptr ? part.data() : nullptr,
+                              self_gram != nullptr ? part.data() + gram_size : nullptr);
+        for (std::int64_t i = 0; i < gram_size; ++i) {
+            gram[i] += part[static_cast<std::size_t>(i)];
+        }
+        for (std::int64_t i = 0; i < self_size; ++i) {
+            self_gram[i] += part[static_cast<std::size_t>(gram_size + i)];
+        }
+    });
+}
+
+void TiledPanel::store(const Kernels& kernels, std::int64_t first, const Panel& source) const {
+    std::vector<double> identity(static_cast<std::size_t>(source.rows * source.rows));
+    for (std::int64_t i = 0; i < source.rows; ++i) {
+        identity[static_cast<std::size_t>(i * source.rows + i)] = 1.0;
+    }
+    for_each_tile(first, source.rows, source, [&](const Panel& rows, const Panel& columns) {
+        kernels.panel_combine(identity.data(), columns, rows);
+    });
+}
+
+}  // namespace hesd

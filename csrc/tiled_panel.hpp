@@ -1,0 +1,43 @@
+// A panel whose columns may lie in several tiles, as in a file that is read from the front to the back.
+//
+// Tile t holds columns [t * L, (t + 1) * L) of every row, contiguous, so that rows [first, first + count) of a tile are
+// one piece of memory. A panel in memory is one tile. Kernels run tile by tile; sums over the tiles have a fixed order.
+// While one tile is used the operating system is asked to read the next one ahead.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "dispatch.hpp"
+
+namespace hesd {
+
+class TiledPanel {
+   public:
+    // `tiles` have equal rows and precision; their columns follow each other.
+    explicit TiledPanel(std::vector<Panel> tiles);
+
+    [[nodiscard]] std::int64_t rows() const { return tiles_.front().rows; }
+    [[nodiscard]] std::int64_t columns() const { return columns_; }
+    [[nodiscard]] Precision precision() const { return tiles_.front().precision; }
+
+    // panel_gram of rows [first, first + count) with w: gram (count, w.rows).
+    void gram(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w, double* gram) const;
+
+    // panel_project with rows [first, first + count); gram and self_gram may be null.
+    void project(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
+                 const double* coefficients, double* gram, double* self_gram) const;
+
+    // Rounds the rows of `source` into rows [first, first + source.rows).
+    void store(const Kernels& kernels, std::int64_t first, const Panel& source) const;
+
+   private:
+    // Calls body(rows of a tile, the same columns of w) for each tile in order.
+    template <typename Body>
+    void for_each_tile(std::int64_t first, std::int64_t count, const Panel& w, Body body) const;
+
+    std::vector<Panel> tiles_;
+    std::int64_t columns_ = 0;
+};
+
+}  // namespace hesd

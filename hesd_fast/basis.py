@@ -1,0 +1,220 @@
+"""Where the Lanczos basis lies: its dtype, in memory or in a file that cannot outlive the process."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesd_fast import kernels
+from hesd_fast.errors import PlanError, ProblemError
+
+BASIS_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+PLACES = ("auto", "memory", "disk")
+
+TILE_COLUMNS = 65536
+"""Columns of a tile on disk: rows of a tile are read as one piece, so a block is 128 KiB or more of it."""
+
+
+@dataclass(frozen=True)
+class BasisPlan:
+    """A basis that fits.
+
+    Attributes
+    ----------
+    rows, columns : int
+        Vectors kept beside the three working blocks, and their length.
+    dtype : torch.dtype
+        Of the vectors kept.
+    directory : Path or None
+        Where its file will lie; None for memory.
+    """
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    directory: Path | None
+
+    @property
+    def place(self) -> str:
+        """``"memory"`` or ``"disk"``."""
+        return "memory" if self.directory is None else "disk"
+
+    @property
+    def bytes(self) -> int:
+        """Memory or disk space that it takes."""
+        columns = self.columns
+        if self.directory is not None:
+            columns = -(-columns // TILE_COLUMNS) * TILE_COLUMNS
+        return self.rows * columns * self.dtype.itemsize
+
+    def allocate(self) -> Tensor | list[Tensor]:
+        """Return the panel, or the list of its tiles."""
+        if self.directory is None or self.rows == 0:
+            return kernels.empty_panel(self.rows, self.columns, self.dtype)
+        return _file_of_tiles(self)
+
+
+def plan_basis(
+    rows: int,
+    working_rows: int,
+    columns: int,
+    working_dtype: torch.dtype,
+    *,
+    basis: str | os.PathLike[str] = "auto",
+    basis_dtype: str | torch.dtype = "auto",
+    available: int | None,
+) -> BasisPlan:
+    """Choose dtype and place of a basis, or refuse what cannot fit.
+
+    Parameters
+    ----------
+    rows, working_rows, columns : int
+        Vectors to keep, vectors of ``working_dtype`` beside them, and their length.
+    basis : {"auto", "memory", "disk"} or path
+        A path is a directory on disk. "disk" takes ``HESD_FAST_SCRATCH``, else ``/var/tmp``, else the system's
+        directory of temporary files. "auto" takes memory where the basis fits and else the disk.
+    basis_dtype : {"auto", "float64", "float32", "bfloat16", "float16"} or torch.dtype
+        "auto" is the working dtype.
+    available : int or None
+        Bytes of memory that can be had; None when unknown.
+
+    Raises
+    ------
+    ProblemError
+        For an option that does not exist.
+    PlanError
+        When memory or disk space does not suffice.
+    """
+    dtype, place, directory = check_basis(basis, basis_dtype, working_dtype)
+    working = working_rows * columns * working_dtype.itemsize
+    in_memory = BasisPlan(rows, columns, dtype, None)
+    needed = working + in_memory.bytes
+    if place != "disk" and (available is None or needed <= available):
+        return in_memory
+    what = f"{rows} vectors of {columns} {_name(dtype)}"
+    if place == "memory" or rows == 0:
+        raise PlanError(
+            f"the Lanczos basis takes {needed / 2**30:.1f} GiB ({what}, and {working_rows} of {_name(working_dtype)}), "
+            f"but {(available or 0) / 2**30:.1f} GiB are available; take fewer steps, "
+            'basis_dtype="bfloat16", basis="disk", or reorthogonalization="none", which keeps three blocks'
+        )
+    if available is not None and working > available:
+        raise PlanError(
+            f"three blocks of {working_rows // 3} vectors of {columns} {_name(working_dtype)} take "
+            f"{working / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of memory are available; take a smaller block"
+        )
+    on_disk = BasisPlan(rows, columns, dtype, directory)
+    free = shutil.disk_usage(directory).free
+    if on_disk.bytes > free:
+        raise PlanError(
+            f"the Lanczos basis takes {on_disk.bytes / 2**30:.1f} GiB ({what}), but {directory} has "
+            f'{free / 2**30:.1f} GiB free; take fewer steps, basis_dtype="bfloat16", or another directory as basis'
+        )
+    if _in_memory(directory):
+        raise PlanError(
+            f"{directory} lies in memory itself (tmpfs), so a basis there saves nothing; "
+            "give a directory on a disk as basis, or set HESD_FAST_SCRATCH to one"
+        )
+    return on_disk
+
+
+def check_basis(
+    basis: str | os.PathLike[str], basis_dtype: str | torch.dtype, working_dtype: torch.dtype
+) -> tuple[torch.dtype, str, Path]:
+    """Return the dtype, ``"auto"``, ``"memory"`` or ``"disk"``, and the directory; a ProblemError for what is none."""
+    return _dtype(basis_dtype, working_dtype), *_place(basis)
+
+
+def _dtype(basis_dtype: str | torch.dtype, working: torch.dtype) -> torch.dtype:
+    if isinstance(basis_dtype, str):
+        if basis_dtype == "auto":
+            return working
+        if basis_dtype not in BASIS_DTYPES:
+            raise ProblemError(f"basis_dtype is {basis_dtype!r}; wanted 'auto' or one of {tuple(BASIS_DTYPES)}")
+        basis_dtype = BASIS_DTYPES[basis_dtype]
+    if basis_dtype not in BASIS_DTYPES.values():
+        raise ProblemError(f"basis_dtype is {basis_dtype!r}; wanted 'auto' or one of {tuple(BASIS_DTYPES)}")
+    if basis_dtype.itemsize > working.itemsize:
+        raise ProblemError(
+            f"basis_dtype is {_name(basis_dtype)}, but the products are in {_name(working)}; "
+            "wanted the same precision or a lower one"
+        )
+    return basis_dtype
+
+
+def _place(basis: str | os.PathLike[str]) -> tuple[str, Path]:
+    if not isinstance(basis, (str, os.PathLike)):
+        raise ProblemError(f"basis is {basis!r}; wanted one of {PLACES} or a directory")
+    if isinstance(basis, str) and basis in PLACES:
+        return basis, default_directory()
+    directory = Path(basis)
+    if not directory.is_dir():
+        raise ProblemError(f"basis is {str(basis)!r}, which is no directory; wanted one of {PLACES} or a directory")
+    return "disk", directory
+
+
+def default_directory() -> Path:
+    """Return where a basis on disk lies when nobody says."""
+    wanted = os.environ.get("HESD_FAST_SCRATCH")
+    if wanted:
+        if not Path(wanted).is_dir():
+            raise ProblemError(f"HESD_FAST_SCRATCH is {wanted!r}, which is no directory")
+        return Path(wanted)
+    for candidate in ("/var/tmp", tempfile.gettempdir()):
+        if os.path.isdir(candidate) and os.access(candidate, os.W_OK):
+            return Path(candidate)
+    return Path.cwd()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _in_memory(directory: Path) -> bool:
+    """Whether the directory is on a tmpfs, as far as the system tells."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    here = directory.resolve()
+    best, kind = "", ""
+    for _, point, filesystem, *_ in mounts:
+        point = point.replace("\\040", " ")
+        if here.is_relative_to(point) and len(point) >= len(best):
+            best, kind = point, filesystem
+    return kind in ("tmpfs", "ramfs")
+
+
+def _file_of_tiles(plan: BasisPlan) -> list[Tensor]:
+    """Map a file that has no name: it is gone when the last tile is, and with the process however that ends."""
+    count = math.ceil(plan.columns / TILE_COLUMNS)
+    try:
+        with tempfile.TemporaryFile(dir=plan.directory) as file:
+            # Space is taken now: a full disk is an error here, and not a fault in the middle of a step.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, plan.bytes)
+            else:
+                file.truncate(plan.bytes)
+            mapping: Any = mmap.mmap(file.fileno(), plan.bytes)
+    except OSError as error:
+        raise PlanError(
+            f"a file of {plan.bytes / 2**30:.1f} GiB for the Lanczos basis cannot be made in {plan.directory}: "
+            f"{error}; give another directory as basis"
+        ) from error
+    whole = torch.frombuffer(mapping, dtype=plan.dtype).view(count, plan.rows, TILE_COLUMNS)
+    last = plan.columns - (count - 1) * TILE_COLUMNS
+    return [whole[tile, :, : TILE_COLUMNS if tile + 1 < count else last] for tile in range(count)]
