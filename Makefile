@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+CXX_FILES := $(shell find csrc tests -name '*.[ch]pp')
 SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.[ch]pp')
 
 .PHONY: setup demo test native-test lint format bench bench-report bench-smoke fashion-mnist clean
@@ -20,6 +21,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The engine with sanitizers: addresses and undefined behaviour, then data races.
 native-test: setup
 	$(BIN)/python tests/native/sanitize.py address -q
 	$(BIN)/python tests/native/sanitize.py thread -q
@@ -28,20 +30,22 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.[ch]pp')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.[ch]pp')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 # A part of it: make bench BENCH="-k sweep". Results are merged into bench/results/<machine>.json.
 bench: setup
 	$(BIN)/python -m pytest bench $(BENCH)
 
+# The tables in docs/performance.md.
 bench-report: setup
 	$(BIN)/python bench/report.py
 
+# Every benchmark's checks at small sizes; its times mean nothing.
 bench-smoke: setup
 	$(BIN)/python -m pytest bench --sizes smoke
 

@@ -41,6 +41,9 @@ const Target kTargets[] = {
     {HESD_TARGET_KERNELS(avx512), has_avx512},
     {HESD_TARGET_KERNELS(avx2), has_avx2},
 #endif
+#if defined(HESD_HAS_NEON_TARGET)
+    {HESD_TARGET_KERNELS(neon), always},
+#endif
     {HESD_TARGET_KERNELS(generic), always},
 };
 

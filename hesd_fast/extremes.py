@@ -34,10 +34,12 @@ def reach_beyond(tridiagonal: BlockTridiagonal, values: Array, vectors: Array, s
     The matrix mass at a point: Golub and Meurant, 2010, section 6.6; its use as a bound is ours.
     """
     coupling = tridiagonal.offdiagonal[-1]
-    scale = float(np.abs(values).max())
-    if coupling.shape[1] == 0 or (scale == 0.0 and not coupling.any()):
+    if coupling.shape[1] == 0:
         return 0.0
-    scale = scale or float(np.linalg.norm(coupling, 2))
+    # the Ritz values may cancel where the products do not: one step from a probe with z^T H z = 0
+    scale = max(float(np.abs(values).max()), float(np.linalg.norm(coupling, 2)))
+    if scale == 0.0:
+        return 0.0
     couplings = vectors[-coupling.shape[0] :].T @ coupling / scale
     seen = tridiagonal.start @ vectors[: tridiagonal.start.shape[1]]
     extreme = float(values[-1] if side > 0 else values[0])

@@ -339,6 +339,9 @@ class SpectralMeasure:
         rest = ~self.settled.mask
         weights = np.mean(self.weights, axis=0)[rest]
         fourth = float(weights @ self.nodes[0][rest] ** 4)
+        if self.tridiagonal is not None and self.tridiagonal.steps < 3:  # too few for the quadrature of a fourth power
+            most = self.largest_magnitude + max(self._reach.values(), default=0.0)
+            fourth = max(fourth, most**2 * max(square, 0.0))
         return max(square, 0.0) + 2.0 * self.sampling_error(fourth) + self.rounding * self._second_moment()
 
     def _second_moment(self) -> float:

@@ -205,7 +205,10 @@ class BlockTridiagonal:
         values, vectors = np.linalg.eigh(self.matrix())
         coupling = self.offdiagonal[-1]
         residuals = np.linalg.norm(coupling.T @ vectors[-coupling.shape[0] :], axis=0)
-        return values, vectors, residuals + self.noise(float(np.abs(values).max()))
+        scale = float(np.abs(values).max())
+        if coupling.size:
+            scale = max(scale, float(np.linalg.norm(coupling, 2)))
+        return values, vectors, residuals + self.noise(scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dictionary that JSON can hold; numbers come back bit for bit."""

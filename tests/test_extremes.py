@@ -92,3 +92,24 @@ def test_an_unconverged_negative_eigenvalue_makes_no_certain_statement():
         found = hesd.criteria(measure)
         truth = 0.6 / spectra()["hidden negative"].max()
         assert found.r_e.low <= truth <= found.r_e.high
+
+
+def test_a_probe_whose_quadratic_form_cancels_still_gives_finite_bounds():
+    # z^T H z = 0 for this probe: the only Ritz value is 0, and all that is known is the coupling
+    probe = torch.ones(1, 4, dtype=torch.float64)
+    tridiagonal = hesd.block_lanczos(torch.diag(torch.tensor([1.0, 1.0, -1.0, -1.0]).double()), 1, probes=probe)
+    values, vectors, _ = tridiagonal.ritz()
+    np.testing.assert_allclose(values, 0.0, atol=1e-15)
+    for side in (-1, 1):
+        assert 0.0 < reach_beyond(tridiagonal, values, vectors, side) < np.inf
+
+
+def test_the_trace_of_one_step_misses_no_more_often_than_it_says():
+    misses = 0
+    for seed in range(200):
+        direction = np.random.default_rng(seed).standard_normal(100)
+        matrix = 3.0 * np.outer(direction, direction) / (direction @ direction)
+        tridiagonal = hesd.block_lanczos(torch.from_numpy(matrix), 1, 1, seed=seed, probe_kind="gaussian")
+        trace = hesd.SpectralMeasure.from_tridiagonal(tridiagonal).trace
+        misses += not trace.low <= 3.0 <= trace.high
+    assert misses <= 200 * 0.05 + 3.0 * np.sqrt(200 * 0.05)

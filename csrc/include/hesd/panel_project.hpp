@@ -8,8 +8,10 @@
 // V      (k, n), float64, float32, bfloat16 or float16.
 // C      (k, b) row-major float64.
 //
-// The update is computed in float64 and rounded once to W's precision; the Gram matrices are those of the rounded
-// W, summed as in panel_gram (same bits for any thread count). k = 0 leaves W and still gives self_gram.
+// Arithmetic: float64 where V or W is float64, else float32 with C rounded to it first. C^T V is summed by itself and
+// subtracted once, so that many small terms do not each round a large W. The Gram matrices are those of the rounded W:
+// gram summed as in panel_gram, self_gram always from products in float64 (same bits for any thread count). k = 0 leaves
+// W and still gives self_gram.
 // Traffic: V once (its second use comes from cache), W read and written once.
 #pragma once
 
