@@ -23,7 +23,7 @@ void gram(const Panel& v, const Panel& w, double* out) {
     for_each_block(w.columns, block, [&](std::int64_t chunk, int thread, std::int64_t column, std::int64_t length) {
         C* w_rows = rows.data() + thread * b * stride;
         load_rows(w_data + column, w.stride, b, length, w_rows, stride);
-        gram_block<C>(v_data + column, v.stride, k, w_rows, stride, b, length, sums.of(chunk));
+        gram_block<C, true>(v_data + column, v.stride, k, w_rows, stride, b, length, sums.of(chunk));
     });
     sums.total(0, k * b, out);
 }

@@ -34,7 +34,7 @@ void project(const Panel& w, const Panel& v, const double* coefficients, double*
         combine_block(v_data + column, v.stride, k, factors.data(), b, 1, w_rows, stride, b, length);
         subtract_rows(w_rows, stride, b, length, w_data + column, w.stride);
         if (gram_size > 0) {
-            gram_block<C>(v_data + column, v.stride, k, w_rows, stride, b, length, sums.of(chunk));
+            gram_block<C, false>(v_data + column, v.stride, k, w_rows, stride, b, length, sums.of(chunk));
         }
         if (self_size > 0) {
             self_gram_block(w_rows, stride, b, length, sums.of(chunk) + gram_size);

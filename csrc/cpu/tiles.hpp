@@ -183,6 +183,25 @@ constexpr int kGramRows = Columns == 4 ? 2 : 4;
 template <typename C>
 constexpr std::int64_t kRun = 64 * As<C>::lanes;
 
+// Calls body(column, first) for every vector of `length` columns, a multiple of the lanes; `first` is true for one
+// vector of each cache line of S. Four vectors a turn: with fewer, the loops below do not fill the multipliers.
+template <typename C, typename S, typename Body>
+HESD_INLINE void for_each_line(std::int64_t length, Body body) {
+    constexpr int lanes = As<C>::lanes;
+    constexpr int per_line =
+        64 / (lanes * static_cast<int>(sizeof(S))) > 1 ? 64 / (lanes * static_cast<int>(sizeof(S))) : 1;
+    std::int64_t c = 0;
+    for (; c + 4 * lanes <= length; c += 4 * lanes) {
+#pragma GCC unroll 16
+        for (int vector = 0; vector < 4; ++vector) {
+            body(c + vector * lanes, vector % per_line == 0);
+        }
+    }
+    for (; c < length; c += lanes) {
+        body(c, false);
+    }
+}
+
 // `length` is a multiple of the lanes in the tiles; the rest of a block goes through the *_rest functions.
 template <typename C, int Rows, int Columns, bool Prefetch, typename S, typename U>
 HESD_INLINE void gram_tile(const S* v, std::int64_t v_stride, const S* ahead, const U* w, std::int64_t w_stride,
@@ -196,8 +215,7 @@ HESD_INLINE void gram_tile(const S* v, std::int64_t v_stride, const S* ahead, co
             sums[i][j] = Vector{};
         }
     }
-#pragma GCC unroll 4
-    for (std::int64_t c = 0; c < length; c += As<C>::lanes) {
+    const auto add = [&](std::int64_t c, bool fetch) __attribute__((always_inline)) {
         Vector right[Columns];
 #pragma GCC unroll 16
         for (int j = 0; j < Columns; ++j) {
@@ -208,7 +226,7 @@ HESD_INLINE void gram_tile(const S* v, std::int64_t v_stride, const S* ahead, co
         for (int i = 0; i < Rows; ++i) {
             Vector left = load(As<C>(), v + i * v_stride + c);
             HESD_IN_REGISTER(left);
-            if (Prefetch) {
+            if (fetch) {
                 __builtin_prefetch(ahead + i * v_stride + c);
             }
 #pragma GCC unroll 16
@@ -216,7 +234,9 @@ HESD_INLINE void gram_tile(const S* v, std::int64_t v_stride, const S* ahead, co
                 sums[i][j] += left * right[j];
             }
         }
-    }
+    };
+    for_each_line<C, S>(length,
+                        [&](std::int64_t c, bool first) __attribute__((always_inline)) { add(c, Prefetch && first); });
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
         add_sums_of_lanes<Columns>(sums[i], gram + i * gram_stride);
@@ -262,7 +282,7 @@ HESD_INLINE void gram_tiles(const S* v, std::int64_t v_stride, const S* ahead, c
 }
 
 // Each tile fetches the rows of the next one: the hardware's prefetchers lose the track at the end of each run.
-template <typename C, int Columns, typename S, typename U>
+template <typename C, int Columns, bool Stream, typename S, typename U>
 HESD_INLINE void gram_runs(const S* v, std::int64_t v_stride, std::int64_t k, const U* w, std::int64_t w_stride,
                            std::int64_t b, std::int64_t length, double* gram) {
     constexpr int Rows = kGramRows<Columns>;
@@ -272,7 +292,10 @@ HESD_INLINE void gram_runs(const S* v, std::int64_t v_stride, std::int64_t k, co
         for (; i + Rows <= k; i += Rows) {
             const S* rows = v + i * v_stride + c;
             const bool more = i + 2 * Rows <= k;
-            const S* ahead = more ? rows + Rows * v_stride : c + 2 * kRun<C> <= length ? v + c + kRun<C> : nullptr;
+            const S* ahead = !Stream                     ? nullptr
+                             : more                      ? rows + Rows * v_stride
+                             : c + 2 * kRun<C> <= length ? v + c + kRun<C>
+                                                         : nullptr;
             gram_tiles<C, Rows, Columns>(rows, v_stride, ahead, w + c, w_stride, b, run, gram + i * b);
         }
         for (; i < k; ++i) {
@@ -282,17 +305,17 @@ HESD_INLINE void gram_runs(const S* v, std::int64_t v_stride, std::int64_t k, co
     }
 }
 
-// gram (k, b) += V W^T over `length` columns, products in C.
-template <typename C, typename S, typename U>
+// gram (k, b) += V W^T over `length` columns, products in C. Stream: V comes from memory, not from a cache.
+template <typename C, bool Stream, typename S, typename U>
 void gram_block(const S* v, std::int64_t v_stride, std::int64_t k, const U* w, std::int64_t w_stride, std::int64_t b,
                 std::int64_t length, double* gram) {
     const std::int64_t whole = length / As<C>::lanes * As<C>::lanes;
     if (b >= 4) {
-        gram_runs<C, 4>(v, v_stride, k, w, w_stride, b, whole, gram);
+        gram_runs<C, 4, Stream>(v, v_stride, k, w, w_stride, b, whole, gram);
     } else if (b >= 2) {
-        gram_runs<C, 2>(v, v_stride, k, w, w_stride, b, whole, gram);
+        gram_runs<C, 2, Stream>(v, v_stride, k, w, w_stride, b, whole, gram);
     } else {
-        gram_runs<C, 1>(v, v_stride, k, w, w_stride, b, whole, gram);
+        gram_runs<C, 1, Stream>(v, v_stride, k, w, w_stride, b, whole, gram);
     }
     gram_rest(v + whole, v_stride, k, w + whole, w_stride, b, length - whole, gram, b);
 }
@@ -340,8 +363,7 @@ HESD_INLINE void combine_tile(const S* v, std::int64_t v_stride, const S* ahead,
             factors[i][j] = Vector{} + coefficients[i * row_step + j * column_step];
         }
     }
-#pragma GCC unroll 4
-    for (std::int64_t c = 0; c < length; c += As<C>::lanes) {
+    for_each_line<C, S>(length, [&](std::int64_t c, bool first) __attribute__((always_inline)) {
         Vector sums[Columns];
 #pragma GCC unroll 16
         for (int j = 0; j < Columns; ++j) {
@@ -351,7 +373,7 @@ HESD_INLINE void combine_tile(const S* v, std::int64_t v_stride, const S* ahead,
         for (int i = 0; i < Rows; ++i) {
             Vector row = load(As<C>(), v + i * v_stride + c);
             HESD_IN_REGISTER(row);
-            if (Prefetch) {
+            if (Prefetch && first) {
                 __builtin_prefetch(ahead + i * v_stride + c);
             }
 #pragma GCC unroll 16
@@ -363,7 +385,7 @@ HESD_INLINE void combine_tile(const S* v, std::int64_t v_stride, const S* ahead,
         for (int j = 0; j < Columns; ++j) {
             store(x + j * x_stride + c, sums[j]);
         }
-    }
+    });
 }
 
 template <typename C, typename S>
