@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc tests -name '*.[ch]pp')
 SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.[ch]pp')
 
-.PHONY: setup demo test native-test lint format bench bench-report bench-smoke fashion-mnist clean
+.PHONY: setup demo test native-test cross-test lint format bench bench-report bench-smoke fashion-mnist clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +25,11 @@ test: setup
 native-test: setup
 	$(BIN)/python tests/native/sanitize.py address -q
 	$(BIN)/python tests/native/sanitize.py thread -q
+
+# The kernels against plain loops, here and on 64-bit Arm under an emulator (Debian: g++-aarch64-linux-gnu
+# libc6-dev-arm64-cross qemu-user-static).
+cross-test: setup
+	tests/native/cross/run.sh native aarch64
 
 lint: setup
 	$(BIN)/ruff check .

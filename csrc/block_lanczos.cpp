@@ -12,6 +12,10 @@ namespace {
 constexpr double kWeakBlock = 1.0 / 64.0;
 // In that sweep a unit vector that loses more than this lay in the span of the basis: it was rounding noise.
 constexpr double kInSpan = 0.1;
+// Partial reorthogonalization acts when an estimate passes this part of sqrt(epsilon), and on the blocks whose
+// estimates have passed this part of epsilon^(3/4): one draw of random signs may be too small by such a factor.
+constexpr double kLimitMargin = 0.5;
+constexpr double kTargetMargin = 1.0 / 32.0;
 
 std::vector<double> zeros(std::int64_t count) { return std::vector<double>(static_cast<std::size_t>(count)); }
 
@@ -302,7 +306,8 @@ void BlockLanczos::record_coefficients(const std::vector<double>& recent, const 
             }
         }
     }
-    if (options_.reorthogonalization == Reorthogonalization::full) {
+    // Projections onto a rounded history show its rounding, not the operator's noise.
+    if (options_.reorthogonalization == Reorthogonalization::full && history_.precision() == work_.precision) {
         for (const double value : history) {
             recurrence_error_ = std::max(recurrence_error_, std::abs(value));
         }
@@ -310,19 +315,26 @@ void BlockLanczos::record_coefficients(const std::vector<double>& recent, const 
 }
 
 // Q <- Q - (V Q^T)^T V for the blocks asked for, then orthonormal again; returns the factor of the old rows in the new.
-SmallMatrix BlockLanczos::sweep(const Panel& q, const std::vector<Range>& ranges, bool against_recent) {
+SmallMatrix BlockLanczos::sweep(const Panel& q, const std::vector<Range>& ranges) {
     std::vector<double> overlap;
-    if (against_recent) {
-        const Panel recent = recent_rows();
-        gram(recent, q, overlap);
-        project(q, recent, overlap, nullptr, nullptr);
-    }
+    swept_overlap_ = 0.0;
+    const auto note = [&] {
+        for (const double value : overlap) {
+            swept_overlap_ = std::max(swept_overlap_, std::abs(value));
+        }
+    };
     for (const Range range : ranges) {
         if (range.first < range.last) {
             gram_history(range, q, overlap);
+            note();
             project_history(q, range, overlap, nullptr, nullptr);
         }
     }
+    // Last, since older blocks that are not quite orthogonal to the last two bring parts of them back.
+    const Panel recent = recent_rows();
+    gram(recent, q, overlap);
+    note();
+    project(q, recent, overlap, nullptr, nullptr);
     std::vector<double> factor = zeros(q.rows * q.rows);
     const OrthonormalizeResult result =
         kernels_->panel_orthonormalize(q, q, kInSpan, q.rows, reduction_, nullptr, factor.data());
@@ -332,8 +344,8 @@ SmallMatrix BlockLanczos::sweep(const Panel& q, const std::vector<Range>& ranges
 // The blocks of the history that the newest block has to be swept against, after the estimate has moved on to it.
 std::vector<BlockLanczos::Range> BlockLanczos::ranges_to_sweep() {
     const std::int64_t blocks = std::min(stored_, slots_);
-    const double limit = std::sqrt(epsilon());
-    const double target = std::pow(epsilon(), 0.75);
+    const double limit = kLimitMargin * std::sqrt(epsilon());
+    const double target = kTargetMargin * std::pow(epsilon(), 0.75);
     double largest = 0.0;
     for (std::int64_t i = 0; i < blocks; ++i) {
         largest = std::max(largest, estimate_.with(i));
@@ -389,7 +401,7 @@ SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation, cons
     const std::int64_t blocks = std::min(stored_, slots_);
     const bool weak = result.weakest < kWeakBlock * strongest || cancellation < 0.5;
     if (result.rank > 0 && weak) {
-        c = product(c, sweep(w.slice(0, result.rank), {{0, blocks}}, true));
+        c = product(c, sweep(w.slice(0, result.rank), {{0, blocks}}));
         ++extra_sweeps_;
     }
     if (partial && c.columns > 0) {
@@ -404,9 +416,20 @@ SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation, cons
         }
         const std::vector<Range> ranges = ranges_to_sweep();
         if (!ranges.empty()) {
-            c = product(c, sweep(w.slice(0, c.columns), ranges, false));
+            SmallMatrix old_rows = sweep(w.slice(0, c.columns), ranges);
+            c = product(c, old_rows);
+            estimate_.rewritten(old_rows);
             for (const Range range : ranges) {
                 estimate_.removed(range.first, range.last, fresh_);
+            }
+            if (swept_overlap_ > std::pow(epsilon(), 0.25) && c.columns > 0) {
+                // One sweep of blocks that are orthogonal to sqrt(epsilon) leaves too much of this: everything once
+                // more.
+                old_rows = sweep(w.slice(0, c.columns), {{0, blocks}});
+                c = product(c, old_rows);
+                estimate_.rewritten(old_rows);
+                estimate_.removed(0, blocks, fresh_);
+                pending_ = {{0, blocks}};
             }
             ++partial_sweeps_;
         }

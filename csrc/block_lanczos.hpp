@@ -107,7 +107,7 @@ class BlockLanczos {
                          std::vector<double>* self_gram);
     void record_coefficients(const std::vector<double>& recent, const std::vector<double>& history, std::int64_t width);
     SmallMatrix next_block(double tolerance, double cancellation, const std::vector<double>& self_gram);
-    SmallMatrix sweep(const Panel& q, const std::vector<Range>& ranges, bool against_recent);
+    SmallMatrix sweep(const Panel& q, const std::vector<Range>& ranges);
     [[nodiscard]] std::vector<Range> ranges_to_sweep();
     void keep(std::int64_t width);
 
@@ -128,7 +128,8 @@ class BlockLanczos {
     bool failed_ = false;  // set while a step runs: one that ends by an exception leaves it set
     double scale_ = 0.0;
     double recurrence_error_ = 0.0;
-    double fresh_ = 0.0;  // overlap with a block that was just projected out
+    double fresh_ = 0.0;          // overlap with a block that was just projected out
+    double swept_overlap_ = 0.0;  // largest that the last sweep took out
     std::int64_t extra_sweeps_ = 0;
     std::int64_t partial_sweeps_ = 0;
     std::int64_t vectors_read_ = 0;

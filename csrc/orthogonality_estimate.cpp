@@ -60,6 +60,13 @@ double OrthogonalityEstimate::largest() const {
     return result;
 }
 
+void OrthogonalityEstimate::rewritten(const SmallMatrix& factor) {
+    for (SmallMatrix& overlap : newest_) {
+        overlap = least_squares(factor, overlap);
+    }
+    width_ = factor.columns;
+}
+
 void OrthogonalityEstimate::removed(std::int64_t first, std::int64_t last, double fresh) {
     for (std::int64_t i = first; i < last; ++i) {
         for (double& value : newest_[static_cast<std::size_t>(i)].values) {

@@ -33,6 +33,9 @@ class OrthogonalityEstimate {
     // Over all older blocks.
     [[nodiscard]] double largest() const;
 
+    // The newest block's rows are `factor` times those of a new one, which may be fewer and takes its place.
+    void rewritten(const SmallMatrix& factor);
+
     // Blocks [first, last) were projected out of the newest one.
     void removed(std::int64_t first, std::int64_t last, double fresh);
 

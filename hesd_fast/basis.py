@@ -103,7 +103,7 @@ def plan_basis(
     working = working_rows * columns * working_dtype.itemsize
     in_memory = BasisPlan(rows, columns, dtype, None)
     needed = working + in_memory.bytes
-    if place != "disk" and (available is None or needed <= available):
+    if (place != "disk" or rows == 0) and (available is None or needed <= available):
         return in_memory
     what = f"{rows} vectors of {columns} {_name(dtype)}"
     if place == "memory" or rows == 0:

@@ -32,8 +32,8 @@ SMALLEST_SCALE = 1e-140
 LARGEST_ASYMMETRY = 0.1
 """Asymmetry of the products, relative to the largest one, at which a run ends; below it widens the intervals.
 
-Rounding alone reaches 0.03 in float32 networks that fit their data to a loss of 1e-8: the curvature is what is left of much
-larger terms.
+Rounding alone reaches 0.03 in float32 networks that fit their data to a loss of 1e-8: the curvature is what is left of
+much larger terms.
 """
 
 
@@ -264,9 +264,9 @@ def _check_symmetry(error: float, scale: float, epsilon: float) -> None:
     if error > allowed:
         raise OperatorError(
             f"the products are not those of one symmetric matrix: u'Hv and v'Hu differ by {error:.3g}, "
-            f"{error / scale:.2g} of the largest product (at most {allowed / scale:.2g} is allowed). Likely causes are "
-            "rounding, where the loss is close to zero (use float64), an operation with a wrong second derivative, or a "
-            "loss that changes from one product to the next; compare a few products with a dense Hessian"
+            f"{error / scale:.2g} of the largest product (at most {allowed / scale:.2g} is allowed). Likely causes "
+            "are rounding, where the loss is close to zero (use float64), an operation with a wrong second derivative, "
+            "or a loss that changes from one product to the next; compare a few products with a dense Hessian"
         )
 
 

@@ -5,6 +5,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__) && HESD_VECTOR_BYTES == 16
+#include <arm_neon.h>
 #endif
 
 #include <cstdint>
@@ -43,6 +45,8 @@ struct As<float> {
 // Keeps a loaded vector in a register: GCC would rather read the memory again in each use.
 #if defined(__AVX2__)
 #define HESD_IN_REGISTER(vector) asm("" : "+v"(vector))
+#elif defined(__aarch64__) && HESD_VECTOR_BYTES == 16
+#define HESD_IN_REGISTER(vector) asm("" : "+w"(vector))
 #else
 #define HESD_IN_REGISTER(vector) static_cast<void>(0)
 #endif
@@ -97,8 +101,13 @@ HESD_INLINE DoubleVector load(As<double>, const BFloat16* source) {
     return __builtin_convertvector(from_bfloat16<HalfFloatVector>(bits), DoubleVector);
 }
 HESD_INLINE DoubleVector load(As<double>, const Float16* source) {
+#if defined(__aarch64__) && HESD_VECTOR_BYTES == 16
+    const float16x4_t twice = vreinterpret_f16_u32(vdup_n_u32(bytes_at<std::uint32_t>(source)));
+    return (DoubleVector)vcvt_f64_f32(vget_low_f32(vcvt_f32_f16(twice)));
+#else
     const auto bits = __builtin_convertvector(bytes_at<HalfShortVector>(source), HalfWordVector);
     return __builtin_convertvector(from_float16<HalfFloatVector>(bits), DoubleVector);
+#endif
 }
 HESD_INLINE FloatVector load(As<float>, const float* source) { return bytes_at<FloatVector>(source); }
 HESD_INLINE FloatVector load(As<float>, const BFloat16* source) {
@@ -115,6 +124,8 @@ HESD_INLINE FloatVector load(As<float>, const BFloat16* source) {
 HESD_INLINE FloatVector load(As<float>, const Float16* source) {
 #if defined(__AVX512F__)  // the unmasked form sets off -Wmaybe-uninitialized in GCC 12
     return (FloatVector)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__aarch64__) && HESD_VECTOR_BYTES == 16
+    return (FloatVector)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(source))));
 #elif defined(__F16C__)
     return (FloatVector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
 #else
