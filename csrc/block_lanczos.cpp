@@ -17,6 +17,9 @@ constexpr double kInSpan = 0.1;
 constexpr double kLimitMargin = 0.5;
 constexpr double kTargetMargin = 1.0 / 32.0;
 
+// One projection against the history is enough for a row that keeps all but this part of its norm.
+constexpr double kOnePass = 1.0 / 64.0;
+
 std::vector<double> zeros(std::int64_t count) { return std::vector<double>(static_cast<std::size_t>(count)); }
 
 SmallMatrix leading_columns(const std::vector<double>& values, std::int64_t rows, std::int64_t stride,
@@ -229,25 +232,32 @@ void BlockLanczos::advance() {
     std::vector<double> second_history;
     std::vector<double> self_gram;
 
-    // S1 = V W^T,  W <- W - S1^T V, with V the last two blocks, then the same with the history; S2 = V W^T, and
-    // W <- W - S2^T V again.                            reads V three times; W once and reads and writes it twice
+    // The last two blocks R carry nearly all that is taken out:
+    // S1 = R W^T,  W <- W - S1^T R,  S2 = R W^T         reads R twice, W once and reads and writes it once
     gram(recent, w, first);
     require_finite(first);
     round_to(work_.precision, first);
-    project(w, recent, first, local ? &second : nullptr, nullptr);
+    project(w, recent, first, &second, local ? nullptr : &self_gram);
+    round_to(work_.precision, second);
     if (!local) {
+        // S1 = V W^T,  W <- W - S1^T V                  reads V twice, W once and reads and writes it once
         gram_history(all, w, first_history);
         require_finite(first_history);
         round_to(work_.precision, first_history);
-        project_history(w, all, first_history, &second_history, nullptr);
-        gram(recent, w, second);
-        round_to(work_.precision, second_history);
+        const bool twice = removes_much(first_history, self_gram);
+        project_history(w, all, first_history, twice ? &second_history : nullptr, nullptr);
+        second_history.resize(first_history.size());
+        if (twice) {
+            // S2 from the same read of V, then W <- W - S2^T V      reads V and R once more
+            round_to(work_.precision, second_history);
+            project_history(w, all, second_history, nullptr, nullptr);
+            gram(recent, w, second);
+            round_to(work_.precision, second);
+            ++second_passes_;
+        }
     }
-    round_to(work_.precision, second);
-    project(w, recent, second, nullptr, local ? &self_gram : nullptr);
-    if (!local) {
-        project_history(w, all, second_history, nullptr, &self_gram);
-    }
+    // W <- W - S2^T R                                   reads R, reads and writes W
+    project(w, recent, second, nullptr, &self_gram);
     require_finite(self_gram);
 
     double cancellation = 1.0;  // least fraction of a row's norm that outlived the second projection
@@ -279,6 +289,23 @@ void BlockLanczos::advance() {
     invariant_ = width_ == 0;
     finished_ = invariant_ || step_ == options_.max_steps;
     failed_ = false;
+}
+
+// Whether the history takes so much out of a row that one projection is not enough: what it leaves of an overlap is the
+// rounding of the coefficient and the history's own loss of orthogonality.
+bool BlockLanczos::removes_much(const std::vector<double>& overlap, const std::vector<double>& self_gram) const {
+    const double limit = history_.precision() == work_.precision ? kOnePass : std::sqrt(epsilon());
+    for (std::int64_t j = 0; j < width_; ++j) {
+        double square = 0.0;
+        for (std::size_t i = static_cast<std::size_t>(j); i < overlap.size(); i += static_cast<std::size_t>(width_)) {
+            square += overlap[i] * overlap[i];
+        }
+        // not a number counts as much
+        if (!(square <= limit * limit * self_gram[static_cast<std::size_t>(j * width_ + j)])) {
+            return true;
+        }
+    }
+    return false;
 }
 
 // A_j is the symmetric part of its projection; the rest of the projection ought to repeat C_{j-1} and be zero before.

@@ -9,11 +9,12 @@
 //   fill work with the probes;  start();
 //   while not finished:  work[0 : width] = H * current();  advance();
 //
-// Orthogonality. Each product is projected twice against the blocks that the mode asks for (block classical
-// Gram-Schmidt, "twice is enough", Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005), the second
-// projection fused with the first one's Gram matrix: three reads of the history. When the new block comes out much
-// weaker than the product it was taken from, one more sweep of the orthonormal block against all stored ones restores
-// orthogonality.
+// Orthogonality. Each product is projected twice against the last two blocks, and against the history once or, where
+// that takes much out, twice (block classical Gram-Schmidt; "twice is enough", Giraud, Langou, Rozloznik, van den
+// Eshof, Numer. Math. 101, 2005; once is where little is removed, Daniel, Gragg, Kaufman, Stewart, Math. Comp. 30,
+// 1976). The second projection is fused with the first one's Gram matrix, so the history is read twice or three times.
+// When the new block comes out much weaker than the product it was taken from, one more sweep of the orthonormal block
+// against all stored ones restores orthogonality.
 //
 // Partial reorthogonalization keeps the basis orthogonal to the square root of epsilon, which leaves the coefficients
 // right to epsilon (Simon, Linear Algebra Appl. 61, 1984): the overlaps are estimated (orthogonality_estimate.hpp), and
@@ -80,6 +81,8 @@ class BlockLanczos {
     [[nodiscard]] double recurrence_error() const { return recurrence_error_; }
     // Sweeps of weak blocks against everything stored.
     [[nodiscard]] std::int64_t extra_sweeps() const { return extra_sweeps_; }
+    // Steps that projected twice against the history.
+    [[nodiscard]] std::int64_t second_passes() const { return second_passes_; }
     // Sweeps that partial reorthogonalization asked for.
     [[nodiscard]] std::int64_t partial_sweeps() const { return partial_sweeps_; }
     // How many stored vectors projections have read, each reading counted.
@@ -105,6 +108,7 @@ class BlockLanczos {
     void gram_history(Range range, const Panel& w, std::vector<double>& out);
     void project_history(const Panel& w, Range range, const std::vector<double>& c, std::vector<double>* gram,
                          std::vector<double>* self_gram);
+    [[nodiscard]] bool removes_much(const std::vector<double>& overlap, const std::vector<double>& self_gram) const;
     void record_coefficients(const std::vector<double>& recent, const std::vector<double>& history, std::int64_t width);
     SmallMatrix next_block(double tolerance, double cancellation, const std::vector<double>& self_gram);
     SmallMatrix sweep(const Panel& q, const std::vector<Range>& ranges);
@@ -131,6 +135,7 @@ class BlockLanczos {
     double fresh_ = 0.0;          // overlap with a block that was just projected out
     double swept_overlap_ = 0.0;  // largest that the last sweep took out
     std::int64_t extra_sweeps_ = 0;
+    std::int64_t second_passes_ = 0;
     std::int64_t partial_sweeps_ = 0;
     std::int64_t vectors_read_ = 0;
     OrthogonalityEstimate estimate_;
