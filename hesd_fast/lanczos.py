@@ -98,7 +98,7 @@ def block_lanczos(
     Returns
     -------
     BlockTridiagonal
-        Cost: m b products, and in full mode m^2 b n to 3 m^2 b n / 2 elements of basis read (see ``basis_vectors_read``).
+        Cost: m b products, and in full mode m^2 b n to 3 m^2 b n / 2 elements of basis read.
 
     Raises
     ------
