@@ -7,8 +7,8 @@
 // gram   (k, b) row-major float64, overwritten.
 //
 // Arithmetic: float64 where V or W is float64, and where V and W are one and the same panel, whose norms decide about
-// rank. Otherwise products are taken and summed in float32 over runs of 64 to a vector lane, and the runs in float64: the
-// error is about one float32 epsilon of |V_i| |W_j| over the square root of n, below that of W's own rounding.
+// rank. Otherwise products are taken and summed in float32 over runs of 64 to a vector lane, and the runs in float64:
+// the error is about one float32 epsilon of |V_i| |W_j| over the square root of n, below that of W's own rounding.
 //
 // The sum runs over chunks of columns that depend only on n, and the chunks are added in order: the same bits for any
 // thread count, not for any instruction set. n = 0 gives zeros. Traffic: V once, W once.
