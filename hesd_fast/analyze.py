@@ -223,9 +223,10 @@ def _checks(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> tuple[Ch
         bound = ORTHOGONALITY_MULTIPLE * tridiagonal.epsilon
         if tridiagonal.reorthogonalization == "partial":
             bound = max(bound, SEMIORTHOGONALITY_MULTIPLE * float(np.sqrt(tridiagonal.epsilon)))
-        if tridiagonal.basis_dtype is not None:
+        rounding = 0.0 if tridiagonal.basis_dtype is None else torch.finfo(BASIS_DTYPES[tridiagonal.basis_dtype]).eps
+        if rounding > tridiagonal.epsilon:
             # a stored vector is off by its rounding, all of it where the vector sits on a few coordinates
-            bound = max(bound, torch.finfo(BASIS_DTYPES[tridiagonal.basis_dtype]).eps)
+            bound = max(bound, rounding)
         checks.append(
             Check(
                 "orthogonality",

@@ -48,8 +48,11 @@ def test_the_band_contains_the_probes_distribution(name: str, probes: int, steps
         at_most = (weights * (SPECTRA[name] <= points[:, None] + slack)).sum(axis=1)
         at_least = (weights * (SPECTRA[name] < points[:, None] - slack)).sum(axis=1)
         tolerance = 100 * EPSILON
-        assert (low <= at_least + tolerance).all()
-        assert (at_most <= high + tolerance).all()
+        # There the rule has the point for its node and puts what the tiny distance asks for beyond it: rounding over a
+        # distance to a neighbour, as a share of the mass in question.
+        at_point = tolerance + EPSILON**0.5 * (at_most - at_least)
+        assert (low <= at_least + at_point).all()
+        assert (at_most <= high + at_point).all()
         assert low[-2] <= tolerance  # left of everything
         assert high[-1] >= 1.0 - tolerance
 
