@@ -14,26 +14,13 @@ import pytest
 import torch
 import workloads
 from contest import Contestant
-from torch import Tensor
 
 import hesd_fast as hesd
 from hesd_fast import kernels, reference
-from hesd_fast.operators.base import OperatorBase
 
 SEED = 5
 ENGINE_MULTIPLE, BASELINE_MULTIPLE = 64, 4096
 """Rounding errors allowed to a moment, see `check_moments`."""
-
-
-class Diagonal(OperatorBase):
-    """A diagonal matrix: Lanczos without a model."""
-
-    def __init__(self, diagonal: Tensor) -> None:
-        super().__init__(len(diagonal), diagonal.dtype, diagonal.device)
-        self.diagonal = diagonal
-
-    def _multiply(self, panel: Tensor, out: Tensor) -> None:
-        torch.mul(panel, self.diagonal, out=out)
 
 
 class Timed:
@@ -118,7 +105,7 @@ def test_lanczos_of_a_diagonal(hold, sizes, block):
     moments = [[float((exact**power).mean()) for power in range(2 * steps)]] * block
     precise, rough = (check_moments(moments, steps, multiple) for multiple in (ENGINE_MULTIPLE, BASELINE_MULTIPLE))
     hold(
-        engine_contestant(Diagonal(diagonal), steps, block, precise),
+        engine_contestant(workloads.Diagonal(diagonal), steps, block, precise),
         [baseline_contestant("list of vectors", lambda v: diagonal * v, probes(block, n), steps, rough)],
         sizes.long_rounds if block == 1 else sizes.end_to_end_rounds,
         about=f"diagonal matrix, n = {n:,}, {steps} steps, {block} probe{'s' if block > 1 else ''}, float32",

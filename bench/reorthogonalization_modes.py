@@ -21,6 +21,7 @@ import numpy as np
 import scipy.fft
 import torch
 from torch import Tensor
+from workloads import Diagonal
 
 import hesd_fast as hesd
 from hesd_fast import kernels
@@ -50,17 +51,6 @@ MOMENT_MULTIPLE = 64
 
 COPY_DISTANCE = 1e-3
 """A node this near to the largest eigenvalue, relative to it, is a copy of it. The next eigenvalue is further away."""
-
-
-class Diagonal(OperatorBase):
-    """A diagonal matrix. Each eigenvector sits on one coordinate, the worst case for a rounded basis."""
-
-    def __init__(self, diagonal: Tensor) -> None:
-        super().__init__(len(diagonal), diagonal.dtype, diagonal.device)
-        self.diagonal = diagonal
-
-    def _multiply(self, panel: Tensor, out: Tensor) -> None:
-        torch.mul(panel, self.diagonal, out=out)
 
 
 class Cosines(OperatorBase):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 import hesd_fast as hesd
+from hesd_fast.operators.base import OperatorBase
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -21,6 +22,17 @@ from fashion_mnist import load as load_fashion_mnist
 
 SIZES = {"mlp": 669_706, "lenet": 61_706, "resnet20": 272_474, "gpt-s": 3_438_080}
 """Number of parameters of each workload."""
+
+
+class Diagonal(OperatorBase):
+    """A diagonal matrix: Lanczos without a model. Each eigenvector sits on one coordinate."""
+
+    def __init__(self, diagonal: Tensor) -> None:
+        super().__init__(len(diagonal), diagonal.dtype, diagonal.device)
+        self.diagonal = diagonal
+
+    def _multiply(self, panel: Tensor, out: Tensor) -> None:
+        torch.mul(panel, self.diagonal, out=out)
 
 
 @dataclass(frozen=True)

@@ -558,8 +558,6 @@ PYBIND11_MODULE(_engine, module) {
                                [](const PythonBlockLanczos& self) { return self.lanczos().recurrence_error(); })
         .def_property_readonly("extra_sweeps",
                                [](const PythonBlockLanczos& self) { return self.lanczos().extra_sweeps(); })
-        .def_property_readonly("second_passes",
-                               [](const PythonBlockLanczos& self) { return self.lanczos().second_passes(); })
         .def_property_readonly("partial_sweeps",
                                [](const PythonBlockLanczos& self) { return self.lanczos().partial_sweeps(); })
         .def_property_readonly("vectors_read",

@@ -77,6 +77,7 @@ BlockLanczos::BlockLanczos(const Kernels& kernels, TiledPanel history, Panel rec
     : kernels_(&kernels),
       history_(std::move(history)),
       recent_(recent),
+      recent_tile_({recent}),
       work_(work),
       options_(options),
       reduction_(reduction),
@@ -110,9 +111,7 @@ BlockLanczos::BlockLanczos(const Kernels& kernels, TiledPanel history, Panel rec
         refuse("block size " + std::to_string(options.block) + " is larger than the dimension " +
                std::to_string(options.global_size));
     }
-    const bool whole = options.reorthogonalization == Reorthogonalization::full ||
-                       options.reorthogonalization == Reorthogonalization::partial;
-    if (whole && slots_ < options.max_steps - 2) {
+    if (keeps_all() && slots_ < options.max_steps - 2) {
         refuse("`history` has " + std::to_string(history_.rows()) + " rows; this mode needs " +
                std::to_string((options.max_steps - 2) * options.block));
     }
@@ -131,60 +130,43 @@ std::int64_t BlockLanczos::current_row() const {
     return step % 2 * options_.block;
 }
 
-// All rows stored so far; the order of the slots does not matter for a projection.
-std::int64_t BlockLanczos::history_rows() const { return std::min(stored_, slots_) * options_.block; }
+bool BlockLanczos::keeps_all() const {
+    return options_.reorthogonalization == Reorthogonalization::full ||
+           options_.reorthogonalization == Reorthogonalization::partial;
+}
 
-Panel BlockLanczos::recent_rows() const {
+// Blocks in the history; the order of its slots does not matter for a projection.
+std::int64_t BlockLanczos::history_blocks() const { return std::min(stored_, slots_); }
+
+BlockLanczos::Rows BlockLanczos::history_rows(Range range) const {
+    return {&history_, range.first * options_.block, (range.last - range.first) * options_.block};
+}
+
+BlockLanczos::Rows BlockLanczos::recent_rows() const {
     const std::int64_t last = finished_ && step_ > 0 ? step_ - 1 : step_;
-    return recent_.slice(0, std::min<std::int64_t>(last + 1, 2) * options_.block);
+    return {&recent_tile_, 0, std::min<std::int64_t>(last + 1, 2) * options_.block};
 }
 
-void BlockLanczos::gram(const Panel& v, const Panel& w, std::vector<double>& out) {
-    out.assign(static_cast<std::size_t>(v.rows * w.rows), 0.0);
-    kernels_->panel_gram(v, w, out.data());
-    reduction_(out.data(), v.rows * w.rows);
-    vectors_read_ += v.rows;
+void BlockLanczos::gram(Rows v, const Panel& w, std::vector<double>& out) {
+    out.assign(static_cast<std::size_t>(v.count * w.rows), 0.0);
+    v.panel->gram(*kernels_, v.first, v.count, w, out.data());
+    reduce(reduction_, &out);
+    vectors_read_ += v.count;
 }
 
-void BlockLanczos::project(const Panel& w, const Panel& v, const std::vector<double>& c, std::vector<double>* gram,
+void BlockLanczos::project(const Panel& w, Rows v, const std::vector<double>& c, std::vector<double>* gram,
                            std::vector<double>* self_gram) {
     if (gram != nullptr) {
-        gram->assign(static_cast<std::size_t>(v.rows * w.rows), 0.0);
+        gram->assign(static_cast<std::size_t>(v.count * w.rows), 0.0);
     }
     if (self_gram != nullptr) {
         self_gram->assign(static_cast<std::size_t>(w.rows * w.rows), 0.0);
     }
-    kernels_->panel_project(w, v, c.data(), gram != nullptr ? gram->data() : nullptr,
-                            self_gram != nullptr ? self_gram->data() : nullptr);
-    reduce(reduction_, gram);
-    reduce(reduction_, self_gram);
-    vectors_read_ += v.rows;
-}
-
-void BlockLanczos::gram_history(Range range, const Panel& w, std::vector<double>& out) {
-    const std::int64_t first = range.first * options_.block;
-    const std::int64_t count = range.last * options_.block - first;
-    out.assign(static_cast<std::size_t>(count * w.rows), 0.0);
-    history_.gram(*kernels_, first, count, w, out.data());
-    reduction_(out.data(), count * w.rows);
-    vectors_read_ += count;
-}
-
-void BlockLanczos::project_history(const Panel& w, Range range, const std::vector<double>& c, std::vector<double>* gram,
-                                   std::vector<double>* self_gram) {
-    const std::int64_t first = range.first * options_.block;
-    const std::int64_t count = range.last * options_.block - first;
-    if (gram != nullptr) {
-        gram->assign(static_cast<std::size_t>(count * w.rows), 0.0);
-    }
-    if (self_gram != nullptr) {
-        self_gram->assign(static_cast<std::size_t>(w.rows * w.rows), 0.0);
-    }
-    history_.project(*kernels_, first, count, w, c.data(), gram != nullptr ? gram->data() : nullptr,
+    v.panel->project(*kernels_, v.first, v.count, w, c.data(), gram != nullptr ? gram->data() : nullptr,
                      self_gram != nullptr ? self_gram->data() : nullptr);
     reduce(reduction_, gram);
     reduce(reduction_, self_gram);
-    vectors_read_ += count;
+    vectors_read_ += v.count;
 }
 
 void BlockLanczos::start() {
@@ -223,9 +205,9 @@ void BlockLanczos::advance() {
     }
     failed_ = true;
     const Panel w = work_.slice(0, width_);
-    const Panel recent = recent_rows();
-    const bool local = options_.reorthogonalization == Reorthogonalization::partial || history_rows() == 0;
-    const Range all = {0, local ? 0 : history_rows() / options_.block};
+    const Rows recent = recent_rows();
+    const bool local = options_.reorthogonalization == Reorthogonalization::partial || history_blocks() == 0;
+    const Rows history = history_rows({0, history_blocks()});
     std::vector<double> first;
     std::vector<double> second;
     std::vector<double> first_history;
@@ -241,19 +223,18 @@ void BlockLanczos::advance() {
     round_to(work_.precision, second);
     if (!local) {
         // S1 = V W^T,  W <- W - S1^T V                  reads V twice, W once and reads and writes it once
-        gram_history(all, w, first_history);
+        gram(history, w, first_history);
         require_finite(first_history);
         round_to(work_.precision, first_history);
         const bool twice = removes_much(first_history, self_gram);
-        project_history(w, all, first_history, twice ? &second_history : nullptr, nullptr);
+        project(w, history, first_history, twice ? &second_history : nullptr, nullptr);
         second_history.resize(first_history.size());
         if (twice) {
             // S2 from the same read of V, then W <- W - S2^T V      reads V and R once more
             round_to(work_.precision, second_history);
-            project_history(w, all, second_history, nullptr, nullptr);
+            project(w, history, second_history, nullptr, nullptr);
             gram(recent, w, second);
             round_to(work_.precision, second);
-            ++second_passes_;
         }
     }
     // W <- W - S2^T R                                   reads R, reads and writes W
@@ -352,13 +333,13 @@ SmallMatrix BlockLanczos::sweep(const Panel& q, const std::vector<Range>& ranges
     };
     for (const Range range : ranges) {
         if (range.first < range.last) {
-            gram_history(range, q, overlap);
+            gram(history_rows(range), q, overlap);
             note();
-            project_history(q, range, overlap, nullptr, nullptr);
+            project(q, history_rows(range), overlap, nullptr, nullptr);
         }
     }
     // Last, since older blocks that are not quite orthogonal to the last two bring parts of them back.
-    const Panel recent = recent_rows();
+    const Rows recent = recent_rows();
     gram(recent, q, overlap);
     note();
     project(q, recent, overlap, nullptr, nullptr);
@@ -370,7 +351,7 @@ SmallMatrix BlockLanczos::sweep(const Panel& q, const std::vector<Range>& ranges
 
 // The blocks of the history that the newest block has to be swept against, after the estimate has moved on to it.
 std::vector<BlockLanczos::Range> BlockLanczos::ranges_to_sweep() {
-    const std::int64_t blocks = std::min(stored_, slots_);
+    const std::int64_t blocks = history_blocks();
     const double limit = kLimitMargin * std::sqrt(epsilon());
     const double target = kTargetMargin * std::pow(epsilon(), 0.75);
     double largest = 0.0;
@@ -408,9 +389,7 @@ std::vector<BlockLanczos::Range> BlockLanczos::ranges_to_sweep() {
 // Orthonormalizes work[0 : width] in place, moves it to the recent blocks (not after the last step), returns C_j.
 SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation, const std::vector<double>& self_gram) {
     const Panel w = work_.slice(0, width_);
-    const bool whole = options_.reorthogonalization == Reorthogonalization::full ||
-                       options_.reorthogonalization == Reorthogonalization::partial;
-    const std::int64_t room = whole ? options_.global_size - rank_ : width_;
+    const std::int64_t room = keeps_all() ? options_.global_size - rank_ : width_;
     std::vector<double> factor = zeros(width_ * width_);
     const OrthonormalizeResult result =
         kernels_->panel_orthonormalize(w, w, tolerance, room, reduction_, self_gram.data(), factor.data());
@@ -425,7 +404,7 @@ SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation, cons
     }
 
     const bool partial = options_.reorthogonalization == Reorthogonalization::partial;
-    const std::int64_t blocks = std::min(stored_, slots_);
+    const std::int64_t blocks = history_blocks();
     const bool weak = result.weakest < kWeakBlock * strongest || cancellation < 0.5;
     if (result.rank > 0 && weak) {
         c = product(c, sweep(w.slice(0, result.rank), {{0, blocks}}));
@@ -470,19 +449,15 @@ SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation, cons
 // Q_{j-1} goes into the history, and Q_{j+1} takes its place.
 void BlockLanczos::keep(std::int64_t width) {
     const std::int64_t b = options_.block;
-    const Panel place = recent_.slice((step_ + 1) % 2 * b, b);
+    const std::int64_t row = (step_ + 1) % 2 * b;
     if (step_ > 0 && slots_ > 0) {
-        history_.store(*kernels_, stored_ % slots_ * b, place);
+        history_.store(*kernels_, stored_ % slots_ * b, recent_.slice(row, b));
         ++stored_;
     }
-    std::vector<double> identity = zeros(width * width);
-    for (std::int64_t i = 0; i < width; ++i) {
-        identity[static_cast<std::size_t>(i * width + i)] = 1.0;
-    }
-    kernels_->panel_combine(identity.data(), work_.slice(0, width), place.slice(0, width));
+    recent_tile_.store(*kernels_, row, work_.slice(0, width));
     // Rows beyond the block's width may hold an older block: they must not take part in projections.
-    for (std::int64_t row = width; row < b; ++row) {
-        const Panel rest = place.slice(row, 1);
+    for (std::int64_t empty = width; empty < b; ++empty) {
+        const Panel rest = recent_.slice(row + empty, 1);
         std::fill_n(static_cast<char*>(rest.data), rest.columns * element_bytes(rest.precision), '\0');
     }
 }
@@ -496,13 +471,13 @@ double BlockLanczos::measure_orthogonality() {
     std::vector<double> overlap;
     gram(recent_rows(), q, overlap);
     double largest = 0.0;
-    for (std::int64_t i = 0; i < recent_rows().rows; ++i) {
+    for (std::int64_t i = 0; i < recent_rows().count; ++i) {
         for (std::int64_t j = 0; j < width; ++j) {
             const double expected = i == current_row() + j ? 1.0 : 0.0;
             largest = std::max(largest, std::abs(overlap[static_cast<std::size_t>(i * width + j)] - expected));
         }
     }
-    gram_history({0, history_rows() / options_.block}, q, overlap);
+    gram(history_rows({0, history_blocks()}), q, overlap);
     for (const double value : overlap) {
         largest = std::max(largest, std::abs(value));
     }

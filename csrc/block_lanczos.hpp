@@ -81,8 +81,6 @@ class BlockLanczos {
     [[nodiscard]] double recurrence_error() const { return recurrence_error_; }
     // Sweeps of weak blocks against everything stored.
     [[nodiscard]] std::int64_t extra_sweeps() const { return extra_sweeps_; }
-    // Steps that projected twice against the history.
-    [[nodiscard]] std::int64_t second_passes() const { return second_passes_; }
     // Sweeps that partial reorthogonalization asked for.
     [[nodiscard]] std::int64_t partial_sweeps() const { return partial_sweeps_; }
     // How many stored vectors projections have read, each reading counted.
@@ -99,15 +97,21 @@ class BlockLanczos {
         std::int64_t last;
     };
 
-    [[nodiscard]] std::int64_t history_rows() const;
-    [[nodiscard]] Panel recent_rows() const;
+    // Rows [first, first + count) of a panel of stored blocks.
+    struct Rows {
+        const TiledPanel* panel;
+        std::int64_t first;
+        std::int64_t count;
+    };
+
+    [[nodiscard]] bool keeps_all() const;
+    [[nodiscard]] Rows recent_rows() const;
+    [[nodiscard]] Rows history_rows(Range range) const;
+    [[nodiscard]] std::int64_t history_blocks() const;
     [[nodiscard]] double epsilon() const { return machine_epsilon(work_.precision); }
-    void gram(const Panel& v, const Panel& w, std::vector<double>& out);
-    void project(const Panel& w, const Panel& v, const std::vector<double>& c, std::vector<double>* gram,
+    void gram(Rows v, const Panel& w, std::vector<double>& out);
+    void project(const Panel& w, Rows v, const std::vector<double>& c, std::vector<double>* gram,
                  std::vector<double>* self_gram);
-    void gram_history(Range range, const Panel& w, std::vector<double>& out);
-    void project_history(const Panel& w, Range range, const std::vector<double>& c, std::vector<double>* gram,
-                         std::vector<double>* self_gram);
     [[nodiscard]] bool removes_much(const std::vector<double>& overlap, const std::vector<double>& self_gram) const;
     void record_coefficients(const std::vector<double>& recent, const std::vector<double>& history, std::int64_t width);
     SmallMatrix next_block(double tolerance, double cancellation, const std::vector<double>& self_gram);
@@ -118,6 +122,7 @@ class BlockLanczos {
     const Kernels* kernels_;
     TiledPanel history_;
     Panel recent_;
+    TiledPanel recent_tile_;  // the same memory
     Panel work_;
     BlockLanczosOptions options_;
     Reduction reduction_;
@@ -135,7 +140,6 @@ class BlockLanczos {
     double fresh_ = 0.0;          // overlap with a block that was just projected out
     double swept_overlap_ = 0.0;  // largest that the last sweep took out
     std::int64_t extra_sweeps_ = 0;
-    std::int64_t second_passes_ = 0;
     std::int64_t partial_sweeps_ = 0;
     std::int64_t vectors_read_ = 0;
     OrthogonalityEstimate estimate_;

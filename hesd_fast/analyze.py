@@ -25,7 +25,7 @@ from hesd_fast.problem import Loss, Problem
 from hesd_fast.progress import ProductProgress
 from hesd_fast.report import Check, Cost, ProblemFacts, Report
 from hesd_fast.spectrum import SpectralMeasure
-from hesd_fast.tridiagonal import BlockTridiagonal
+from hesd_fast.tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
 
 DEFAULT_BLOCK_SIZE = 4
 DEFAULT_MAX_STEPS = 100
@@ -112,7 +112,7 @@ def analyze(
     with problem.session():
         operator = HessianOperator(problem)
         expected = settings.max_steps * settings.block_size
-        if settings.reorthogonalization in ("full", "partial"):
+        if settings.reorthogonalization in ORTHOGONAL_MODES:
             expected = min(expected, problem.size)
         with ProductProgress(expected, enabled=progress) as bar:
             tridiagonal = block_lanczos(

@@ -17,7 +17,7 @@ from hesd_fast.basis import plan_basis
 from hesd_fast.errors import EngineError, OperatorError, ProblemError
 from hesd_fast.operators import as_operator
 from hesd_fast.operators.base import CurvatureOperator
-from hesd_fast.tridiagonal import BlockTridiagonal
+from hesd_fast.tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
 
 REORTHOGONALIZATIONS = ("full", "partial", "window", "none")
 PROBE_KINDS = ("rademacher", "gaussian")
@@ -184,7 +184,7 @@ def block_lanczos(
     diagonal = tuple(engine.diagonal)
     vectors_read = engine.vectors_read  # before the measurement, which reads them once more
     orthogonality = None
-    if reorthogonalization in ("full", "partial"):
+    if reorthogonalization in ORTHOGONAL_MODES:
         orthogonality = engine.measure_orthogonality()
     return BlockTridiagonal(
         size=n,

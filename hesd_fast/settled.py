@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .tridiagonal import Array, BlockTridiagonal
+from .tridiagonal import ORTHOGONAL_MODES, Array, BlockTridiagonal
 
 LARGEST_ANGLE = 1e-3
 """Residual norm over gap, a bound of the sine of a Ritz vector's angle, up to which an eigenpair counts as known."""
@@ -65,7 +65,7 @@ def settle(tridiagonal: BlockTridiagonal, values: Array, residuals: Array, share
     copies of converged Ritz values share their weight, without full or partial reorthogonalization, or for probes that
     are not random.
     """
-    full = tridiagonal.reorthogonalization in ("full", "partial")
+    full = tridiagonal.reorthogonalization in ORTHOGONAL_MODES
     random = tridiagonal.probe_kind in ("rademacher", "gaussian")
     padded = np.concatenate(([-np.inf], values, [np.inf]))
     gap = np.minimum(values - padded[:-2], padded[2:] - values)

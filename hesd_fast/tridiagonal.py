@@ -14,6 +14,9 @@ from .errors import CheckpointError, ProblemError
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
+ORTHOGONAL_MODES = ("full", "partial")
+"""Reorthogonalization modes that keep the whole basis orthogonal."""
+
 RITZ_ROUNDING = 16.0
 """Rounding allowance of a Ritz value, in units of ``epsilon * max|Ritz value|``."""
 
@@ -124,7 +127,7 @@ class BlockTridiagonal:
                 raise ProblemError(f"{name} holds a number that is not finite; check the Hessian products")
         if not 0.0 < self.epsilon < 1.0:
             raise ProblemError(f"epsilon must be a unit roundoff in (0, 1), got {self.epsilon!r}; pass 2**-23 for fp32")
-        if self.reorthogonalization in ("full", "partial") and sum(self.block_sizes) > self.size:
+        if self.reorthogonalization in ORTHOGONAL_MODES and sum(self.block_sizes) > self.size:
             raise ProblemError(f"{sum(self.block_sizes)} basis vectors do not fit into size={self.size}; check size")
         if self.products < 0:
             raise ProblemError(f"products must not be negative, got {self.products}")

@@ -11,7 +11,7 @@ void combine(const double* s, const Panel& v, const Panel& x) {
     typedef typename Common<S, T>::type C;
     const std::int64_t r = x.rows;
     const std::int64_t k = v.rows;
-    const std::int64_t block = block_columns(r * static_cast<std::int64_t>(sizeof(C)), 64 * 1024, 256);
+    const std::int64_t block = block_columns(r * static_cast<std::int64_t>(sizeof(C)), 64 * 1024);
     const std::int64_t stride = scratch_stride<C>(block);
     const Scratch<C> rows(most_threads() * r * stride);
     const Scratch<C> factors(r * k);

@@ -14,7 +14,7 @@ void gram(const Panel& v, const Panel& w, double* out) {
     typedef typename Common<S, T>::type C;
     const std::int64_t k = v.rows;
     const std::int64_t b = w.rows;
-    const std::int64_t block = block_columns(b * static_cast<std::int64_t>(sizeof(C)), kCache, 256);
+    const std::int64_t block = block_columns(b * static_cast<std::int64_t>(sizeof(C)), kCache);
     const ChunkSums sums(w.columns, k * b);
     const std::int64_t stride = scratch_stride<C>(block);
     const Scratch<C> rows(most_threads() * b * stride);
@@ -31,7 +31,7 @@ void gram(const Panel& v, const Panel& w, double* out) {
 template <typename T>
 void self_gram(const Panel& w, double* out) {
     const std::int64_t b = w.rows;
-    const std::int64_t block = block_columns(b * static_cast<std::int64_t>(sizeof(T)), kCache, 256);
+    const std::int64_t block = block_columns(b * static_cast<std::int64_t>(sizeof(T)), kCache);
     const ChunkSums sums(w.columns, b * b);
     const T* data = static_cast<const T*>(w.data);
     for_each_block(w.columns, block, [&](std::int64_t chunk, int, std::int64_t column, std::int64_t length) {

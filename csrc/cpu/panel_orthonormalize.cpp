@@ -11,7 +11,7 @@ namespace {
 template <typename T>
 void transform_rows(const Panel& source, const double* transform, const Panel& target, double* gram) {
     const std::int64_t b = source.rows;
-    const std::int64_t block = block_columns(2 * b * 8, 64 * 1024, 256);
+    const std::int64_t block = block_columns(2 * b * 8, 64 * 1024);
     const std::int64_t size = gram != nullptr ? b * b : 0;
     const ChunkSums sums(source.columns, size);
     const Scratch<double> rows(most_threads() * 2 * b * block);

@@ -13,7 +13,7 @@ void project(const Panel& w, const Panel& v, const double* coefficients, double*
     const std::int64_t b = w.rows;
     // V's block stays in the second-level cache between the subtraction and the Gram matrix; with many rows in the
     // third.
-    const std::int64_t block = block_columns(k * static_cast<std::int64_t>(sizeof(S)), 256 * 1024, 256);
+    const std::int64_t block = block_columns(k * static_cast<std::int64_t>(sizeof(S)), 256 * 1024);
     const std::int64_t gram_size = gram != nullptr ? k * b : 0;
     const std::int64_t self_size = self_gram != nullptr ? b * b : 0;
     const ChunkSums sums(w.columns, gram_size + self_size);

@@ -103,11 +103,11 @@ class ChunkSums {
     Scratch<double> memory_;
 };
 
-// Columns per block such that `column_bytes` of each column stay within about `cache` bytes: a multiple of 256 from
-// `least` to 4096.
-HESD_INLINE std::int64_t block_columns(std::int64_t column_bytes, std::int64_t cache, std::int64_t least) {
+// Columns per block such that `column_bytes` of each column stay within about `cache` bytes: a multiple of 256 up
+// to 4096.
+HESD_INLINE std::int64_t block_columns(std::int64_t column_bytes, std::int64_t cache) {
     std::int64_t columns = cache / (column_bytes > 0 ? column_bytes : 1) / 256 * 256;
-    columns = columns < least ? least : columns;
+    columns = columns < 256 ? 256 : columns;
     return columns > 4096 ? 4096 : columns;
 }
 
