@@ -416,20 +416,17 @@ hesd::Reorthogonalization parse_reorthogonalization(const std::string& name) {
 // BlockLanczos with the panels and the reduction that Python lends it.
 class PythonBlockLanczos {
    public:
-    PythonBlockLanczos(const py::object& history, const py::object& recent, const py::object& work,
+    PythonBlockLanczos(const py::object& history, const py::object& working, std::int64_t block_size,
                        std::int64_t max_steps, std::int64_t global_size, const std::string& reorthogonalization,
                        double breakdown_multiple, const py::object& reduce)
         : history_(history, "history"),
-          recent_(recent, "recent", true),
-          work_(work, "work", true),
+          working_panel_(working, "working", true),
           reduction_(reduce),
-          lanczos_(hesd::cpu_kernels(), history_.tiled(), recent_.panel(), work_.panel(),
-                   {parse_reorthogonalization(reorthogonalization), work_.panel().rows, max_steps, global_size,
-                    breakdown_multiple},
-                   reduction_.hook()) {
-        require_apart(work_, recent_);
-        history_.require_apart_from(work_);
-        history_.require_apart_from(recent_);
+          lanczos_(
+              hesd::cpu_kernels(), history_.tiled(), working_panel_.panel(),
+              {parse_reorthogonalization(reorthogonalization), block_size, max_steps, global_size, breakdown_multiple},
+              reduction_.hook()) {
+        history_.require_apart_from(working_panel_);
     }
 
     void start() {
@@ -478,8 +475,7 @@ class PythonBlockLanczos {
 
     std::atomic<bool> working_{false};
     LentHistory history_;
-    LentPanel recent_;
-    LentPanel work_;
+    LentPanel working_panel_;
     PythonReduction reduction_;
     BlockLanczos lanczos_;
 };
@@ -534,14 +530,15 @@ PYBIND11_MODULE(_engine, module) {
                py::arg("first_index"), py::arg("kind"));
 
     py::class_<PythonBlockLanczos>(module, "BlockLanczos")
-        .def(py::init<const py::object&, const py::object&, const py::object&, std::int64_t, std::int64_t,
+        .def(py::init<const py::object&, const py::object&, std::int64_t, std::int64_t, std::int64_t,
                       const std::string&, double, const py::object&>(),
-             py::arg("history"), py::arg("recent"), py::arg("work"), py::arg("max_steps"), py::arg("global_size"),
-             py::arg("reorthogonalization"), py::arg("breakdown_multiple"), py::arg("reduce"))
+             py::arg("history"), py::arg("working"), py::arg("block_size"), py::arg("max_steps"),
+             py::arg("global_size"), py::arg("reorthogonalization"), py::arg("breakdown_multiple"), py::arg("reduce"))
         .def("start", &PythonBlockLanczos::start)
         .def("advance", &PythonBlockLanczos::advance)
         .def_property_readonly("current_row",
                                [](const PythonBlockLanczos& self) { return self.lanczos().current_row(); })
+        .def_property_readonly("work_row", [](const PythonBlockLanczos& self) { return self.lanczos().work_row(); })
         .def_property_readonly("current_width",
                                [](const PythonBlockLanczos& self) { return self.lanczos().current().rows; })
         .def_property_readonly("finished", [](const PythonBlockLanczos& self) { return self.lanczos().finished(); })

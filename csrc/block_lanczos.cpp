@@ -65,20 +65,19 @@ void reduce(const Reduction& reduction, std::vector<double>* values) {
 void require_finite(const std::vector<double>& values) {
     for (const double value : values) {
         if (!std::isfinite(value)) {
-            throw EngineError("BlockLanczos: the panel `work` has non-finite values after the product");
+            throw EngineError("BlockLanczos: the panel `working` has non-finite values after the product");
         }
     }
 }
 
 }  // namespace
 
-BlockLanczos::BlockLanczos(const Kernels& kernels, TiledPanel history, Panel recent, Panel work,
-                           BlockLanczosOptions options, Reduction reduction)
+BlockLanczos::BlockLanczos(const Kernels& kernels, TiledPanel history, Panel working, BlockLanczosOptions options,
+                           Reduction reduction)
     : kernels_(&kernels),
       history_(std::move(history)),
-      recent_(recent),
-      recent_tile_({recent}),
-      work_(work),
+      working_(working),
+      working_tile_({working}),
       options_(options),
       reduction_(reduction),
       slots_(options.block > 0 ? history_.rows() / options.block : 0) {
@@ -87,22 +86,26 @@ BlockLanczos::BlockLanczos(const Kernels& kernels, TiledPanel history, Panel rec
         refuse("block size " + std::to_string(options.block) + " and max_steps " + std::to_string(options.max_steps) +
                " must both be at least 1");
     }
-    if (work.rows != options.block || recent.rows != 2 * options.block || work.columns != recent.columns ||
-        work.columns != history_.columns() || work.precision != recent.precision) {
-        refuse(
-            "`work` must have block size rows and `recent` twice as many, both of one precision and with the columns "
-            "of `history`");
+    if (working.rows < 3 * options.block || working.columns != history_.columns()) {
+        refuse("`working` must have at least three times block size rows (it has " + std::to_string(working.rows) +
+               ") and the columns of `history`");
     }
-    if (element_bytes(history_.precision()) > element_bytes(work.precision)) {
-        refuse("`history` has a higher precision than `work`; wanted the same or a lower one");
+    in_place_ = keeps_all() && working.rows > 3 * options.block;
+    if (in_place_ && (working.rows < (options.max_steps + 1) * options.block || history_.rows() > 0)) {
+        refuse("`working` with more than three blocks keeps the whole basis: " +
+               std::to_string((options.max_steps + 1) * options.block) + " rows are needed, and no `history`; got " +
+               std::to_string(working.rows) + " rows and a history of " + std::to_string(history_.rows()));
     }
-    if (options.global_size < work.columns) {
+    if (element_bytes(history_.precision()) > element_bytes(working.precision)) {
+        refuse("`history` has a higher precision than `working`; wanted the same or a lower one");
+    }
+    if (options.global_size < working.columns) {
         refuse("global_size " + std::to_string(options.global_size) + " is smaller than the panel's " +
-               std::to_string(work.columns) + " columns");
+               std::to_string(working.columns) + " columns");
     }
-    if (options.global_size > work.columns && reduction.sum == nullptr) {
+    if (options.global_size > working.columns && reduction.sum == nullptr) {
         refuse("global_size " + std::to_string(options.global_size) + " is larger than the panel's " +
-               std::to_string(work.columns) + " columns, but there is no reduction over shards");
+               std::to_string(working.columns) + " columns, but there is no reduction over shards");
     }
     if (!(options.breakdown_multiple >= 0.0 && std::isfinite(options.breakdown_multiple))) {
         refuse("breakdown_multiple must be finite and not negative");
@@ -111,7 +114,7 @@ BlockLanczos::BlockLanczos(const Kernels& kernels, TiledPanel history, Panel rec
         refuse("block size " + std::to_string(options.block) + " is larger than the dimension " +
                std::to_string(options.global_size));
     }
-    if (keeps_all() && slots_ < options.max_steps - 2) {
+    if (keeps_all() && !in_place_ && slots_ < options.max_steps - 2) {
         refuse("`history` has " + std::to_string(history_.rows()) + " rows; this mode needs " +
                std::to_string((options.max_steps - 2) * options.block));
     }
@@ -119,16 +122,14 @@ BlockLanczos::BlockLanczos(const Kernels& kernels, TiledPanel history, Panel rec
         slots_ = 0;
     }
     // A stored vector is off by its rounding, which in a vector of n entries points nowhere in particular.
-    const double rounding = history_.precision() == work.precision ? 0.0 : 0.5 * machine_epsilon(history_.precision());
+    const double rounding =
+        history_.precision() == working.precision ? 0.0 : 0.5 * machine_epsilon(history_.precision());
     fresh_ = epsilon() + rounding / std::sqrt(static_cast<double>(options.global_size));
 }
 
-Panel BlockLanczos::current() const { return recent_.slice(current_row(), width_); }
+Panel BlockLanczos::current() const { return working_.slice(current_row(), width_); }
 
-std::int64_t BlockLanczos::current_row() const {
-    const std::int64_t step = finished_ && step_ > 0 ? step_ - 1 : step_;
-    return step % 2 * options_.block;
-}
+std::int64_t BlockLanczos::work_row() const { return (in_place_ ? newest_ + 1 : 2) * options_.block; }
 
 bool BlockLanczos::keeps_all() const {
     return options_.reorthogonalization == Reorthogonalization::full ||
@@ -136,15 +137,18 @@ bool BlockLanczos::keeps_all() const {
 }
 
 // Blocks in the history; the order of its slots does not matter for a projection.
-std::int64_t BlockLanczos::history_blocks() const { return std::min(stored_, slots_); }
+std::int64_t BlockLanczos::history_blocks() const {
+    return in_place_ ? std::max<std::int64_t>(newest_ - 1, 0) : std::min(stored_, slots_);
+}
 
 BlockLanczos::Rows BlockLanczos::history_rows(Range range) const {
-    return {&history_, range.first * options_.block, (range.last - range.first) * options_.block};
+    return {in_place_ ? &working_tile_ : &history_, range.first * options_.block,
+            (range.last - range.first) * options_.block};
 }
 
 BlockLanczos::Rows BlockLanczos::recent_rows() const {
-    const std::int64_t last = finished_ && step_ > 0 ? step_ - 1 : step_;
-    return {&recent_tile_, 0, std::min<std::int64_t>(last + 1, 2) * options_.block};
+    const std::int64_t first = in_place_ ? std::max<std::int64_t>(newest_ - 1, 0) : 0;
+    return {&working_tile_, first * options_.block, recent_blocks_ * options_.block};
 }
 
 void BlockLanczos::gram(Rows v, const Panel& w, std::vector<double>& out) {
@@ -169,6 +173,43 @@ void BlockLanczos::project(const Panel& w, Rows v, const std::vector<double>& c,
     vectors_read_ += v.count;
 }
 
+// W <- W - C^T R for the last two blocks R, then B W^T for the whole basis; in place it is one read of it.
+void BlockLanczos::project_recent(const Panel& w, const Basis& basis, const std::vector<double>& c,
+                                  std::vector<double>& gram, std::vector<double>& self_gram) {
+    if (in_place_) {
+        std::vector<double> padded(static_cast<std::size_t>(basis.history.count * w.rows));
+        padded.insert(padded.end(), c.begin(), c.end());
+        project(w, basis.whole(), padded, &gram, &self_gram);
+        return;
+    }
+    std::vector<double> recent;
+    project(w, basis.recent, c, &recent, &self_gram);
+    this->gram(basis.history, w, gram);
+    gram.insert(gram.end(), recent.begin(), recent.end());
+}
+
+// W <- W - C^T B for the whole basis; where gram is given, B W^T from the same read of B.
+void BlockLanczos::project(const Panel& w, const Basis& basis, const std::vector<double>& c, std::vector<double>* gram,
+                           std::vector<double>* self_gram) {
+    if (in_place_) {
+        project(w, basis.whole(), c, gram, self_gram);
+        return;
+    }
+    const auto middle = c.begin() + static_cast<std::ptrdiff_t>(basis.history.count * w.rows);
+    if (basis.history.count > 0) {
+        project(w, basis.history, {c.begin(), middle}, gram, nullptr);
+    } else if (gram != nullptr) {
+        gram->clear();
+    }
+    // Last, since older blocks that are not quite orthogonal to the last two bring parts of them back.
+    project(w, basis.recent, {middle, c.end()}, nullptr, self_gram);
+    if (gram != nullptr) {
+        std::vector<double> recent;
+        this->gram(basis.recent, w, recent);
+        gram->insert(gram->end(), recent.begin(), recent.end());
+    }
+}
+
 void BlockLanczos::start() {
     if (started_ || failed_) {
         throw EngineError("BlockLanczos: start() was called twice");
@@ -176,18 +217,20 @@ void BlockLanczos::start() {
     failed_ = true;
     const std::int64_t b = options_.block;
     std::vector<double> self_gram = zeros(b * b);
-    kernels_->panel_gram(work_, work_, self_gram.data());
+    const Panel probes = working_.slice(work_row(), b);
+    kernels_->panel_gram(probes, probes, self_gram.data());
     reduction_(self_gram.data(), b * b);
     require_finite(self_gram);
     const double tolerance = options_.breakdown_multiple * epsilon() * largest_row_norm(self_gram, b);
     std::vector<double> factor = zeros(b * b);
     const OrthonormalizeResult result = kernels_->panel_orthonormalize(
-        work_, recent_.slice(0, b), tolerance, options_.global_size, reduction_, self_gram.data(), factor.data());
+        probes, working_.slice(0, b), tolerance, options_.global_size, reduction_, self_gram.data(), factor.data());
     if (result.rank == 0) {
         throw EngineError("BlockLanczos: all probes are zero");
     }
     start_ = leading_columns(factor, b, b, result.rank);
     width_ = result.rank;
+    clear_rows(width_, b - width_);
     rank_ = result.rank;
     estimate_.start(width_);
     started_ = true;
@@ -204,63 +247,62 @@ void BlockLanczos::advance() {
             "BlockLanczos: an earlier step ended with an error, so the recurrence is not whole; start a new one");
     }
     failed_ = true;
-    const Panel w = work_.slice(0, width_);
-    const Rows recent = recent_rows();
-    const bool local = options_.reorthogonalization == Reorthogonalization::partial || history_blocks() == 0;
-    const Rows history = history_rows({0, history_blocks()});
-    std::vector<double> first;
-    std::vector<double> second;
-    std::vector<double> first_history;
-    std::vector<double> second_history;
+    const Panel w = working_.slice(work_row(), width_);
+    const bool local = options_.reorthogonalization == Reorthogonalization::partial;
+    const Basis basis{history_rows({0, local ? 0 : history_blocks()}), recent_rows()};
+    const auto in_history = static_cast<std::size_t>(basis.history.count * width_);
+    std::vector<double> removed(in_history);
+    std::vector<double> overlap;
+    std::vector<double> next;
     std::vector<double> self_gram;
+    // Coefficients as panel_project uses them, so that what is recorded is what was subtracted.
+    const auto note = [&](std::vector<double>& coefficients) {
+        require_finite(coefficients);
+        round_to(working_.precision, coefficients);
+    };
+    const auto add_to_removed = [&] {
+        for (std::size_t i = 0; i < removed.size(); ++i) {
+            removed[i] += overlap[i];
+        }
+    };
 
     // The last two blocks R carry nearly all that is taken out:
-    // S1 = R W^T,  W <- W - S1^T R,  S2 = R W^T         reads R twice, W once and reads and writes it once
-    gram(recent, w, first);
-    require_finite(first);
-    round_to(work_.precision, first);
-    project(w, recent, first, &second, local ? nullptr : &self_gram);
-    round_to(work_.precision, second);
-    if (!local) {
-        // S1 = V W^T,  W <- W - S1^T V                  reads V twice, W once and reads and writes it once
-        gram(history, w, first_history);
-        require_finite(first_history);
-        round_to(work_.precision, first_history);
-        const bool twice = removes_much(first_history, self_gram);
-        project(w, history, first_history, twice ? &second_history : nullptr, nullptr);
-        second_history.resize(first_history.size());
-        if (twice) {
-            // S2 from the same read of V, then W <- W - S2^T V      reads V and R once more
-            round_to(work_.precision, second_history);
-            project(w, history, second_history, nullptr, nullptr);
-            gram(recent, w, second);
-            round_to(work_.precision, second);
-        }
+    // S = R W^T                                         reads R and W once
+    gram(basis.recent, w, overlap);
+    note(overlap);
+    removed.insert(removed.end(), overlap.begin(), overlap.end());
+    // W <- W - S^T R,  S = B W^T                        B is V and R; reads B once, reads and writes W once
+    project_recent(w, basis, overlap, next, self_gram);
+    note(next);
+    overlap.swap(next);
+    add_to_removed();
+    // W <- W - S^T B                                    reads B once, reads and writes W once
+    const bool twice = removes_much(overlap, in_history, self_gram);
+    project(w, basis, overlap, twice ? &next : nullptr, &self_gram);
+    if (twice) {
+        // S = B W^T from the same read of B, then W <- W - S^T B      reads B once more
+        note(next);
+        overlap.swap(next);
+        add_to_removed();
+        project(w, basis, overlap, nullptr, &self_gram);
     }
-    // W <- W - S2^T R                                   reads R, reads and writes W
-    project(w, recent, second, nullptr, &self_gram);
     require_finite(self_gram);
 
-    double cancellation = 1.0;  // least fraction of a row's norm that outlived the second projection
+    double cancellation = 1.0;  // least fraction of a row's norm that outlived the last projection
     for (std::int64_t j = 0; j < width_; ++j) {
-        double removed_first = 0.0;
-        double removed_second = 0.0;
-        const auto add = [&](std::vector<double>& once, const std::vector<double>& again) {
-            for (std::size_t i = static_cast<std::size_t>(j); i < once.size(); i += static_cast<std::size_t>(width_)) {
-                removed_second += again[i] * again[i];
-                once[i] += again[i];
-                removed_first += once[i] * once[i];
-            }
-        };
-        add(first, second);
-        add(first_history, second_history);
+        double all = 0.0;
+        double last = 0.0;
+        for (std::size_t i = static_cast<std::size_t>(j); i < removed.size(); i += static_cast<std::size_t>(width_)) {
+            all += removed[i] * removed[i];
+            last += overlap[i] * overlap[i];
+        }
         const double left = self_gram[static_cast<std::size_t>(j * width_ + j)];
-        scale_ = std::max(scale_, std::sqrt(removed_first + left));
-        if (removed_second > 0.0) {
-            cancellation = std::min(cancellation, std::sqrt(left / (left + removed_second)));
+        scale_ = std::max(scale_, std::sqrt(all + left));
+        if (last > 0.0) {
+            cancellation = std::min(cancellation, std::sqrt(left / (left + last)));
         }
     }
-    record_coefficients(first, first_history, width_);
+    record_coefficients(removed, in_history, width_);
 
     const double tolerance = options_.breakdown_multiple * epsilon() * scale_;
     offdiagonal_.push_back(next_block(tolerance, cancellation, self_gram));
@@ -274,11 +316,12 @@ void BlockLanczos::advance() {
 
 // Whether the history takes so much out of a row that one projection is not enough: what it leaves of an overlap is the
 // rounding of the coefficient and the history's own loss of orthogonality.
-bool BlockLanczos::removes_much(const std::vector<double>& overlap, const std::vector<double>& self_gram) const {
-    const double limit = history_.precision() == work_.precision ? kOnePass : std::sqrt(epsilon());
+bool BlockLanczos::removes_much(const std::vector<double>& overlap, std::size_t in_history,
+                                const std::vector<double>& self_gram) const {
+    const double limit = history_.precision() == working_.precision ? kOnePass : std::sqrt(epsilon());
     for (std::int64_t j = 0; j < width_; ++j) {
         double square = 0.0;
-        for (std::size_t i = static_cast<std::size_t>(j); i < overlap.size(); i += static_cast<std::size_t>(width_)) {
+        for (std::size_t i = static_cast<std::size_t>(j); i < in_history; i += static_cast<std::size_t>(width_)) {
             square += overlap[i] * overlap[i];
         }
         // not a number counts as much
@@ -290,13 +333,12 @@ bool BlockLanczos::removes_much(const std::vector<double>& overlap, const std::v
 }
 
 // A_j is the symmetric part of its projection; the rest of the projection ought to repeat C_{j-1} and be zero before.
-void BlockLanczos::record_coefficients(const std::vector<double>& recent, const std::vector<double>& history,
-                                       std::int64_t width) {
+void BlockLanczos::record_coefficients(const std::vector<double>& removed, std::size_t in_history, std::int64_t width) {
     const std::int64_t b = options_.block;
     const auto at = [&](std::int64_t row, std::int64_t column) {
-        return recent[static_cast<std::size_t>(row * width + column)];
+        return removed[in_history + static_cast<std::size_t>(row * width + column)];
     };
-    const std::int64_t here = current_row();
+    const std::int64_t here = current_row() - recent_rows().first;
     SmallMatrix a(width, width);
     for (std::int64_t i = 0; i < width; ++i) {
         for (std::int64_t j = 0; j < width; ++j) {
@@ -315,9 +357,9 @@ void BlockLanczos::record_coefficients(const std::vector<double>& recent, const 
         }
     }
     // Projections onto a rounded history show its rounding, not the operator's noise.
-    if (options_.reorthogonalization == Reorthogonalization::full && history_.precision() == work_.precision) {
-        for (const double value : history) {
-            recurrence_error_ = std::max(recurrence_error_, std::abs(value));
+    if (options_.reorthogonalization == Reorthogonalization::full && history_.precision() == working_.precision) {
+        for (std::size_t i = 0; i < in_history; ++i) {
+            recurrence_error_ = std::max(recurrence_error_, std::abs(removed[i]));
         }
     }
 }
@@ -386,9 +428,9 @@ std::vector<BlockLanczos::Range> BlockLanczos::ranges_to_sweep() {
     return ranges;
 }
 
-// Orthonormalizes work[0 : width] in place, moves it to the recent blocks (not after the last step), returns C_j.
+// Orthonormalizes the work rows in place, makes them the newest block (not after the last step), returns C_j.
 SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation, const std::vector<double>& self_gram) {
-    const Panel w = work_.slice(0, width_);
+    const Panel w = working_.slice(work_row(), width_);
     const std::int64_t room = keeps_all() ? options_.global_size - rank_ : width_;
     std::vector<double> factor = zeros(width_ * width_);
     const OrthonormalizeResult result =
@@ -446,18 +488,29 @@ SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation, cons
     return c;
 }
 
-// Q_{j-1} goes into the history, and Q_{j+1} takes its place.
+// The work rows become the newest block: where they are, or in the place of the older of the last two, which goes into
+// the history.
 void BlockLanczos::keep(std::int64_t width) {
     const std::int64_t b = options_.block;
-    const std::int64_t row = (step_ + 1) % 2 * b;
-    if (step_ > 0 && slots_ > 0) {
-        history_.store(*kernels_, stored_ % slots_ * b, recent_.slice(row, b));
-        ++stored_;
+    if (in_place_) {
+        ++newest_;
+    } else {
+        const std::int64_t work = work_row();
+        newest_ = 1 - newest_;
+        if (recent_blocks_ == 2 && slots_ > 0) {
+            history_.store(*kernels_, stored_ % slots_ * b, working_.slice(current_row(), b));
+            ++stored_;
+        }
+        working_tile_.store(*kernels_, current_row(), working_.slice(work, width));
     }
-    recent_tile_.store(*kernels_, row, work_.slice(0, width));
-    // Rows beyond the block's width may hold an older block: they must not take part in projections.
-    for (std::int64_t empty = width; empty < b; ++empty) {
-        const Panel rest = recent_.slice(row + empty, 1);
+    recent_blocks_ = 2;
+    clear_rows(current_row() + width, b - width);
+}
+
+// Rows beyond a block's width may hold an older block: they must not take part in projections.
+void BlockLanczos::clear_rows(std::int64_t first, std::int64_t count) const {
+    for (std::int64_t row = first; row < first + count; ++row) {
+        const Panel rest = working_.slice(row, 1);
         std::fill_n(static_cast<char*>(rest.data), rest.columns * element_bytes(rest.precision), '\0');
     }
 }
@@ -467,13 +520,14 @@ double BlockLanczos::measure_orthogonality() {
         throw EngineError("BlockLanczos: there is no basis to measure");
     }
     const std::int64_t width = finished_ ? diagonal_.back().rows : width_;
-    const Panel q = recent_.slice(current_row(), width);
+    const Panel q = working_.slice(current_row(), width);
+    const std::int64_t here = current_row() - recent_rows().first;
     std::vector<double> overlap;
     gram(recent_rows(), q, overlap);
     double largest = 0.0;
     for (std::int64_t i = 0; i < recent_rows().count; ++i) {
         for (std::int64_t j = 0; j < width; ++j) {
-            const double expected = i == current_row() + j ? 1.0 : 0.0;
+            const double expected = i == here + j ? 1.0 : 0.0;
             largest = std::max(largest, std::abs(overlap[static_cast<std::size_t>(i * width + j)] - expected));
         }
     }

@@ -2,12 +2,13 @@
 //
 //   H Q_j = C_{j-1}^T Q_{j-1} + A_j Q_j + C_j Q_{j+1}        (vectors are rows; Golub & Underwood 1977)
 //
-// The caller owns all panels, at least (block, n) each. `work` takes the probes, then each product H Q_j. `recent`
-// (2 * block, n) holds Q_{j-1} and Q_j. `history` (slots * block, n) holds the blocks before them, perhaps in a lower
-// precision and perhaps in tiles on a disk. Usage:
+// The caller owns both panels. `working` has rows for three blocks: the last two, and the one at work, which takes the
+// probes and then each product. `history` (slots * block, n) holds the blocks before them, perhaps in a lower precision
+// and perhaps in tiles on a disk. Where `working` has rows for max_steps + 1 blocks, the whole basis stays in it, each
+// block where it was made: nothing is copied, and there is no history. Usage:
 //
-//   fill work with the probes;  start();
-//   while not finished:  work[0 : width] = H * current();  advance();
+//   fill the b rows at work_row() with the probes;  start();
+//   while not finished:  working[work_row() : + width] = H * current();  advance();
 //
 // Orthogonality. Each product is projected twice against the last two blocks, and against the history once or, where
 // that takes much out, twice (block classical Gram-Schmidt; "twice is enough", Giraud, Langou, Rozloznik, van den
@@ -53,19 +54,21 @@ struct BlockLanczosOptions {
 
 class BlockLanczos {
    public:
-    BlockLanczos(const Kernels& kernels, TiledPanel history, Panel recent, Panel work, BlockLanczosOptions options,
+    BlockLanczos(const Kernels& kernels, TiledPanel history, Panel working, BlockLanczosOptions options,
                  Reduction reduction);
 
-    // work (block, n) holds the probes Z; sets Q_0 and the factor Z = L_0 Q_0. Throws EngineError if all probes are
-    // zero.
+    // The rows at work_row() hold the probes Z; sets Q_0 and the factor Z = L_0 Q_0. Throws EngineError if all probes
+    // are zero.
     void start();
 
     // Q_j, the rows to multiply; its rows are current().rows <= block.
     [[nodiscard]] Panel current() const;
-    // Its first row in `recent`.
-    [[nodiscard]] std::int64_t current_row() const;
+    // Its first row in `working`.
+    [[nodiscard]] std::int64_t current_row() const { return newest_ * options_.block; }
+    // First row in `working` of what is at work: probes, then products.
+    [[nodiscard]] std::int64_t work_row() const;
 
-    // work[0 : current().rows] holds H Q_j; its contents are destroyed. One step of the recurrence.
+    // The current().rows rows at work_row() hold H Q_j, and are overwritten. One step of the recurrence.
     void advance();
 
     [[nodiscard]] bool finished() const { return finished_; }
@@ -104,30 +107,48 @@ class BlockLanczos {
         std::int64_t count;
     };
 
+    // What a product is projected against.
+    struct Basis {
+        Rows history;
+        Rows recent;
+        // Both, where they follow each other in one panel.
+        [[nodiscard]] Rows whole() const {
+            return {recent.panel, recent.first - history.count, history.count + recent.count};
+        }
+    };
+
     [[nodiscard]] bool keeps_all() const;
     [[nodiscard]] Rows recent_rows() const;
     [[nodiscard]] Rows history_rows(Range range) const;
     [[nodiscard]] std::int64_t history_blocks() const;
-    [[nodiscard]] double epsilon() const { return machine_epsilon(work_.precision); }
+    [[nodiscard]] double epsilon() const { return machine_epsilon(working_.precision); }
     void gram(Rows v, const Panel& w, std::vector<double>& out);
     void project(const Panel& w, Rows v, const std::vector<double>& c, std::vector<double>* gram,
                  std::vector<double>* self_gram);
-    [[nodiscard]] bool removes_much(const std::vector<double>& overlap, const std::vector<double>& self_gram) const;
-    void record_coefficients(const std::vector<double>& recent, const std::vector<double>& history, std::int64_t width);
+    void project(const Panel& w, const Basis& basis, const std::vector<double>& c, std::vector<double>* gram,
+                 std::vector<double>* self_gram);
+    void project_recent(const Panel& w, const Basis& basis, const std::vector<double>& c, std::vector<double>& gram,
+                        std::vector<double>& self_gram);
+    [[nodiscard]] bool removes_much(const std::vector<double>& overlap, std::size_t in_history,
+                                    const std::vector<double>& self_gram) const;
+    void record_coefficients(const std::vector<double>& removed, std::size_t in_history, std::int64_t width);
     SmallMatrix next_block(double tolerance, double cancellation, const std::vector<double>& self_gram);
     SmallMatrix sweep(const Panel& q, const std::vector<Range>& ranges);
     [[nodiscard]] std::vector<Range> ranges_to_sweep();
     void keep(std::int64_t width);
+    void clear_rows(std::int64_t first, std::int64_t count) const;
 
     const Kernels* kernels_;
     TiledPanel history_;
-    Panel recent_;
-    TiledPanel recent_tile_;  // the same memory
-    Panel work_;
+    Panel working_;
+    TiledPanel working_tile_;  // the same memory
     BlockLanczosOptions options_;
     Reduction reduction_;
     std::int64_t slots_;       // blocks that history can hold
+    bool in_place_ = false;    // the whole basis stays in working
     std::int64_t stored_ = 0;  // blocks that went into history
+    std::int64_t newest_ = 0;  // block of working that holds Q_j
+    std::int64_t recent_blocks_ = 1;
     std::int64_t step_ = 0;
     std::int64_t width_ = 0;  // rows of Q_j
     std::int64_t rank_ = 0;   // directions found so far

@@ -22,8 +22,8 @@ class BlockLanczos:
     def __init__(
         self,
         history: Any,
-        recent: Any,
-        work: Any,
+        working: Any,
+        block_size: int,
         max_steps: int,
         global_size: int,
         reorthogonalization: str,
@@ -34,6 +34,8 @@ class BlockLanczos:
     def advance(self) -> None: ...
     @property
     def current_row(self) -> int: ...
+    @property
+    def work_row(self) -> int: ...
     @property
     def current_width(self) -> int: ...
     @property

@@ -139,23 +139,24 @@ def block_lanczos(
         basis_dtype=basis_dtype,
         available=available_memory(),
     )
-    history = plan.allocate()
-    recent = kernels.empty_panel(2 * block_size, n, operator.dtype)
-    work = kernels.empty_panel(block_size, n, operator.dtype)
-    if probes is None:
-        kernels.fill_probes(work, seed, kind=probe_kind)
-    else:
-        work.copy_(probes.detach())
+    in_place = reorthogonalization in ORTHOGONAL_MODES and plan.place == "memory" and plan.dtype == operator.dtype
+    history = kernels.empty_panel(0, n, plan.dtype) if in_place else plan.allocate()
+    working = kernels.empty_panel((plan.rows if in_place else 0) + 3 * block_size, n, operator.dtype)
     engine = _engine.BlockLanczos(
         history,
-        recent,
-        work,
+        working,
+        block_size,
         max_steps=steps,
         global_size=n,
         reorthogonalization=reorthogonalization,
         breakdown_multiple=BREAKDOWN_MULTIPLE,
         reduce=None,
     )
+    work = working[engine.work_row : engine.work_row + block_size]
+    if probes is None:
+        kernels.fill_probes(work, seed, kind=probe_kind)
+    else:
+        work.copy_(probes.detach())
     try:
         engine.start()
     except EngineError as error:
@@ -165,9 +166,9 @@ def block_lanczos(
     epsilon = max(torch.finfo(operator.dtype).eps, getattr(operator, "epsilon", 0.0))
     products = 0
     while not engine.finished:
-        row, width = engine.current_row, engine.current_width
-        product = work[:width]
-        result = operator.matmat(recent[row : row + width], out=product)
+        row, work_row, width = engine.current_row, engine.work_row, engine.current_width
+        product = working[work_row : work_row + width]
+        result = operator.matmat(working[row : row + width], out=product)
         if result is not product:  # an operator of the user's own may have made a panel of its own
             product.copy_(result)
         products += width

@@ -174,8 +174,10 @@ def test_the_disk_changes_nothing_in_any_mode(scratch, monkeypatch, mode, dtype,
         assert [result.basis_dtype for result in results] == [kept, kept]
         return [result.to_dict() | {"basis_place": None} for result in results], results
 
-    dicts, _ = both(12, 3)  # one tile: the same bits
-    assert dicts[0] == dicts[1]
+    dicts, (memory, _) = both(12, 3)
+    in_place = mode in ("full", "partial") and memory.basis_dtype == str(dtype).removeprefix("torch.")
+    if not in_place:  # one tile and the same order of sums: the same bits
+        assert dicts[0] == dicts[1]
     # Many tiles, the last one short: sums in another order, which the recurrence passes on; entries may even
     # swap, where two vectors of a block tie for the pivot. What was kept in fewer bits
     # than the products may round to the neighbour, so the scale of that precision counts.

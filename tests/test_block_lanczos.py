@@ -35,29 +35,42 @@ def hessian_like(n=300, seed=0):
 class Recorder:
     """Runs the engine by hand and keeps every block, to check the recurrence itself."""
 
-    def __init__(self, matrix, steps, block, mode="full", slots=None, seed=0, multiple=8.0, probes=None, storage=None):
+    def __init__(
+        self,
+        matrix,
+        steps,
+        block,
+        mode="full",
+        slots=None,
+        seed=0,
+        multiple=8.0,
+        probes=None,
+        storage=None,
+        in_place=False,
+    ):
         n = matrix.shape[0]
         slots = max(steps - 2, 0) if slots is None else slots
         self.matrix = matrix
-        self.history = kernels.empty_panel(slots * block, n, matrix.dtype if storage is None else storage)
-        self.recent = kernels.empty_panel(2 * block, n, matrix.dtype)
-        for panel in (self.history, self.recent):
+        history = kernels.empty_panel(0 if in_place else slots * block, n, matrix.dtype if storage is None else storage)
+        self.working = kernels.empty_panel((steps + 1 if in_place else 3) * block, n, matrix.dtype)
+        for panel in (history, self.working):
             panel.fill_(float("nan"))  # what was never written must never be read
-        self.work = kernels.empty_panel(block, n, matrix.dtype)
+        self.engine = _engine.BlockLanczos(history, self.working, block, steps, n, mode, multiple, None)
+        work = self.working[self.engine.work_row :][:block]
         if probes is None:
-            kernels.fill_probes(self.work, seed)
+            kernels.fill_probes(work, seed)
         else:
-            self.work.copy_(probes)
-        self.probes = self.work.clone()
-        self.engine = _engine.BlockLanczos(self.history, self.recent, self.work, steps, n, mode, multiple, None)
+            work.copy_(probes)
+        self.probes = work.clone()
         self.engine.start()
         self.blocks = []
         while not self.engine.finished:
             row, width = self.engine.current_row, self.engine.current_width
-            self.blocks.append(self.recent[row : row + width].double().clone())
-            self.work[:width] = self.blocks[-1].to(matrix.dtype) @ matrix
+            self.blocks.append(self.working[row : row + width].double().clone())
+            self.working[self.engine.work_row :][:width] = self.blocks[-1].to(matrix.dtype) @ matrix
             self.engine.advance()
-        self.following = self.work[: self.engine.offdiagonal[-1].shape[1]].double().clone()
+        following = self.working[self.engine.work_row :][: self.engine.offdiagonal[-1].shape[1]]
+        self.following = following.double().clone()
         self.diagonal = [torch.from_numpy(a) for a in self.engine.diagonal]
         self.offdiagonal = [torch.from_numpy(c) for c in self.engine.offdiagonal]
 
@@ -74,9 +87,10 @@ class Recorder:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [1, 2, 4, 7])
-def test_recurrence_and_orthogonality(dtype, block):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_recurrence_and_orthogonality(dtype, block, in_place):
     matrix = matrix_with(hessian_like(), dtype)
-    run = Recorder(matrix, 20, block)
+    run = Recorder(matrix, 20, block, in_place=in_place)
     epsilon = torch.finfo(dtype).eps
     assert run.recurrence_residual() <= 64 * epsilon * 10.0 * block**0.5
     q = torch.cat([*run.blocks, run.following])
@@ -105,6 +119,20 @@ def test_every_mode_keeps_the_recurrence_and_finds_the_extremes(mode, block):
     values, _, residuals = tridiagonal.ritz()
     assert abs(values[-1] - 10.0) <= max(residuals[-1], 1e-9)
     assert abs(values[0] + 0.7) <= max(residuals[0], 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["full", "partial"])
+@pytest.mark.parametrize("block", [1, 4])
+def test_a_basis_that_stays_where_it_was_made_is_the_same_basis(mode, block):
+    matrix = matrix_with(np.concatenate([np.linspace(1, 2, 6), np.zeros(94)]))  # of rank 6: the last block is narrow
+    apart, together = (Recorder(matrix, 6, block, mode, in_place=in_place) for in_place in (False, True))
+    assert [len(a) for a in apart.diagonal] == [len(a) for a in together.diagonal]
+    for j, (one, other) in enumerate(zip(apart.blocks, together.blocks, strict=True)):
+        assert torch.equal(together.working[j * block :][: len(other)], other)
+        assert not together.working[j * block + len(other) : (j + 1) * block].any()
+        if j < 2:  # later ones differ by rounding that the recurrence amplifies
+            assert (one - other).abs().max() <= 1e-12
+    assert together.recurrence_residual() <= (2.0 * 2.0**-25 if mode == "partial" else 1e-12)
 
 
 @pytest.mark.parametrize("block", [1, 2, 5])
@@ -174,7 +202,7 @@ def test_slots_of_deflated_blocks_hold_nothing_stale():
     eigenvalues[:6] = np.linspace(1, 2, 6)
     run = Recorder(matrix_with(eigenvalues), 6, 4, "window", 1)
     assert [len(a) for a in run.diagonal][:3] == [4, 4, 2]
-    assert torch.equal(run.recent[2:4], torch.zeros(2, 100, dtype=torch.float64))
+    assert torch.equal(run.working[2:4], torch.zeros(2, 100, dtype=torch.float64))
     assert run.recurrence_residual() <= 1e-12
 
 
@@ -250,10 +278,10 @@ def test_two_shards_with_an_all_reduce_give_the_whole_result(mode):
         columns = pieces[rank]
         local = columns.stop - columns.start
         history = kernels.empty_panel((steps - 2) * block, local, torch.float64)
-        recent = kernels.empty_panel(2 * block, local, torch.float64)
-        work = kernels.empty_panel(block, local, torch.float64)
+        working = kernels.empty_panel(3 * block, local, torch.float64)
+        recent, work = working[: 2 * block], working[2 * block :]
         kernels.fill_probes(work, 9, first_index=columns.start)
-        engine = _engine.BlockLanczos(history, recent, work, steps, n, mode, 8.0, all_reduce(rank))
+        engine = _engine.BlockLanczos(history, working, block, steps, n, mode, 8.0, all_reduce(rank))
         engine.start()
         while not engine.finished:
             row, width = engine.current_row, engine.current_width
@@ -349,22 +377,26 @@ def test_non_finite_products_are_named(bad):
 
 
 def test_the_engine_refuses_wrong_order_and_wrong_panels():
-    history, recent, work = torch.ones(2, 10), torch.ones(4, 10), torch.ones(2, 10)
-    kernels.fill_probes(work, 0)
-    engine = _engine.BlockLanczos(history, recent, work, 2, 10, "full", 8.0, None)
+    history, working = torch.ones(2, 10), torch.ones(6, 10)
+    kernels.fill_probes(working[4:], 0)
+    engine = _engine.BlockLanczos(history, working, 2, 2, 10, "full", 8.0, None)
     with pytest.raises(EngineError, match=r"before start\(\)"):
         engine.advance()
     engine.start()
     with pytest.raises(EngineError, match="twice"):
         engine.start()
     with pytest.raises(EngineError, match="needs"):
-        _engine.BlockLanczos(history, recent, work, 4, 10, "full", 8.0, None)
+        _engine.BlockLanczos(history, working, 2, 4, 10, "full", 8.0, None)
     with pytest.raises(EngineError, match="'half'"):
-        _engine.BlockLanczos(history, recent, work, 2, 10, "half", 8.0, None)
+        _engine.BlockLanczos(history, working, 2, 2, 10, "half", 8.0, None)
     with pytest.raises(EngineError, match="shares memory"):
-        _engine.BlockLanczos(history, recent, recent[2:], 2, 10, "full", 8.0, None)
+        _engine.BlockLanczos(working[4:], working, 2, 2, 10, "full", 8.0, None)
     with pytest.raises(EngineError, match="smaller than"):
-        _engine.BlockLanczos(history, recent, work, 2, 9, "full", 8.0, None)
+        _engine.BlockLanczos(history, working, 2, 2, 9, "full", 8.0, None)
+    with pytest.raises(EngineError, match="10 rows are needed, and no `history`"):
+        _engine.BlockLanczos(torch.ones(0, 10), torch.ones(8, 10), 2, 4, 10, "full", 8.0, None)
+    with pytest.raises(EngineError, match="a history of 2"):
+        _engine.BlockLanczos(history, torch.ones(10, 10), 2, 4, 10, "full", 8.0, None)
 
 
 def test_ritz_values_of_exhausted_spaces_lie_within_their_bounds():
@@ -405,9 +437,10 @@ class StepError(Exception):
 
 def engine_with(reduce, n=40, steps=6, block=2):
     history = kernels.empty_panel((steps - 2) * block, n, torch.float64)
-    recent, work = kernels.empty_panel(2 * block, n, torch.float64), kernels.empty_panel(block, n, torch.float64)
+    working = kernels.empty_panel(3 * block, n, torch.float64)
+    recent, work = working[: 2 * block], working[2 * block :]
     kernels.fill_probes(work, 0)
-    return _engine.BlockLanczos(history, recent, work, steps, n, "full", 8.0, reduce), recent, work
+    return _engine.BlockLanczos(history, working, block, steps, n, "full", 8.0, reduce), recent, work
 
 
 def test_a_step_that_failed_cannot_be_continued():

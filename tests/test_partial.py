@@ -48,21 +48,21 @@ class Stepwise:
     """Runs the engine in partial mode; the measured and the estimated overlap of every block with all before it."""
 
     def __init__(self, multiply, n, steps, block, dtype, seed=0):
-        history = kernels.empty_panel((steps - 2) * block, n, dtype)
-        recent, work = kernels.empty_panel(2 * block, n, dtype), kernels.empty_panel(block, n, dtype)
-        kernels.fill_probes(work, seed)
-        self.engine = engine = _engine.BlockLanczos(history, recent, work, steps, n, "partial", 8.0, None)
+        history = kernels.empty_panel(0, n, dtype)
+        working = kernels.empty_panel((steps + 1) * block, n, dtype)
+        self.engine = engine = _engine.BlockLanczos(history, working, block, steps, n, "partial", 8.0, None)
+        kernels.fill_probes(working[engine.work_row :][:block], seed)
         engine.start()
         blocks = []
         measured, estimated = [], []
         while not engine.finished:
             row, width = engine.current_row, engine.current_width
-            block_now = recent[row : row + width].double()
+            block_now = working[row : row + width].double()
             if blocks:
                 measured.append(float((torch.cat(blocks) @ block_now.T).abs().max()))
                 estimated.append(engine.estimated_overlap)
             blocks.append(block_now.clone())
-            work[:width] = multiply(engine, recent[row : row + width], blocks)
+            working[engine.work_row :][:width] = multiply(engine, working[row : row + width], blocks)
             engine.advance()
         self.widths = [len(one) for one in blocks]
         self.measured, self.estimated = np.array(measured), np.array(estimated)

@@ -1,5 +1,7 @@
 #include "hesd/panel_project.hpp"
 
+#include <algorithm>
+
 #include "cpu/targets.hpp"
 #include "cpu/tiles.hpp"
 
@@ -23,6 +25,12 @@ void project(const Panel& w, const Panel& v, const double* coefficients, double*
     for (std::int64_t i = 0; i < k * b; ++i) {
         factors.data()[i] = static_cast<C>(coefficients[i]);
     }
+    // Rows of V that nothing is taken of, as where they only belong to the Gram matrix.
+    std::int64_t idle = 0;
+    while (idle < k &&
+           std::all_of(coefficients + idle * b, coefficients + (idle + 1) * b, [](double c) { return c == 0.0; })) {
+        ++idle;
+    }
     const S* v_data = static_cast<const S*>(v.data);
     T* w_data = static_cast<T*>(w.data);
     for_each_block(w.columns, block, [&](std::int64_t chunk, int thread, std::int64_t column, std::int64_t length) {
@@ -31,7 +39,8 @@ void project(const Panel& w, const Panel& v, const double* coefficients, double*
         for (std::int64_t i = 0; i < b * stride; ++i) {
             w_rows[i] = C(0);
         }
-        combine_block(v_data + column, v.stride, k, factors.data(), b, 1, w_rows, stride, b, length);
+        combine_block(v_data + idle * v.stride + column, v.stride, k - idle, factors.data() + idle * b, b, 1, w_rows,
+                      stride, b, length);
         subtract_rows(w_rows, stride, b, length, w_data + column, w.stride);
         if (gram_size > 0) {
             gram_block<C, false>(v_data + column, v.stride, k, w_rows, stride, b, length, sums.of(chunk));

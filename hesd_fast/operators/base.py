@@ -106,8 +106,8 @@ class OperatorBase(ABC):
                 raise OperatorError(f"out has shape {tuple(out.shape)}; give the panel's, {tuple(panel.shape)}")
             if out.is_inference():
                 raise OperatorError("out was made in inference mode and cannot be written to; make it outside")
-            if out.numel() and out.untyped_storage().data_ptr() == panel.untyped_storage().data_ptr():
-                raise OperatorError("out and the panel share memory; give out a storage of its own")
+            if _overlap(panel, out):
+                raise OperatorError("out and the panel share memory; give out memory of its own")
         if len(panel):
             self._multiply(panel.detach(), out)
             self._check_finite(panel, out)
@@ -163,3 +163,14 @@ class OperatorBase(ABC):
                     f"{name} holds {float(culprit[row, column])} in vector {row} at {self.describe(column)}; "
                     "finite numbers are wanted: check weights, data and loss, or use a higher precision"
                 )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether the memory from the first to the last element of two panels overlaps."""
+    if not (one.numel() and other.numel()):
+        return False
+    ends = []
+    for panel in (one, other):
+        last = sum((count - 1) * stride for count, stride in zip(panel.shape, panel.stride(), strict=True))
+        ends.append((panel.data_ptr(), panel.data_ptr() + (last + 1) * panel.itemsize))
+    return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]

@@ -9,11 +9,14 @@ import native_engine
 import numpy as np
 from native_panels import unset
 
+IN_PLACE = " in place"
+"""Ends the name of a mode in which the whole basis stays in the working panel."""
+
 
 def new_engine(
     history: Any,
-    recent: Any,
-    work: Any,
+    working: Any,
+    block: int,
     steps: int,
     size: int,
     mode: str = "full",
@@ -23,11 +26,11 @@ def new_engine(
     """Construct the engine: the one place that knows its arguments."""
     return native_engine.load().BlockLanczos(
         history,
-        recent,
-        work,
+        working,
+        block,
         max_steps=steps,
         global_size=size,
-        reorthogonalization=mode,
+        reorthogonalization=mode.removesuffix(IN_PLACE),
         breakdown_multiple=multiple,
         reduce=reduce,
     )
@@ -35,6 +38,8 @@ def new_engine(
 
 def slots(mode: str, steps: int) -> int:
     """Blocks that the history of a mode holds; two in a window."""
+    if mode.endswith(IN_PLACE):
+        return 0
     return {"full": max(steps - 2, 0), "partial": max(steps - 2, 0), "window": 2, "none": 0}[mode]
 
 
@@ -50,16 +55,24 @@ class Panels:
             unset(slots(mode, steps) * block, last - first, storage or precision, padding=5)
             for first, last in pairwise(edges)
         ]
-        self.recent = unset(2 * block, n, precision, padding=2)
-        self.work = unset(block, n, precision, padding=1)
+        self.working = unset((steps + 1 if mode.endswith(IN_PLACE) else 3) * block, n, precision, padding=2)
+        self.block = block
 
     def lent(self):
         """Return what the engine takes."""
         history = [tile.lent for tile in self.history]
-        return (history if len(history) > 1 else history[0], self.recent.lent, self.work.lent)
+        return (history if len(history) > 1 else history[0], self.working.lent, self.block)
+
+    def at_work(self, engine, width=None):
+        """Return a view of the rows that take the probes, or a product of some width."""
+        return self.working.rows_of(engine.work_row, self.block if width is None else width)
+
+    def current(self, engine):
+        """Return a copy of the rows to multiply."""
+        return self.working.values[engine.current_row :][: engine.current_width]
 
     def assert_surroundings_untouched(self):
-        for panel in (*self.history, self.recent, self.work):
+        for panel in (*self.history, self.working):
             panel.assert_surroundings_untouched()
 
 
@@ -82,23 +95,22 @@ class Run:
         self.matrix = np.asarray(matrix, dtype=precision).astype(np.float64)
         n = self.matrix.shape[0]
         self.panels = Panels(block, n, steps, mode, precision, storage, tiles)
-        work, recent = self.panels.work, self.panels.recent
-        if probes is None:
-            native_engine.load().fill_probes(work.lent, seed, 0, 0, "rademacher")
-        else:
-            work.array[...] = probes
-        self.probes = work.values
         self.engine = new_engine(*self.panels.lent(), steps, n, mode, multiple)
+        work = self.panels.at_work(self.engine)
+        if probes is None:
+            native_engine.load().fill_probes(work, seed, 0, 0, "rademacher")
+        else:
+            work[...] = probes
+        self.probes = work.astype(np.float64)
         self.engine.start()
         self.blocks = []
         while not self.engine.finished:
-            row, width = self.engine.current_row, self.engine.current_width
-            self.blocks.append(recent.values[row : row + width])
-            work.array[:width] = self.multiply(self.blocks[-1])
+            self.blocks.append(self.panels.current(self.engine))
+            self.panels.at_work(self.engine, len(self.blocks[-1]))[...] = self.multiply(self.blocks[-1])
             self.engine.advance()
         self.diagonal = self.engine.diagonal
         self.offdiagonal = self.engine.offdiagonal
-        self.following = work.values[: self.offdiagonal[-1].shape[1]]
+        self.following = self.panels.at_work(self.engine, self.offdiagonal[-1].shape[1]).astype(np.float64)
 
     def multiply(self, rows):
         return rows * self.matrix if self.matrix.ndim == 1 else rows @ self.matrix

@@ -12,7 +12,7 @@ from native_panels import EPSILON, STORAGE, WORKING, Lender, Panel, unset
 
 from hesd_fast.errors import EngineError
 
-MODES = ["full", "partial", "window", "none"]
+MODES = ["full", "full in place", "partial", "partial in place", "window", "none"]
 
 
 def dense(eigenvalues, seed=0):
@@ -25,7 +25,7 @@ def dense(eigenvalues, seed=0):
 
 def allowed(mode, epsilon, norm, block):
     """What the recurrence may miss: rounding, and in partial mode what a sweep took away, the root of epsilon."""
-    return (64 * epsilon + (2 * np.sqrt(epsilon) if mode == "partial" else 0.0)) * norm * np.sqrt(block)
+    return (64 * epsilon + (2 * np.sqrt(epsilon) if mode.startswith("partial") else 0.0)) * norm * np.sqrt(block)
 
 
 def padded(values, n):
@@ -59,14 +59,14 @@ def test_the_recurrence_holds_on_every_spectrum(target, spectrum, mode, working)
         run = Run(matrix, 12, block, mode, working, seed=block)
         epsilon = EPSILON[working]
         assert run.recurrence_residual() <= allowed(mode, epsilon, norm, block)
-        if mode != "partial":
+        if not mode.startswith("partial"):
             assert run.engine.recurrence_error <= 64 * epsilon * norm
         assert norm == 0.0 or 0.0 < run.engine.scale <= norm * (1 + 64 * epsilon)
         start = run.engine.start_factor
         probes = run.probes
         assert np.linalg.norm(start @ run.blocks[0] - probes) <= 32 * epsilon * np.linalg.norm(probes)
         q = run.basis_vectors()
-        if mode == "full":
+        if mode.startswith("full"):
             assert np.abs(q @ q.T - np.eye(len(q))).max() <= 32 * epsilon
             ritz = np.linalg.eigvalsh(run.projected_matrix())
             assert np.abs(ritz).max() <= norm * (1 + 64 * epsilon)
@@ -114,7 +114,8 @@ def test_a_block_wider_than_the_rank_narrows(target, mode):
 def test_rows_of_narrower_blocks_hold_nothing_stale(target, mode):
     run = Run(padded(np.linspace(1.0, 2.0, 6), 100), 6, 4, mode)
     assert [len(a) for a in run.diagonal][:3] == [4, 4, 2]
-    assert np.all(run.panels.recent.values[2:4] == 0.0)
+    third = run.panels.working.values[8:12] if mode.endswith("in place") else run.panels.working.values[:4]
+    assert np.all(third[2:] == 0.0)
 
 
 @pytest.mark.parametrize("tiles", [(), (1,), (4096,), (100, 101, 5000)])
@@ -161,7 +162,7 @@ def test_zero_and_dependent_probes_narrow_the_first_block(target, mode, working)
 
 
 def test_probes_that_are_all_zero_are_refused():
-    engine = new_engine(unset(4, N).lent, unset(4, N).lent, Panel(np.zeros((2, N))).lent, 4, N)
+    engine = new_engine(unset(4, N).lent, Panel(np.zeros((6, N))).lent, 2, 4, N)
     with pytest.raises(EngineError, match="all probes are zero"):
         engine.start()
 
@@ -191,21 +192,19 @@ def test_a_weak_block_is_orthogonalized_once_more(target):
 
 @pytest.mark.parametrize("working", WORKING)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_products_that_are_not_finite_name_the_work_panel(target, working, bad):
+def test_products_that_are_not_finite_name_the_panel(target, working, bad):
     for mode in MODES:
         for step, (row, column) in [(0, (0, 0)), (2, (1, N - 1))]:
             panels = Panels(2, N, 5, mode, working)
-            work, recent = panels.work, panels.recent
-            native_engine.load().fill_probes(work.lent, 0, 0, 0, "rademacher")
             engine = new_engine(*panels.lent(), 5, N, mode)
+            native_engine.load().fill_probes(panels.at_work(engine), 0, 0, 0, "rademacher")
             engine.start()
             for number in range(step + 1):
-                first = engine.current_row
-                work.array[...] = recent.values[first : first + 2] * SPECTRA["diagonal"]
+                panels.at_work(engine)[...] = panels.current(engine) * SPECTRA["diagonal"]
                 if number < step:
                     engine.advance()
-            work.array[row, column] = bad
-            with pytest.raises(EngineError, match="`work` has non-finite values"):
+            panels.at_work(engine)[row, column] = bad
+            with pytest.raises(EngineError, match="`working` has non-finite values"):
                 engine.advance()
             with pytest.raises(EngineError, match="earlier step ended with an error"):
                 engine.advance()
@@ -214,25 +213,25 @@ def test_products_that_are_not_finite_name_the_work_panel(target, working, bad):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_probes_that_are_not_finite_name_the_work_panel(bad):
-    work = Panel(np.ones((2, N)))
-    work.array[1, 3] = bad
-    engine = new_engine(unset(4, N).lent, unset(4, N).lent, work.lent, 4, N)
-    with pytest.raises(EngineError, match="`work` has non-finite values"):
+def test_probes_that_are_not_finite_name_the_panel(bad):
+    working = Panel(np.ones((6, N)))
+    working.array[5, 3] = bad
+    engine = new_engine(unset(4, N).lent, working.lent, 2, 4, N)
+    with pytest.raises(EngineError, match="`working` has non-finite values"):
         engine.start()
 
 
 def test_calls_in_the_wrong_order_are_refused():
-    recent, work = unset(4, N), Panel(np.random.default_rng(0).standard_normal((2, N)))
-    engine = new_engine(unset(0, N).lent, recent.lent, work.lent, 2, N)
+    panels = Panels(2, N, 2)
+    panels.working.array[...] = np.random.default_rng(0).standard_normal((6, N))
+    engine = new_engine(*panels.lent(), 2, N)
     with pytest.raises(EngineError, match=r"before start\(\)"):
         engine.advance()
     engine.start()
     with pytest.raises(EngineError, match="twice"):
         engine.start()
     for _ in range(2):
-        first = engine.current_row
-        work.array[...] = recent.values[first : first + 2] * SPECTRA["diagonal"]
+        panels.at_work(engine)[...] = panels.current(engine) * SPECTRA["diagonal"]
         engine.advance()
     assert engine.finished
     with pytest.raises(EngineError, match="has finished"):
@@ -244,10 +243,10 @@ def ones(rows, columns, precision="float64"):
     return Panel(np.ones((rows, columns)), precision).lent
 
 
-def built(history=4, recent=4, work=2, columns=10, steps=4, size=10, mode="full", **options):
-    """An engine of block size 2, or what is refused."""
-    panels = [ones(panel, columns) if isinstance(panel, int) else panel for panel in (history, recent, work)]
-    return new_engine(*panels, steps, size, mode, **options)
+def built(history=4, working=6, block=2, columns=10, steps=4, size=10, mode="full", **options):
+    """An engine, or what is refused."""
+    panels = [ones(panel, columns) if isinstance(panel, int) else panel for panel in (history, working)]
+    return new_engine(*panels, block, steps, size, mode, **options)
 
 
 BOTH = np.ones((12, 10))
@@ -258,20 +257,20 @@ REFUSED = [
     (lambda: built(size=9), "global_size 9 is smaller"),
     (lambda: built(size=11), "no reduction over shards"),
     (lambda: built(steps=0), "must both be at least 1"),
-    (lambda: built(work=0, recent=0), "must both be at least 1"),
-    (lambda: built(8, 8, 4, columns=2, size=2), "block size 4 is larger than the dimension 2"),
-    (lambda: built(recent=2), "`recent` twice as many"),
-    (lambda: built(work=ones(2, 11)), "`work` must have"),
-    (lambda: built(work=ones(2, 10, "float32")), "`work` must have"),
-    (lambda: built(recent=ones(4, 10, "float32"), work=ones(2, 10, "float32")), "`history` has a higher precision"),
+    (lambda: built(block=0), "must both be at least 1"),
+    (lambda: built(block=-1), "must both be at least 1"),
+    (lambda: built(8, 12, 4, columns=2, size=2), "block size 4 is larger than the dimension 2"),
+    (lambda: built(working=5), r"at least three times block size rows \(it has 5\)"),
+    (lambda: built(working=ones(6, 11)), "the columns of `history`"),
+    (lambda: built(working=ones(6, 10, "float32")), "`history` has a higher precision"),
+    (lambda: built(history=0, working=9), "keeps the whole basis: 10 rows are needed"),
+    (lambda: built(history=4, working=10), "a history of 4"),
     (lambda: built(multiple=-1.0), "breakdown_multiple"),
     (lambda: built(multiple=np.nan), "breakdown_multiple"),
-    (lambda: built(BOTH[:4], BOTH[4:8], BOTH[7:9]), "`work` shares memory with `recent`"),
-    (lambda: built(BOTH[:4], BOTH[3:7], BOTH[8:10]), "`history` shares memory with `recent`"),
-    (lambda: built(BOTH[:4], BOTH[4:8], BOTH[3:5]), "shares memory"),
-    (lambda: built(work=ones(2, 10, "bfloat16")), "`work` has dtype bfloat16"),
-    (lambda: built(work=np.ones((10, 2)).T), "`work` has a stride of 2"),
-    (lambda: built(recent=np.ones((10, 4)).T), "`recent` has a stride of 4"),
+    (lambda: built(BOTH[:4], BOTH[3:9]), "`history` shares memory with `working`"),
+    (lambda: built(BOTH[8:], BOTH[3:9]), "`history` shares memory with `working`"),
+    (lambda: built(working=ones(6, 10, "bfloat16")), "`working` has dtype bfloat16"),
+    (lambda: built(working=np.ones((10, 6)).T), "`working` has a stride of 6"),
     (lambda: built(history=np.ones((10, 4)).T), "`history` has a stride of 4"),
     (lambda: built(history=[]), "`history` is an empty list"),
     (lambda: built(history=[ones(4, 5), ones(3, 5)]), "differs from the first tile"),
@@ -287,12 +286,12 @@ def test_what_cannot_be_used_is_refused_by_name(build, message):
 
 
 def test_panels_stay_lent_as_long_as_the_engine_lives():
-    panels = [Lender(np.ones((rows, N)), (rows, N), None) for rows in (2, 4, 2)]
-    engine = new_engine(*panels, 3, N)
-    assert [(panel.lent, panel.returned) for panel in panels] == [(1, 0)] * 3
+    panels = [Lender(np.ones((rows, N)), (rows, N), None) for rows in (2, 6)]
+    engine = new_engine(*panels, 2, 3, N)
+    assert [(panel.lent, panel.returned) for panel in panels] == [(1, 0)] * 2
     engine.start()
     del engine
-    assert [(panel.lent, panel.returned) for panel in panels] == [(1, 1)] * 3
+    assert [(panel.lent, panel.returned) for panel in panels] == [(1, 1)] * 2
 
 
 class StepError(Exception):
@@ -308,11 +307,12 @@ def test_an_exception_from_a_reduction_ends_the_run():
             raise StepError
 
     started = 100
-    recent, work = unset(4, N), Panel(np.random.default_rng(0).standard_normal((2, N)))
-    engine = new_engine(unset(4, N).lent, recent.lent, work.lent, 4, N, reduce=reduce)
+    panels = Panels(2, N, 4)
+    engine = new_engine(*panels.lent(), 4, N, reduce=reduce)
+    panels.at_work(engine)[...] = np.random.default_rng(0).standard_normal((2, N))
     engine.start()
     started = len(calls) + 1
-    work.array[...] = recent.values[:2] * SPECTRA["diagonal"]
+    panels.at_work(engine)[...] = panels.current(engine) * SPECTRA["diagonal"]
     with pytest.raises(StepError):
         engine.advance()
     with pytest.raises(EngineError, match="earlier step ended with an error"):
@@ -341,13 +341,11 @@ def test_shards_on_two_threads_give_the_whole_result(mode):
             barrier.wait()
 
         panels = Panels(block, len(local), steps, mode)
-        recent, work = panels.recent, panels.work
-        native_engine.load().fill_probes(work.lent, 9, 0, mine.start, "rademacher")
         engine = new_engine(*panels.lent(), steps, n, mode, reduce=reduce)
+        native_engine.load().fill_probes(panels.at_work(engine), 9, 0, mine.start, "rademacher")
         engine.start()
         while not engine.finished:
-            row, width = engine.current_row, engine.current_width
-            work.array[:width] = recent.values[row : row + width] * local
+            panels.at_work(engine, engine.current_width)[...] = panels.current(engine) * local
             engine.advance()
         results[place] = (engine.diagonal, engine.offdiagonal)
 
@@ -368,9 +366,8 @@ def test_another_thread_that_looks_on_sees_whole_steps_or_is_refused():
     n, block = 20_000, 2
     diagonal = np.linspace(-1.0, 5.0, n)
     panels = Panels(block, n, 20)
-    recent, work = panels.recent, panels.work
-    native_engine.load().fill_probes(work.lent, 1, 0, 0, "rademacher")
     engine = new_engine(*panels.lent(), 20, n)
+    native_engine.load().fill_probes(panels.at_work(engine), 1, 0, 0, "rademacher")
     engine.start()
     done = threading.Event()
     seen, failures = [], []
@@ -390,8 +387,7 @@ def test_another_thread_that_looks_on_sees_whole_steps_or_is_refused():
     watcher.start()
     try:
         while not engine.finished:
-            row, width = engine.current_row, engine.current_width
-            work.array[:width] = recent.values[row : row + width] * diagonal
+            panels.at_work(engine, engine.current_width)[...] = panels.current(engine) * diagonal
             engine.advance()
     finally:
         done.set()

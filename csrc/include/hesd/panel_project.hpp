@@ -11,7 +11,8 @@
 // Arithmetic: float64 where V or W is float64, else float32 with C rounded to it first. C^T V is summed by itself and
 // subtracted once, so that many small terms do not each round a large W. The Gram matrices are those of the rounded W:
 // gram summed as in panel_gram, self_gram always from products in float64 (same bits for any thread count). k = 0
-// leaves W and still gives self_gram. Traffic: V once (its second use comes from cache), W read and written once.
+// leaves W and still gives self_gram. The first rows of V whose coefficients are all zero only take part in gram.
+// Traffic: V once (its second use comes from cache), W read and written once.
 #pragma once
 
 #include "hesd/panel.hpp"
