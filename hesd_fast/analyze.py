@@ -18,8 +18,9 @@ from hesd_fast.basis import BASIS_DTYPES, check_basis
 from hesd_fast.criteria import criteria
 from hesd_fast.errors import HESDWarning, ProblemError
 from hesd_fast.hesd_type import classify
-from hesd_fast.lanczos import block_lanczos, check_options
+from hesd_fast.lanczos import available_memory, block_lanczos, check_options
 from hesd_fast.operators import HessianOperator
+from hesd_fast.operators.hessian import check_hvp
 from hesd_fast.parameters import Selection
 from hesd_fast.problem import Loss, Problem
 from hesd_fast.progress import ProductProgress
@@ -64,6 +65,7 @@ def analyze(
     reorthogonalization: str | None = None,
     basis: str | os.PathLike[str] = "auto",
     basis_dtype: str | torch.dtype = "auto",
+    hvp: str = "auto",
     protocol: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -84,6 +86,10 @@ def analyze(
         See :func:`~hesd_fast.block_lanczos`; "full" by default.
     basis, basis_dtype
         Where and in what precision the Lanczos vectors are kept; see :func:`~hesd_fast.block_lanczos`.
+    hvp : str
+        How products are made. "auto" tries the exact strategies on the first batch, within 5 % of the predicted run,
+        and takes the fastest that fits; which one that is depends on the machine and its load, and with it the last
+        bits of the result. ``hesd_fast.hvp.ALL_STRATEGIES`` lists what can be named.
     protocol : {"lla"}, optional
         A published protocol, which sets the three options before: numbers comparable with those of Loss Landscape
         Analysis.
@@ -105,12 +111,18 @@ def analyze(
     problem = _as_problem(model, loss, data, parameters, mode)
     settings = _settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
     check_options(problem.size, settings.max_steps, settings.block_size, settings.reorthogonalization, seed)
-    check_basis(basis, basis_dtype, problem.dtype)
+    kept_dtype, _, _ = check_basis(basis, basis_dtype, problem.dtype)
+    check_hvp(hvp)
     started = time.perf_counter()
     problem.prepare()
     fingerprint = problem.fingerprint
     with problem.session():
-        operator = HessianOperator(problem)
+        operator = HessianOperator(
+            problem,
+            hvp=hvp,
+            panels=int(settings.max_steps),
+            memory_limit=_memory_for_products(problem, settings, kept_dtype.itemsize),
+        )
         expected = settings.max_steps * settings.block_size
         if settings.reorthogonalization in ORTHOGONAL_MODES:
             expected = min(expected, problem.size)
@@ -153,6 +165,7 @@ def analyze(
         "reorthogonalization": settings.reorthogonalization,
         "basis": tridiagonal.basis_place,
         "basis_dtype": tridiagonal.basis_dtype,
+        "hvp": hvp,
         "protocol": protocol,
         "seed": int(seed),
     }
@@ -197,6 +210,18 @@ def _settings(
     steps = DEFAULT_MAX_STEPS if max_steps is None else max_steps
     mode = "full" if reorthogonalization is None else reorthogonalization
     return Protocol(block_size, steps, mode, PROTOCOLS["lla"].window)
+
+
+def _memory_for_products(problem: Problem, settings: Protocol, itemsize: int) -> int | None:
+    """Half of the memory that the basis leaves; what one batch needs meanwhile takes of the other half."""
+    available = available_memory()
+    if available is None:
+        return None
+    steps, block_size = int(settings.max_steps), int(settings.block_size)
+    vectors = (steps + 1) * block_size if settings.reorthogonalization in ORTHOGONAL_MODES else 0
+    basis = min(vectors, problem.size) * problem.size * itemsize
+    working = 4 * block_size * problem.size * problem.dtype.itemsize
+    return max(available - working - (basis if basis < available else 0), 0) // 2
 
 
 def _checks(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> tuple[Check, ...]:

@@ -19,6 +19,7 @@ import click
 import hesd_fast as hesd
 from hesd_fast.basis import BASIS_DTYPES
 from hesd_fast.demo import demo_problem
+from hesd_fast.hvp import ALL_STRATEGIES
 from hesd_fast.lanczos import REORTHOGONALIZATIONS
 
 P = ParamSpec("P")
@@ -88,6 +89,13 @@ def demo(out: Path, progress: bool) -> None:
     show_default=True,
     help="Precision that the Lanczos vectors are kept in.",
 )
+@click.option(
+    "--hvp",
+    type=click.Choice(["auto", *ALL_STRATEGIES]),
+    default="auto",
+    show_default=True,
+    help="How products are made: the fastest exact way, found by trying, or the one named.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the probes.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar on a terminal.")
 @_plain_errors
@@ -100,6 +108,7 @@ def analyze(
     protocol: str | None,
     basis: str,
     basis_dtype: str,
+    hvp: str,
     seed: int,
     progress: bool,
 ) -> None:
@@ -118,6 +127,7 @@ def analyze(
         protocol=protocol,
         basis=basis,
         basis_dtype=basis_dtype,
+        hvp=hvp,
         seed=seed,
         progress=progress,
     )

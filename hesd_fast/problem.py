@@ -56,6 +56,26 @@ class LossTerm:
         self.value = loss.detach()
         return loss
 
+    def evaluate_at(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return the batch's loss with other tensors in the place of the selected parameters.
+
+        For function transforms of PyTorch, whose tensors must not outlive them: ``value`` is left to the caller. A loss
+        that requires gradients outside of the transform has reached a parameter by another way than its module.
+        """
+        with self._problem._replaced(weights):
+            return self._problem._batch_loss(self.index, self.batch)[0]
+
+    @contextmanager
+    def watched_random_streams(self) -> Iterator[list[bool]]:
+        """Give a list that gets an item at the end, if numbers were taken from a random stream in an evaluation."""
+        drawn: list[bool] = []
+        streams = self._problem._streams
+        streams.seed(self.index + 1)
+        before = streams.state()
+        yield drawn
+        if not streams.equal(before, streams.state()):
+            drawn.append(True)
+
 
 @dataclass(frozen=True)
 class _Facts:
@@ -295,6 +315,22 @@ class Problem:
         if isinstance(result, tuple) and len(result) == 2:
             return _checked_loss(result[0], index), result[1]
         return _checked_loss(result, index), None
+
+    @contextmanager
+    def _replaced(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Let modules find other tensors in the place of the selected parameters, under every name they have."""
+        replacements = {id(p): weight for p, weight in zip(self.parameters.values(), weights, strict=True)}
+        changed = []
+        try:
+            for module in self.model.modules():
+                for name, parameter in module._parameters.items():
+                    if id(parameter) in replacements:
+                        changed.append((module._parameters, name, parameter))
+                        module._parameters[name] = replacements[id(parameter)]  # type: ignore[assignment]
+            yield
+        finally:
+            for parameters, name, parameter in changed:
+                parameters[name] = parameter
 
     def _borrowed_state(self) -> ModelState:
         if self._state is None:

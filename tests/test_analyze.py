@@ -139,6 +139,7 @@ def test_published_protocol_is_what_it_says(case):
         "reorthogonalization": "window",
         "basis": "memory",
         "basis_dtype": "float64",
+        "hvp": "auto",
         "protocol": "lla",
         "seed": 3,
     }

@@ -1,30 +1,27 @@
 """Strategies: ways to multiply a panel by the Hessian of a problem."""
 
-from __future__ import annotations
+from hesd_fast.hvp.base import Strategy
+from hesd_fast.hvp.finite_differences import FiniteDifferences, ForwardDifferences
+from hesd_fast.hvp.function_transforms import ForwardOverReverse, Linearized, LinearizedBatched
+from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, DoubleBackwardBatched, KeptGraph, KeptGraphBatched
 
-from typing import Protocol
+STRATEGIES: dict[str, type[Strategy]] = {
+    strategy.name: strategy
+    for strategy in (
+        DoubleBackward,
+        DoubleBackwardBatched,
+        KeptGraph,
+        KeptGraphBatched,
+        ForwardOverReverse,
+        Linearized,
+        LinearizedBatched,
+    )
+}
+"""Every exact strategy by name."""
 
-from torch import Tensor
+ALL_STRATEGIES: dict[str, type[Strategy]] = STRATEGIES | {
+    strategy.name: strategy for strategy in (FiniteDifferences, ForwardDifferences)
+}
+"""The exact ones, and those that measure their error."""
 
-from hesd_fast.hvp.double_backward import DoubleBackward
-from hesd_fast.problem import Problem
-
-__all__ = ["DoubleBackward", "Strategy"]
-
-
-class Strategy(Protocol):
-    """One way to compute Hessian-vector products.
-
-    Attributes
-    ----------
-    name : str
-        How reports call the strategy.
-    """
-
-    name: str
-
-    def prepare(self, problem: Problem) -> None:
-        """Check, before any long work, that the strategy can serve the problem; called once."""
-
-    def apply(self, panel: Tensor, out: Tensor) -> None:
-        """Overwrite row j of ``out`` (b, n) by H times row j of ``panel`` (b, n)."""
+__all__ = ["ALL_STRATEGIES", "STRATEGIES", "DoubleBackward", "Strategy"]

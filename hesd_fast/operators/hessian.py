@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from hesd_fast.errors import OperatorError
-from hesd_fast.hvp import DoubleBackward
+from hesd_fast.errors import HESDWarning, OperatorError
+from hesd_fast.hvp import ALL_STRATEGIES, DoubleBackward, Strategy
+from hesd_fast.hvp.planner import ProductPlan, choose
 from hesd_fast.operators.base import OperatorBase
 from hesd_fast.problem import Problem
 
+PANELS = 100
+"""Panels that "auto" plans for when nobody says how many there will be."""
+
 
 class HessianOperator(OperatorBase):
-    """The exact Hessian of the loss with respect to the selected parameters, one column per parameter element.
+    """The Hessian of the loss with respect to the selected parameters, one column per parameter element.
 
     The problem is prepared at the first product. Each call borrows the model and gives it back; a caller with many
     products may hold ``problem.session()`` around them, which saves that.
@@ -23,16 +29,41 @@ class HessianOperator(OperatorBase):
         The loss to differentiate.
     compensated : bool
         Carry the rounding errors of adding up the batches (two-sum); costs a panel of memory.
+    hvp : str
+        How products are made: one of ``hesd_fast.hvp.STRATEGIES``, all exact; "auto" for the one that is fastest on
+        this problem, found by trying them at the first product; or "finite_differences".
+    panels : int
+        Number of panels that "auto" plans for.
+    memory_limit : int, optional
+        Bytes that may be kept from one product to the next; None for no limit.
+
+    Attributes
+    ----------
+    strategy : Strategy
+        What makes the products; for "auto" set at the first one.
+    plan : ProductPlan or None
+        What "auto" found.
     """
 
-    def __init__(self, problem: Problem, compensated: bool = False) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        compensated: bool = False,
+        hvp: str = "double_backward",
+        panels: int = PANELS,
+        memory_limit: int | None = None,
+    ) -> None:
         if not isinstance(problem, Problem):
             raise OperatorError(
                 f"HessianOperator got {type(problem).__name__}; give a Problem, as in Problem(model, loss, data)"
             )
+        check_hvp(hvp)
         super().__init__(problem.size, problem.dtype, problem.device)
         self.problem = problem
-        self.strategy = DoubleBackward(compensated)
+        self.hvp = hvp
+        self.panels = panels
+        self.strategy: Strategy = ALL_STRATEGIES.get(hvp, DoubleBackward)(compensated, memory_limit)
+        self.plan: ProductPlan | None = None
         self._is_prepared = False
 
     @property
@@ -47,6 +78,38 @@ class HessianOperator(OperatorBase):
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
         with self.problem.session():
             if not self._is_prepared:
-                self.strategy.prepare(self.problem)
-                self._is_prepared = True
-            self.strategy.apply(panel, out)
+                self._prepare(len(panel))
+            if self.hvp != "auto" or self.strategy.name == DoubleBackward.name:
+                self.strategy.apply(panel, out)
+                return
+            try:
+                self.strategy.apply(panel, out)
+            except OperatorError as error:
+                # The trials saw the first batch only; whatever is wrong with the problem itself shows again.
+                fallback = DoubleBackward(self.strategy.compensated)
+                fallback.prepare(self.problem)
+                fallback.apply(panel, out)
+                self.strategy.release()
+                warnings.warn(
+                    f"products are made by {fallback.name!r} from here on: {error}", HESDWarning, stacklevel=4
+                )
+                self.strategy = fallback
+
+    def _prepare(self, block_size: int) -> None:
+        if self.hvp == "auto":
+            self.strategy, self.plan = choose(
+                self.problem,
+                block_size,
+                self.panels,
+                compensated=self.strategy.compensated,
+                memory_limit=self.strategy.memory_limit,
+            )
+        else:
+            self.strategy.prepare(self.problem)
+        self._is_prepared = True
+
+
+def check_hvp(hvp: str) -> None:
+    """Raise an OperatorError for a strategy that does not exist."""
+    if hvp != "auto" and hvp not in ALL_STRATEGIES:
+        raise OperatorError(f"hvp is {hvp!r}; wanted 'auto' or one of {', '.join(map(repr, ALL_STRATEGIES))}")

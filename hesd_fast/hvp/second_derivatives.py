@@ -1,9 +1,9 @@
-"""Exact Hessian-vector products by differentiating the gradient: reverse over reverse."""
+"""The gradient of a loss as something to differentiate, and whether that can be done."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from hesd_fast import kernels
 from hesd_fast.errors import OperatorError
 from hesd_fast.problem import LossTerm, Problem
 
@@ -26,69 +25,8 @@ _NO_SECOND_DERIVATIVE = re.compile(
 _WEIGHT_NORM = "_weight_norm_interface_backward"
 
 
-class DoubleBackward:
-    """Multiply a panel exactly, one batch after the other.
-
-    Per batch, one forward pass and one differentiable gradient serve all b vectors; each vector then costs one backward
-    pass through the gradient: about 3F + 6F b in all, with F the cost of a forward pass (Pearlmutter, Neural
-    Computation 6(1), 1994). Memory: the graph of one batch's gradient. A parameter that the loss does not use, or uses
-    linearly, gets zeros.
-
-    Parameters
-    ----------
-    compensated
-        Carry the rounding error of adding up the batches in a second panel of out's size.
-    """
-
-    name = "double_backward"
-
-    def __init__(self, compensated: bool = False) -> None:
-        self.compensated = compensated
-
-    def prepare(self, problem: Problem) -> None:
-        """Prepare the problem, and multiply one vector on its first batch to see that second derivatives exist.
-
-        Raises
-        ------
-        ProblemError
-            If the problem cannot be used.
-        OperatorError
-            If an operation of model or loss has no second derivative, or a wrong one; the message names it.
-        """
-        problem.prepare()
-        self.problem = problem
-        with problem.session():
-            for term in problem.terms():
-                _check_second_derivatives(problem, term)
-                break
-
-    def apply(self, panel: Tensor, out: Tensor) -> None:
-        """Overwrite row j of ``out`` (b, n) by H times row j of ``panel`` (b, n)."""
-        problem = self.problem
-        out.zero_()
-        compensation = torch.zeros_like(out) if self.compensated else None
-        rows = [_as_gradients(problem, row) for row in panel]
-        with problem.session():
-            for term in problem.terms():
-                gradient = _Gradient.of(problem, term.evaluate())
-                for j, row in enumerate(rows):
-                    # The last product frees the graph, so only one batch's graph exists at a time.
-                    products = gradient.multiply(row, keep_graph=j + 1 < len(rows))
-                    kernels.accumulate_hvp(
-                        out[j : j + 1],
-                        [product.contiguous().view(1, -1) for _, product in products],
-                        [problem.offsets[i] for i, _ in products],
-                        alpha=term.weight,
-                        compensation=None if compensation is None else compensation[j : j + 1],
-                    )
-                    del products
-                del gradient
-        if compensation is not None:
-            out += compensation
-
-
 @dataclass
-class _Gradient:
+class Gradient:
     """The gradient of one batch's loss, with its graph: the entries that still depend on the parameters."""
 
     parameters: list[nn.Parameter]
@@ -96,7 +34,7 @@ class _Gradient:
     positions: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, problem: Problem, loss: Tensor, seed: Tensor | None = None) -> _Gradient:
+    def of(cls, problem: Problem, loss: Tensor, seed: Tensor | None = None) -> Gradient:
         """Differentiate a loss; ``seed`` is the derivative to start from, 1 by default."""
         gradient = cls(list(problem.parameters.values()))
         with torch.autocast(problem.device.type, enabled=False):
@@ -109,8 +47,18 @@ class _Gradient:
                 gradient.positions.append(i)
         return gradient
 
-    def multiply(self, vector: list[Tensor], keep_graph: bool) -> list[tuple[int, Tensor]]:
-        """Return (position, product) for each parameter on which the gradient depends."""
+    @staticmethod
+    def first_order(problem: Problem, loss: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """Return the gradient (n,) alone, without a graph; ``weights`` may stand in the place of the parameters."""
+        parameters = list(problem.parameters.values()) if weights is None else weights
+        with torch.autocast(problem.device.type, enabled=False):
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return problem.flatten(
+            [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
+        )
+
+    def multiply(self, vector: list[Tensor], keep_graph: bool, batched: bool = False) -> list[tuple[int, Tensor]]:
+        """Return (position, product) for each parameter on which the gradient depends; batched, of b vectors."""
         if not self.entries:
             return []
         with torch.autocast(self.parameters[0].device.type, enabled=False):
@@ -120,25 +68,15 @@ class _Gradient:
                 grad_outputs=[vector[i] for i in self.positions],
                 retain_graph=keep_graph,
                 allow_unused=True,
+                is_grads_batched=batched,
             )
-        # Embeddings with sparse=True have sparse derivatives.
-        return [
-            (i, product if product.layout is torch.strided else product.to_dense())
-            for i, product in enumerate(products)
-            if product is not None
-        ]
+        return [(i, product) for i, product in enumerate(products) if product is not None]
 
 
-def _as_gradients(problem: Problem, row: Tensor) -> list[Tensor]:
-    """Return views of a panel row, one per parameter, copied only where a parameter has another dtype."""
-    views = zip(problem.unflatten(row), problem.parameters.values(), strict=True)
-    return [view.to(parameter.dtype) for view, parameter in views]
-
-
-def _check_second_derivatives(problem: Problem, term: LossTerm) -> None:
+def check_second_derivatives(problem: Problem, term: LossTerm) -> None:
     """Raise an OperatorError if an operation in one batch's loss has no second derivative."""
     loss = term.evaluate()
-    operations = {node.name() for node in _graph([loss.grad_fn])}
+    operations = {node.name() for node in graph_nodes([loss.grad_fn])}
     if "CheckpointFunctionBackward" in operations:
         raise OperatorError(
             "the model uses reentrant activation checkpoints, which hide their parameters from torch.autograd.grad; "
@@ -156,8 +94,8 @@ def _check_second_derivatives(problem: Problem, term: LossTerm) -> None:
     # end that a second backward pass would take for a zero. So the start gets a graph, and dead ends are looked for.
     seed = torch.ones_like(loss, requires_grad=True)
     try:
-        gradient = _Gradient.of(problem, loss, seed)
-        nodes = _graph([entry.grad_fn for entry in gradient.entries])
+        gradient = Gradient.of(problem, loss, seed)
+        nodes = graph_nodes([entry.grad_fn for entry in gradient.entries])
         if any(node.name() == "torch::autograd::Error" for node in nodes):
             raise RuntimeError("a function marked with @once_differentiable cannot be differentiated twice")
         gradient.multiply([torch.ones_like(parameter) for parameter in gradient.parameters], keep_graph=True)
@@ -192,7 +130,7 @@ def _culprits(problem: Problem, term: LossTerm, operation: str | None) -> dict[s
 
     def look(name: str, output: Any) -> None:
         outputs = [leaf.grad_fn for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        for node in _graph(outputs, seen):
+        for node in graph_nodes(outputs, seen):
             if _is_culprit(node, operation):
                 found.setdefault(name, node.name())
 
@@ -221,7 +159,7 @@ def _plain(name: str) -> str:
     return re.sub(r"_|backward\d*$", "", name.lower())
 
 
-def _graph(roots: list[Node | None], seen: set[Node] | None = None) -> Iterator[Node]:
+def graph_nodes(roots: list[Node | None], seen: set[Node] | None = None) -> Iterator[Node]:
     """Yield the nodes of an autograd graph that are not in ``seen``, and add them to it."""
     seen = set() if seen is None else seen
     stack = [root for root in roots if root is not None]

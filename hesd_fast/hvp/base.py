@@ -1,0 +1,210 @@
+"""What a strategy is, and the loop over batches that all of them share."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hesd_fast import kernels
+from hesd_fast.errors import OperatorError
+from hesd_fast.hvp.second_derivatives import Gradient, check_second_derivatives
+from hesd_fast.problem import LossTerm, Problem
+
+Vectors = list[list[Tensor]]
+"""One list per vector: a view of its elements for each parameter, in the parameter's shape and dtype."""
+
+Parts = list[tuple[int, Tensor]]
+"""Position of a parameter and its part of some products, (rows, *shape); parameters left out have products of zero."""
+
+LARGEST_DISAGREEMENT = 0.1
+
+
+class Strategy(ABC):
+    """One way to compute Hessian-vector products.
+
+    Parameters
+    ----------
+    compensated : bool
+        Carry the rounding error of adding up the batches in a second panel of out's size.
+    memory_limit : int, optional
+        Bytes that may be kept from one product to the next; None for no limit. Batches beyond it are done anew each
+        time.
+
+    Attributes
+    ----------
+    name : str
+        How options and reports call the strategy.
+    exact : bool
+        Whether the products are right to rounding.
+    family : str
+        Strategies of one family keep the same things of a batch from one product to the next; "" keeps nothing.
+    transforms : bool
+        Whether it calls model, loss or their derivatives under function transforms of PyTorch, which take less code.
+    kept_bytes : int
+        Bytes that it keeps now.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = True
+    family: ClassVar[str] = ""
+    transforms: ClassVar[bool] = False
+
+    def __init__(self, compensated: bool = False, memory_limit: int | None = None) -> None:
+        self.compensated = compensated
+        self.memory_limit = memory_limit
+        self.kept_bytes = 0
+        self._kept: dict[int, Any] = {}
+
+    def prepare(self, problem: Problem) -> None:
+        """Prepare the problem, and multiply two vectors on its first batch to see that the strategy can serve it.
+
+        Raises
+        ------
+        ProblemError
+            If the problem cannot be used.
+        OperatorError
+            If an operation of model or loss has no second derivative, or one that this strategy cannot take or gets
+            wrong; the message names it.
+        """
+        problem.prepare()
+        self.problem = problem
+        with problem.session():
+            check_second_derivatives(problem, self.first_term())
+            self.check()
+
+    def first_term(self) -> LossTerm:
+        """Return the first batch's loss term; a fresh one each time, since a loss may write to its batch."""
+        return next(iter(self.problem.terms()))
+
+    def check(self) -> None:
+        """Raise an OperatorError unless the strategy multiplies two vectors as plain double backward does."""
+        panel = kernels.empty_panel(2, self.problem.size, self.problem.dtype)
+        kernels.fill_probes(panel, 0)
+        rows = self.vectors(panel)
+        wanted = torch.zeros_like(panel)
+        term = self.first_term()
+        gradient = Gradient.of(self.problem, term.evaluate())
+        for j, row in enumerate(rows):
+            self._accumulate(term, [(j, with_row(gradient.multiply(row, keep_graph=j == 0)))], wanted)
+        norm = float(torch.linalg.vector_norm(wanted))
+        if not math.isfinite(norm):
+            return  # the operator names the parameter
+        epsilon = max(torch.finfo(parameter.dtype).eps for parameter in self.problem.parameters.values())
+        for _ in range(2 if self.family else 1):  # the second time with what is kept
+            found = torch.zeros_like(panel)
+            term = self.first_term()
+            self._accumulate(term, self.attempt(term, rows), found)
+            difference = float(torch.linalg.vector_norm(found.sub_(wanted)))
+            if not difference <= min(16.0 * epsilon**0.5, LARGEST_DISAGREEMENT) * norm:
+                raise OperatorError(
+                    f"hvp={self.name!r} gets the product of batch {term.index} wrong: it is {difference:.2g} away from "
+                    f"that of plain double backward, of norm {norm:.2g}, as some operation of model or loss has a "
+                    "derivative that PyTorch gets wrong there; use hvp='double_backward'"
+                )
+
+    def attempt(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
+        """Yield the products of one batch; an OperatorError names the strategy where PyTorch cannot transform it."""
+        if not self.transforms:
+            yield from self.products(term, rows)
+            return
+        try:
+            with quiet():
+                yield from self.products(term, rows)
+        except (OperatorError, torch.cuda.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # what transforms raise at code they cannot take has no common type
+            message = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise OperatorError(
+                f"hvp={self.name!r} cannot multiply by the Hessian of this problem; use hvp='double_backward', or "
+                f"'auto'. PyTorch says: {message}"
+            ) from error
+
+    @abstractmethod
+    def products(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
+        """Yield the products of one batch's Hessian with the vectors: the first row of a piece, and its parts."""
+
+    def vectors(self, panel: Tensor) -> Vectors:
+        """Return views of the panel's rows, one per parameter, copied only where a parameter has another dtype."""
+        parameters = list(self.problem.parameters.values())
+        return [
+            [view.to(p.dtype) for view, p in zip(self.problem.unflatten(row), parameters, strict=True)] for row in panel
+        ]
+
+    def apply(self, panel: Tensor, out: Tensor) -> None:
+        """Overwrite row j of ``out`` (b, n) by H times row j of ``panel`` (b, n)."""
+        out.zero_()
+        compensation = torch.zeros_like(out) if self.compensated else None
+        rows = self.vectors(panel)
+        with self.problem.session():
+            for term in self.problem.terms():
+                self._accumulate(term, self.attempt(term, rows), out, compensation)
+        if compensation is not None:
+            out += compensation
+
+    def _accumulate(
+        self,
+        term: LossTerm,
+        products: Iterator[tuple[int, Parts]] | Sequence[tuple[int, Parts]],
+        out: Tensor,
+        compensation: Tensor | None = None,
+    ) -> None:
+        for first, parts in products:
+            if not parts:
+                continue
+            count = len(parts[0][1])
+            kernels.accumulate_hvp(
+                out[first : first + count],
+                [dense(part).reshape(count, -1) for _, part in parts],
+                [self.problem.offsets[position] for position, _ in parts],
+                alpha=term.weight,
+                compensation=None if compensation is None else compensation[first : first + count],
+            )
+            del parts
+
+    def may_keep(self, size: int) -> bool:
+        """Whether so many more bytes may be kept; they count as kept if so."""
+        if self.memory_limit is not None and self.kept_bytes + size > self.memory_limit:
+            return False
+        self.kept_bytes += size
+        return True
+
+    def take_over(self, other: Strategy) -> None:
+        """Keep what another strategy of the same family keeps."""
+        if self.family and self.family == other.family:
+            self._kept, self.kept_bytes = dict(other._kept), other.kept_bytes
+
+    def release(self) -> None:
+        """Forget what is kept from one product to the next."""
+        self._kept.clear()
+        self.kept_bytes = 0
+
+
+def dense(part: Tensor) -> Tensor:
+    """Return a contiguous strided tensor without a graph; embeddings with sparse=True have sparse derivatives."""
+    return (part if part.layout is torch.strided else part.to_dense()).detach().contiguous()
+
+
+def with_row(parts: Parts) -> Parts:
+    """Return the parts of one product as those of a panel of one row."""
+    return [(position, part.unsqueeze(0)) for position, part in parts]
+
+
+def stacked(rows: Vectors) -> list[Tensor]:
+    """Return one tensor (b, *shape) per parameter."""
+    return [torch.stack(views) for views in zip(*rows, strict=True)]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out PyTorch's notes that an operation is batched by a loop, and those of its tracer on its own graphs."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*performance drop.*")
+        warnings.filterwarnings("ignore", message=".*get_attr Node.*")
+        yield

@@ -1,0 +1,249 @@
+"""Which strategy is the fastest for a problem: each is tried on the first batch, within a small share of the run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from hesd_fast import kernels
+from hesd_fast.errors import OperatorError
+from hesd_fast.hvp import STRATEGIES
+from hesd_fast.hvp.base import Strategy, Vectors
+from hesd_fast.hvp.reverse_over_reverse import DoubleBackward
+from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes
+from hesd_fast.problem import Problem
+
+SHARE = 0.05
+"""Part of the predicted run that trials may take."""
+
+SHORT_RUN = 2.0
+"""Seconds below which a run is not worth a trial."""
+
+SHORT_PANEL = 0.1
+"""Seconds below which a panel is timed again, up to three times in all."""
+
+TRACING_SECONDS = 1.0, 0.006
+"""What tracing a batch takes about: once, and for each operation of its gradient's graph. Only decides about trials."""
+
+ORDER = (
+    "kept_graph",
+    "kept_graph_batched",
+    "double_backward_batched",
+    "forward_over_reverse",
+    "linearized",
+    "linearized_batched",
+)
+"""Strategies in the order in which they are tried, after "double_backward"."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was found of one strategy.
+
+    Attributes
+    ----------
+    strategy : str
+        Its name.
+    seconds : float or None
+        Predicted for one panel over all batches, once everything that can be kept is kept; None where not measured.
+    first_seconds : float or None
+        What the first panel takes beyond that.
+    kept_bytes : int or None
+        Predicted bytes kept from one product to the next.
+    note : str
+        Why it was not tried, or what it said; else empty.
+    """
+
+    strategy: str
+    seconds: float | None = None
+    first_seconds: float | None = None
+    kept_bytes: int | None = None
+    note: str = ""
+
+    def total(self, panels: int) -> float:
+        """Return the predicted seconds of so many panels; infinite where not measured."""
+        if self.seconds is None or self.first_seconds is None:
+            return float("inf")
+        return self.first_seconds + panels * self.seconds
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """How products will be made, and why.
+
+    Attributes
+    ----------
+    strategy : str
+        The chosen one.
+    trials : tuple of Trial
+        All that were considered.
+    block_size, panels : int
+        What was planned for.
+    seconds : float or None
+        Predicted seconds of all panels; None where nothing was measured.
+    planning_seconds : float
+        What planning took.
+    """
+
+    strategy: str
+    trials: tuple[Trial, ...]
+    block_size: int
+    panels: int
+    seconds: float | None
+    planning_seconds: float
+
+    def __str__(self) -> str:
+        lines = [f"products: {self.strategy}, {self.panels} panels of {self.block_size}"]
+        if self.seconds is not None:
+            lines[0] += f", about {self.seconds:.3g} s"
+        for trial in sorted(self.trials, key=lambda trial: trial.total(self.panels)):
+            found = trial.note
+            if trial.seconds is not None:
+                kept = f", keeps {(trial.kept_bytes or 0) / 2**20:.3g} MiB" if trial.kept_bytes else ""
+                found = f"{trial.seconds:.3g} s a panel{kept}" + (f" ({trial.note})" if trial.note else "")
+            lines.append(f"  {trial.strategy:24} {found}")
+        return "\n".join(lines)
+
+
+def choose(
+    problem: Problem,
+    block_size: int,
+    panels: int,
+    *,
+    compensated: bool = False,
+    memory_limit: int | None = None,
+    share: float = SHARE,
+) -> tuple[Strategy, ProductPlan]:
+    """Return the fastest exact strategy that fits, ready for use, and how it was found.
+
+    Every strategy that is measured is first compared with plain double backward. Results of a run are those of the
+    strategy to the last bit, so name one where runs have to repeat bit for bit.
+
+    Parameters
+    ----------
+    problem : Problem
+        What to multiply by.
+    block_size, panels : int
+        Vectors of a panel, and panels of the run.
+    compensated, memory_limit
+        As in :class:`~hesd_fast.hvp.Strategy`.
+    share : float
+        Part of the predicted run that trials may take.
+
+    Raises
+    ------
+    ProblemError, OperatorError
+        If the problem cannot be used at all.
+    """
+    started = time.perf_counter()
+    problem.prepare()
+    plain = DoubleBackward(compensated, memory_limit)
+    with problem.session():
+        plain.prepare(problem)
+        trials = _Trials(problem, plain, block_size, panels, memory_limit)
+        budget = share * trials.results[0].total(panels)
+        if trials.results[0].total(panels) < SHORT_RUN:
+            trials.leave_out(ORDER, "not tried: the run is short")
+        else:
+            for name in ORDER:
+                trials.consider(name, budget - (time.perf_counter() - started))
+    strategy, best = trials.finish()
+    plan = ProductPlan(
+        strategy.name,
+        tuple(trials.results),
+        block_size,
+        panels,
+        best.total(panels),
+        time.perf_counter() - started,
+    )
+    return strategy, plan
+
+
+class _Trials:
+    """Trials on one batch, and the fastest strategy so far."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        plain: Strategy,
+        block_size: int,
+        panels: int,
+        memory_limit: int | None,
+    ) -> None:
+        self.problem = problem
+        self.panels = panels
+        self.block_size = block_size
+        self.memory_limit = memory_limit
+        panel = kernels.empty_panel(block_size, problem.size, problem.dtype)
+        kernels.fill_probes(panel, 0)
+        self.rows: Vectors = plain.vectors(panel)
+        self.plain_seconds = self._measure(plain)  # its check was the warm-up
+        self.tried: list[Strategy] = [plain]
+        self.results = [Trial(plain.name, self.plain_seconds * problem.batch_count, 0.0, 0)]
+
+    def leave_out(self, names: tuple[str, ...], note: str) -> None:
+        self.results += [Trial(name, note=note) for name in names]
+
+    def consider(self, name: str, seconds_left: float) -> None:
+        """Try a strategy if there is time, and keep its result."""
+        kind = STRATEGIES[name]
+        if self.block_size == 1 and name.endswith("_batched"):
+            return  # the same work as for one vector
+        strategy = kind(self.tried[0].compensated, self.memory_limit)
+        for other in self.tried:
+            strategy.take_over(other)
+        expected = 3.0 * self.plain_seconds
+        if kind.family == "linearized" and not strategy.kept_bytes:
+            expected += TRACING_SECONDS[0] + TRACING_SECONDS[1] * self._operations()
+        if expected > seconds_left:
+            self.leave_out(
+                (name,), f"not tried: about {expected:.2g} s, {max(seconds_left, 0.0):.2g} s left for trials"
+            )
+            return
+        before = time.perf_counter()
+        strategy.problem = self.problem
+        try:
+            strategy.check()
+        except OperatorError as error:
+            strategy.release()
+            self.leave_out((name,), f"refused: {error}")
+            return
+        checked = time.perf_counter() - before
+        seconds = self._measure(strategy)
+        batches, kept = self.problem.batch_count, 0
+        if kind.family:
+            size = strategy.kept_bytes
+            kept = batches if self.memory_limit is None or size == 0 else min(batches, self.memory_limit // size)
+            if not strategy._kept:
+                self.leave_out((name,), "does not fit: what it keeps of one batch is more than the memory allowed")
+                return
+        anew = batches - kept if kind.family else 0
+        panel = seconds * (batches - anew) + self.plain_seconds * anew
+        first = max(checked - 3.0 * seconds, 0.0) * kept
+        note = f"keeps {kept} of {batches} batches" if kind.family and kept < batches else ""
+        self.tried.append(strategy)
+        self.results.append(Trial(name, panel, first, strategy.kept_bytes * kept, note))
+
+    def finish(self) -> tuple[Strategy, Trial]:
+        """Return the fastest, and release the others."""
+        by_name = {strategy.name: strategy for strategy in self.tried}
+        best = min((trial for trial in self.results if trial.strategy in by_name), key=lambda t: t.total(self.panels))
+        for strategy in self.tried:
+            if strategy.name != best.strategy:
+                strategy.release()
+        return by_name[best.strategy], best
+
+    def _operations(self) -> int:
+        gradient = Gradient.of(self.problem, self.tried[0].first_term().evaluate())
+        return sum(1 for _ in graph_nodes([entry.grad_fn for entry in gradient.entries]))
+
+    def _measure(self, strategy: Strategy) -> float:
+        """Return the seconds of one panel on the batch: the least of a few where they are short."""
+        seconds: list[float] = []
+        while len(seconds) < 3 and sum(seconds) < SHORT_PANEL:
+            term = strategy.first_term()
+            before = time.perf_counter()
+            for _ in strategy.attempt(term, self.rows):
+                pass
+            seconds.append(time.perf_counter() - before)
+        return min(seconds)

@@ -1,0 +1,141 @@
+"""Exact products by differentiating the gradient backwards once more."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from hesd_fast.errors import OperatorError
+from hesd_fast.hvp.base import Parts, Strategy, Vectors, stacked, with_row
+from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes
+from hesd_fast.problem import LossTerm
+
+
+class DoubleBackward(Strategy):
+    """One batch and one vector after the other.
+
+    Per batch, one forward pass and one differentiable gradient serve all b vectors; each vector then costs one backward
+    pass through the gradient: about 3F + 6F b in all, with F the cost of a forward pass (Pearlmutter, Neural
+    Computation 6(1), 1994). Memory: the graph of one batch's gradient. A parameter that the loss does not use, or uses
+    linearly, gets zeros.
+    """
+
+    name = "double_backward"
+
+    def check(self) -> None:
+        """Do nothing: this is what the others are compared with."""
+
+    def products(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
+        """Yield one product after the other; the last one frees the graph, so only one exists at a time."""
+        gradient, kept = self.gradient(term)
+        for j, row in enumerate(rows):
+            yield j, with_row(gradient.multiply(row, keep_graph=kept or j + 1 < len(rows)))
+
+    def gradient(self, term: LossTerm) -> tuple[Gradient, bool]:
+        """Return the gradient of a batch, and whether its graph is kept."""
+        return Gradient.of(self.problem, term.evaluate()), False
+
+
+class DoubleBackwardBatched(DoubleBackward):
+    """One batch after the other, all vectors in one batched backward pass (``is_grads_batched``).
+
+    The same operations as :class:`DoubleBackward`; matrix products see b times as many columns, and the transient
+    memory of the last backward pass is b times as large. An operation that PyTorch cannot batch runs in a loop.
+    """
+
+    name = "double_backward_batched"
+    transforms = True
+
+    def check(self) -> None:
+        """Compare with plain double backward."""
+        Strategy.check(self)
+
+    def products(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
+        """Yield all products at once."""
+        gradient, kept = self.gradient(term)
+        yield 0, gradient.multiply(stacked(rows), keep_graph=kept, batched=True)
+
+
+class KeptGraph(DoubleBackward):
+    """The graph of each batch's gradient is kept from one product to the next: 6F a vector.
+
+    Weights and data do not change, so neither do the graphs. Memory: what the graphs save, for as many batches as
+    ``memory_limit`` allows; the others are done anew each time.
+    """
+
+    name = "kept_graph"
+    family = "kept_graph"
+
+    def check(self) -> None:
+        """Compare with plain double backward, also the second time."""
+        Strategy.check(self)
+
+    def gradient(self, term: LossTerm) -> tuple[Gradient, bool]:
+        """Return the gradient of a batch, and whether its graph is kept."""
+        if term.index in self._kept:
+            kept: Gradient = self._kept[term.index]
+            return kept, True
+        with _saving_hooks() as hooks:
+            loss = term.evaluate()
+        if hooks:
+            # They run when the graph is used, and find the buffers and random streams of that time.
+            raise OperatorError(
+                f"hvp={self.name!r} cannot keep graphs of a model that uses activation checkpoints or other hooks on "
+                "saved tensors; use hvp='double_backward', or take the checkpoints out"
+            )
+        gradient = Gradient.of(self.problem, loss)
+        keep = self.may_keep(saved_bytes(gradient))
+        if keep:
+            self._kept[term.index] = gradient
+        return gradient, keep
+
+
+class KeptGraphBatched(DoubleBackwardBatched, KeptGraph):
+    """Graphs kept as in :class:`KeptGraph`, all vectors in one batched backward pass."""
+
+    name = "kept_graph_batched"
+
+
+@contextlib.contextmanager
+def _saving_hooks() -> Iterator[list[saved_tensors_hooks]]:
+    """Collect the hooks on saved tensors that are put to use meanwhile."""
+    found: list[saved_tensors_hooks] = []
+    enter = saved_tensors_hooks.__enter__
+
+    def noting(hooks: saved_tensors_hooks) -> None:
+        found.append(hooks)
+        enter(hooks)
+
+    saved_tensors_hooks.__enter__ = noting  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+
+
+def saved_bytes(gradient: Gradient) -> int:
+    """Return how many bytes the graph of a gradient holds that are not the parameters' own; each storage once."""
+    storages = {}
+    for node in graph_nodes([entry.grad_fn for entry in gradient.entries]):
+        for saved in _saved_tensors(node):
+            storage = saved.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    for parameter in gradient.parameters:
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+def _saved_tensors(node: object) -> Iterator[Tensor]:
+    for name in dir(node):
+        if name.startswith("_saved_") or name == "saved_tensors":
+            try:
+                value = getattr(node, name)
+            except RuntimeError:  # freed, as after a backward pass that kept nothing
+                continue
+            for item in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(item, Tensor) and item.layout is torch.strided:
+                    yield item
