@@ -26,6 +26,7 @@ from hesd_fast.estimate import Estimate
 from hesd_fast.hesd_type import HESDType, TypeEvidence, TypeThresholds, classify
 from hesd_fast.lanczos import LanczosProgress, block_lanczos
 from hesd_fast.operators import CurvatureOperator, HessianOperator, MatrixOperator
+from hesd_fast.plan import RunPlan, plan
 from hesd_fast.plotting import plot_densities
 from hesd_fast.problem import Problem
 from hesd_fast.report import Report, load_report
@@ -59,6 +60,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Report",
+    "RunPlan",
     "SpectralMeasure",
     "TypeEvidence",
     "TypeThresholds",
@@ -73,5 +75,6 @@ __all__ = [
     "kernels",
     "load_report",
     "losses",
+    "plan",
     "plot_densities",
 ]

@@ -20,9 +20,10 @@ from hesd_fast.errors import HESDWarning, ProblemError
 from hesd_fast.hesd_type import classify
 from hesd_fast.lanczos import available_memory, block_lanczos, check_options
 from hesd_fast.operators import HessianOperator
+from hesd_fast.operators.checked import CheckedOperator
 from hesd_fast.operators.hessian import check_hvp
 from hesd_fast.parameters import Selection
-from hesd_fast.problem import Loss, Problem
+from hesd_fast.problem import Loss, Problem, likely_causes
 from hesd_fast.progress import ProductProgress
 from hesd_fast.report import Check, Cost, ProblemFacts, Report
 from hesd_fast.spectrum import SpectralMeasure
@@ -101,7 +102,7 @@ def analyze(
     Returns
     -------
     Report
-        Cost: m b exact Hessian-vector products over all of the data.
+        Cost: m b exact Hessian-vector products over all of the data, and two that check the operator.
 
     Raises
     ------
@@ -109,8 +110,8 @@ def analyze(
         Before any long work wherever the cause can be known by then. The model is as it was in every case.
     """
     problem = _as_problem(model, loss, data, parameters, mode)
-    settings = _settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
-    check_options(problem.size, settings.max_steps, settings.block_size, settings.reorthogonalization, seed)
+    chosen = settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
+    check_options(problem.size, chosen.max_steps, chosen.block_size, chosen.reorthogonalization, seed)
     kept_dtype, _, _ = check_basis(basis, basis_dtype, problem.dtype)
     check_hvp(hvp)
     started = time.perf_counter()
@@ -120,20 +121,21 @@ def analyze(
         operator = HessianOperator(
             problem,
             hvp=hvp,
-            panels=int(settings.max_steps),
-            memory_limit=_memory_for_products(problem, settings, kept_dtype.itemsize),
+            panels=int(chosen.max_steps),
+            memory_limit=memory_for_products(problem, chosen, kept_dtype.itemsize),
         )
-        expected = settings.max_steps * settings.block_size
-        if settings.reorthogonalization in ORTHOGONAL_MODES:
+        expected = chosen.max_steps * chosen.block_size
+        if chosen.reorthogonalization in ORTHOGONAL_MODES:
             expected = min(expected, problem.size)
+        checked = CheckedOperator(operator)
         with ProductProgress(expected, enabled=progress) as bar:
             tridiagonal = block_lanczos(
-                operator,
-                settings.max_steps,
-                settings.block_size,
+                checked,
+                chosen.max_steps,
+                chosen.block_size,
                 seed=seed,
-                reorthogonalization=settings.reorthogonalization,
-                window=settings.window,
+                reorthogonalization=chosen.reorthogonalization,
+                window=chosen.window,
                 basis=basis,
                 basis_dtype=basis_dtype,
                 on_step=bar.update,
@@ -155,21 +157,27 @@ def analyze(
     hesd_type, evidence = classify(
         measure, found, loss_value=facts.loss, parameter_norm_squared=facts.parameter_norm_squared
     )
-    checks = _checks(tridiagonal, measure)
+    checks = _checks(tridiagonal, measure, checked, operator, problem)
     for check in checks:
         if not check.passed:
             warnings.warn(f"the check of {check.name} failed: {check.detail}", HESDWarning, stacklevel=2)
     options = {
-        "block_size": int(settings.block_size),
-        "max_steps": int(settings.max_steps),
-        "reorthogonalization": settings.reorthogonalization,
+        "block_size": int(chosen.block_size),
+        "max_steps": int(chosen.max_steps),
+        "reorthogonalization": chosen.reorthogonalization,
         "basis": tridiagonal.basis_place,
         "basis_dtype": tridiagonal.basis_dtype,
         "hvp": hvp,
         "protocol": protocol,
         "seed": int(seed),
     }
-    cost = Cost(tridiagonal.products, time.perf_counter() - started, _peak_bytes(problem), operator.strategy.name)
+    cost = Cost(
+        hvps=tridiagonal.products,
+        seconds=time.perf_counter() - started,
+        peak_bytes=_peak_bytes(problem),
+        strategy=operator.strategy.name,
+        plan="" if operator.plan is None else str(operator.plan),
+    )
     return Report(hesd_type, evidence, found, measure, facts, cost, checks, options, _versions())
 
 
@@ -191,9 +199,10 @@ def _as_problem(
     return Problem(model, loss, data, parameters=parameters, mode=mode or "eval")
 
 
-def _settings(
+def settings(
     size: int, block_size: int | str, max_steps: int | None, reorthogonalization: str | None, protocol: str | None
 ) -> Protocol:
+    """Return what the options of a run say, with their defaults; a ProblemError for what does not fit together."""
     if protocol is not None:
         if protocol not in PROTOCOLS:
             raise ProblemError(f"protocol is {protocol!r}; wanted None or one of {', '.join(map(repr, PROTOCOLS))}")
@@ -212,7 +221,7 @@ def _settings(
     return Protocol(block_size, steps, mode, PROTOCOLS["lla"].window)
 
 
-def _memory_for_products(problem: Problem, settings: Protocol, itemsize: int) -> int | None:
+def memory_for_products(problem: Problem, settings: Protocol, itemsize: int) -> int | None:
     """Half of the memory that the basis leaves; what one batch needs meanwhile takes of the other half."""
     available = available_memory()
     if available is None:
@@ -224,12 +233,20 @@ def _memory_for_products(problem: Problem, settings: Protocol, itemsize: int) ->
     return max(available - working - (basis if basis < available else 0), 0) // 2
 
 
-def _checks(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> tuple[Check, ...]:
+def _checks(
+    tridiagonal: BlockTridiagonal,
+    measure: SpectralMeasure,
+    checked: CheckedOperator,
+    operator: HessianOperator,
+    problem: Problem,
+) -> tuple[Check, ...]:
     """What the run itself shows about the operator and the engine, at no further product."""
     scale = measure.largest_magnitude
     noise = tridiagonal.recurrence_error or 0.0
     relative = noise / scale if scale > 0.0 else 0.0
     allowed = float(np.sqrt(tridiagonal.epsilon))
+    products_allowed = max(allowed, 4.0 * getattr(operator.strategy, "error", 0.0))
+    linearity, repetition = checked.linearity or 0.0, checked.repetition or 0.0
     checks = [
         Check(
             "symmetry",
@@ -238,11 +255,38 @@ def _checks(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> tuple[Ch
             f"{relative:.2g} of the largest eigenvalue (allowed {allowed:.2g})",
         ),
         Check(
+            "linearity",
+            linearity <= products_allowed,
+            f"the product of a combination of probes is that of their products within {linearity:.2g} of its norm "
+            f"(allowed {products_allowed:.2g})",
+        ),
+        Check(
+            "determinism",
+            repetition <= 64 * tridiagonal.epsilon,
+            f"the same vector multiplied twice differs by {repetition:.2g} of the product's norm (allowed "
+            f"{64 * tridiagonal.epsilon:.2g}); data and losses were the same at every pass",
+        ),
+        Check(
             "weights",
             bool(np.abs(measure.weight_sums - 1.0).max() <= 64 * tridiagonal.epsilon),
             f"each probe's weights sum to 1 within {np.abs(measure.weight_sums - 1.0).max():.2g}",
         ),
-        Check("determinism", True, "data and losses were the same at every pass; a change would have ended the run"),
+    ]
+    if not operator.strategy.exact:
+        error, step = operator.strategy.error, operator.strategy.step  # type: ignore[attr-defined]
+        checks.append(
+            Check(
+                "finite differences",
+                True,
+                f"products were off by {error:.2g} of their norm where it was measured, at steps of {step:.2g} of the "
+                "weights' norm; above the tolerance the run would not have begun",
+            )
+        )
+    checks = [
+        check
+        if check.passed or check.name not in ("symmetry", "linearity", "determinism")
+        else Check(check.name, False, f"{check.detail}; {likely_causes(problem.model)}")
+        for check in checks
     ]
     if tridiagonal.orthogonality is not None:
         bound = ORTHOGONALITY_MULTIPLE * tridiagonal.epsilon

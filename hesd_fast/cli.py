@@ -1,4 +1,4 @@
-"""The command line: ``hesd demo``, ``hesd analyze``, ``hesd compare``, ``hesd info``."""
+"""The command line: ``hesd demo``, ``hesd analyze``, ``hesd plan``, ``hesd compare``, ``hesd info``."""
 
 from __future__ import annotations
 
@@ -70,25 +70,39 @@ def demo(out: Path, progress: bool) -> None:
     _write(reports, out, "demo")
 
 
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how long a run is and where its vectors lie."""
+    options = [
+        click.option("--block-size", type=int, help="Number of probes.  [default: 4]"),
+        click.option("--max-steps", type=int, help="Block Lanczos steps.  [default: 100]"),
+        click.option(
+            "--reorthogonalization",
+            type=click.Choice(REORTHOGONALIZATIONS),
+            help="Against all vectors, those an estimate names, the last ten, or two blocks only.  [default: full]",
+        ),
+        click.option(
+            "--protocol", type=click.Choice(["lla"]), help="A published protocol; sets the three options above."
+        ),
+        click.option(
+            "--basis", default="auto", show_default=True, help="memory, disk, or a directory for Lanczos vectors."
+        ),
+        click.option(
+            "--basis-dtype",
+            type=click.Choice(["auto", *BASIS_DTYPES]),
+            default="auto",
+            show_default=True,
+            help="Precision that the Lanczos vectors are kept in.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("target")
 @_out_option("hesd-report")
-@click.option("--block-size", type=int, help="Number of probes.  [default: 4]")
-@click.option("--max-steps", type=int, help="Block Lanczos steps.  [default: 100]")
-@click.option(
-    "--reorthogonalization",
-    type=click.Choice(REORTHOGONALIZATIONS),
-    help="Against all vectors, those that an estimate names, the last ten, or two blocks only.  [default: full]",
-)
-@click.option("--protocol", type=click.Choice(["lla"]), help="A published protocol; sets the three options above.")
-@click.option("--basis", default="auto", show_default=True, help="memory, disk, or a directory for Lanczos vectors.")
-@click.option(
-    "--basis-dtype",
-    type=click.Choice(["auto", *BASIS_DTYPES]),
-    default="auto",
-    show_default=True,
-    help="Precision that the Lanczos vectors are kept in.",
-)
+@_run_options
 @click.option(
     "--hvp",
     type=click.Choice(["auto", *ALL_STRATEGIES]),
@@ -133,6 +147,20 @@ def analyze(
     )
     click.echo(f"{report}\n")
     _write({"report": report}, out, "report")
+
+
+@main.command()
+@click.argument("target")
+@_run_options
+@_plain_errors
+def plan(target: str, **options: Any) -> None:
+    """Predict what `hesd analyze TARGET` with the same options would take.
+
+    Tries the ways to make products on the first batch, for about a twentieth of the predicted run.
+    """
+    if options["block_size"] is None:
+        options["block_size"] = "auto"
+    click.echo(str(hesd.plan(_load_problem(target), **options)))
 
 
 @main.command()

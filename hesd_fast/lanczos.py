@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from hesd_fast import _engine, kernels
-from hesd_fast.basis import plan_basis
+from hesd_fast.basis import BasisPlan, plan_basis
 from hesd_fast.errors import EngineError, OperatorError, ProblemError
 from hesd_fast.operators import as_operator
 from hesd_fast.operators.base import CurvatureOperator
+from hesd_fast.problem import Problem
 from hesd_fast.tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
 
 REORTHOGONALIZATIONS = ("full", "partial", "window", "none")
@@ -129,16 +130,7 @@ def block_lanczos(
             "Move the model and data to the CPU"
         )
     steps = min(steps, n)
-    blocks = {"window": math.ceil(window / block_size), "none": 2}.get(reorthogonalization, steps)
-    plan = plan_basis(
-        max(min(blocks, steps) - 2, 0) * block_size,
-        3 * block_size,
-        n,
-        operator.dtype,
-        basis=basis,
-        basis_dtype=basis_dtype,
-        available=available_memory(),
-    )
+    plan = plan_blocks(operator, steps, block_size, reorthogonalization, window, basis, basis_dtype)
     in_place = reorthogonalization in ORTHOGONAL_MODES and plan.place == "memory" and plan.dtype == operator.dtype
     history = kernels.empty_panel(0, n, plan.dtype) if in_place else plan.allocate()
     working = kernels.empty_panel((plan.rows if in_place else 0) + 3 * block_size, n, operator.dtype)
@@ -202,6 +194,29 @@ def block_lanczos(
         basis_dtype=str(plan.dtype).removeprefix("torch."),
         basis_place=plan.place,
         basis_vectors_read=vectors_read,
+    )
+
+
+def plan_blocks(
+    operator: CurvatureOperator | Problem,
+    steps: int,
+    block_size: int,
+    reorthogonalization: str,
+    window: int,
+    basis: str | os.PathLike[str],
+    basis_dtype: str | torch.dtype,
+) -> BasisPlan:
+    """Choose where the blocks of a run lie that are not at work, see :func:`~hesd_fast.basis.plan_basis`."""
+    steps = min(steps, operator.size)
+    blocks = {"window": math.ceil(window / block_size), "none": 2}.get(reorthogonalization, steps)
+    return plan_basis(
+        max(min(blocks, steps) - 2, 0) * block_size,
+        3 * block_size,
+        operator.size,
+        operator.dtype,
+        basis=basis,
+        basis_dtype=basis_dtype,
+        available=available_memory(),
     )
 
 

@@ -421,7 +421,7 @@ class Problem:
             if not abs(value - wanted) <= ulps * epsilon * abs(wanted):
                 raise OperatorError(
                     f"the loss is not deterministic: batch {index} gave {wanted!r} at first and now {value!r}, "
-                    f"from the same data and random seed; {_likely_causes(self.model)}"
+                    f"from the same data and random seed; {likely_causes(self.model)}"
                 )
 
 
@@ -501,7 +501,8 @@ def _warn_of_fraction(index: int, count: float) -> None:
     )
 
 
-def _likely_causes(model: nn.Module) -> str:
+def likely_causes(model: nn.Module) -> str:
+    """Return what in a model may make its loss change from one evaluation to the next, as words of a message."""
     suspects = [
         f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()

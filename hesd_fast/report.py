@@ -28,12 +28,27 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Cost:
-    """What the run took: products, seconds, peak memory of the process in bytes, and how products were made."""
+    """What the run took.
+
+    Attributes
+    ----------
+    hvps : int
+        Products of block Lanczos.
+    seconds : float
+        Of the whole run.
+    peak_bytes : int
+        Peak memory of the process.
+    strategy : str
+        How products were made.
+    plan : str
+        What was tried to find that; empty where it was given.
+    """
 
     hvps: int
     seconds: float
     peak_bytes: int
     strategy: str
+    plan: str = ""
 
 
 @dataclass(frozen=True)
@@ -205,6 +220,7 @@ class Report:
             ("k_mass", f"{found.k_mass}"),
             ("balance", f"{found.balance}"),
             ("cost", f"{steps}{cost.hvps} products in {cost.seconds:.1f} s, peak {cost.peak_bytes / 2**20:.0f} MiB"),
+            ("products", cost.strategy),
             *[("check", f"{'ok' if check.passed else 'FAILED'}: {check.detail}") for check in self.checks],
         ]
         title = (

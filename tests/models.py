@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +13,22 @@ from torch.nn import functional
 
 from hesd_fast import losses
 
+# A product is a sum over the terms of backpropagation, each rounded: 64 epsilon of its norm.
+ROUNDING = 64 * torch.finfo(torch.float64).eps
+
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a loss and data; ``total`` is the same loss over all data, written without the library."""
+    """A model, a loss and data; ``total`` is the same loss over all data, written without the library.
+
+    ``tolerance`` is how far a product may be from that of the dense Hessian, as a share of its norm.
+    """
 
     name: str
     build: Callable[[], tuple[nn.Module, Any, list[Any]]]
     total: Callable[[nn.Module, list[Any]], Tensor]
     mode: str = "eval"
+    tolerance: float = ROUNDING
 
     def __str__(self) -> str:
         return self.name
@@ -88,6 +96,362 @@ class Padded(nn.Module):
         return self.classifier(self.embedding(ids).tanh().sum(1))
 
 
+class LowRank(nn.Module):
+    """A frozen linear layer plus a trained product of two thin matrices, as LoRA adapters are."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int = 2) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
+        self.up = nn.Parameter(torch.randn(outputs, rank) / rank**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+class TiedAutoencoder(nn.Module):
+    """One module called twice and one weight used both ways; its parameter has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(8, 8)
+        self.again = self.encoder
+        self.bias = nn.Parameter(torch.randn(8))
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.again(self.encoder(x).tanh()).sigmoid()
+        return self.classifier(functional.linear(hidden, self.encoder.weight.T, self.bias))
+
+
+class KeptReference(nn.Module):
+    """A model that reaches one of its parameters through a plain list, where nobody can put another tensor.
+
+    ``later``: it does so only from the second batch on, which is smaller.
+    """
+
+    def __init__(self, later: bool = False) -> None:
+        super().__init__()
+        self.later = later
+        self.first, self.last = nn.Linear(8, 10), nn.Linear(10, 3)
+        self.weights = [self.last.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.last.weight if self.later and len(x) > 3 else self.weights[0]
+        return functional.linear(self.first(x).tanh(), weight, self.last.bias)
+
+
+class Attention(nn.Module):
+    """Causal attention, by PyTorch's function or in ordinary operations (``form="eager"``)."""
+
+    def __init__(self, width: int, heads: int, shared_heads: int, form: str, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.shared_heads, self.form, self.dropout = heads, shared_heads, form, dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * shared_heads * (width // heads))
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        n, t, d = hidden.shape
+        query = self.query(hidden).view(n, t, self.heads, -1).transpose(1, 2)
+        key, value = self.key_value(hidden).view(n, t, 2, self.shared_heads, -1).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        if self.form == "sdpa":
+            mixed = functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, dropout_p=dropout, enable_gqa=self.shared_heads != self.heads
+            )
+        else:
+            key, value = (part.repeat_interleave(self.heads // self.shared_heads, 1) for part in (key, value))
+            scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+            scores = scores.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -torch.inf)
+            mixed = functional.dropout(scores.softmax(-1), dropout) @ value
+        return self.projection(mixed.transpose(1, 2).reshape(n, t, d))
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer of Llama; ``plain`` writes silu in ordinary operations."""
+
+    def __init__(self, width: int, inner: int, plain: bool = False) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+        self.plain = plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x)
+        return self.down((gate * gate.sigmoid() if self.plain else functional.silu(gate)) * self.up(x))
+
+
+class Block(nn.Module):
+    """A language model of one layer with the parts given."""
+
+    def __init__(self, norm: Callable[[int], nn.Module], attention: nn.Module, feed_forward: nn.Module) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
+        self.norms = nn.ModuleList([norm(8), norm(8)])
+        self.attention, self.feed_forward = attention, feed_forward
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embedding(ids)
+        hidden = hidden + self.attention(self.norms[0](hidden))
+        return self.head(hidden + self.feed_forward(self.norms[1](hidden)))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer and a classifier of its last state; ``lengths`` packs sequences of unequal length."""
+
+    def __init__(self, layer: nn.RNNBase, packed: bool = False) -> None:
+        super().__init__()
+        self.layer, self.packed = layer, packed
+        self.classifier = nn.Linear(layer.hidden_size * (2 if layer.bidirectional else 1), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            lengths = 1 + torch.arange(len(x)) % x.shape[1]
+            x = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            output, _ = nn.utils.rnn.pad_packed_sequence(self.layer(x)[0], batch_first=True)
+            return self.classifier(output.sum(1))
+        return self.classifier(self.layer(x)[0][:, -1])
+
+
+class Branching(nn.Module):
+    """Python branches and loops that look at the values of tensors: ``which`` of them."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(8, 10), nn.Linear(10, 10), nn.Linear(10, 3)
+        self.which = which
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.which == "branch":
+            hidden = hidden.tanh() if hidden.mean() > 0 else functional.softplus(hidden)
+            scale = 1 + abs(round(x[0, 0].item()))
+            hidden = self.middle(hidden) / scale if bool((x.sum() > 0).any()) else self.middle(hidden).sigmoid()
+        elif self.which == "loop":
+            while hidden.square().mean() > 0.05:
+                hidden = 0.6 * hidden + 0.1 * self.middle(hidden).tanh()
+        else:  # each row goes to the part that its sign selects, so shapes depend on values
+            positive = hidden.sum(1) > 0
+            rows = torch.cat([self.middle(hidden[positive]).tanh(), hidden[~positive].sin()])
+            order = torch.cat([positive.nonzero()[:, 0], (~positive).nonzero()[:, 0]])
+            hidden = rows[order.argsort()]
+        return self.last(hidden)
+
+
+class Experts(nn.Module):
+    """Each sample goes to the expert of its largest gate, so that batches use different parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(1).max(1)
+        output = x.new_zeros(len(x), 3)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero()[:, 0]
+            if len(rows):
+                output = output.index_add(0, rows, weights[rows, None] * expert(x[rows]))
+        return output
+
+
+class Checkpointed(nn.Module):
+    """A network whose inner part is computed again in the backward pass."""
+
+    def __init__(self, inner: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.last = inner, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False))
+
+
+class ScaledByBuffer(nn.Module):
+    """A network scaled by a buffer that each forward pass writes, here and not inside the checkpoint that reads it."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 10), nn.Linear(10, 3)
+        self.register_buffer("scale", torch.ones(()))
+        self.checkpointed = checkpointed
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return (self.first(x) * self.scale).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.copy_(x.detach().norm() / 4)
+        if self.checkpointed:
+            return self.last(torch.utils.checkpoint.checkpoint(self.hidden, x, use_reentrant=False))
+        return self.last(self.hidden(x))
+
+
+class Labelled(nn.Module):
+    """A network that returns the ModelOutput of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 3))
+
+    def forward(self, x: Tensor) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        return SequenceClassifierOutput(logits=self.body(x), hidden_states=(x,))
+
+
+class Cube(torch.autograd.Function):
+    """x^3 with a second derivative, in the form of old code: no jvp, no rule for vmap."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * gradient
+
+
+class OnceCube(Cube):
+    """x^3 without a second derivative."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * gradient
+
+
+class NestedCube(Cube):
+    """x^3 whose derivative is a function of the same kind."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * SquareTimes.apply(x, gradient)
+
+
+class SquareTimes(torch.autograd.Function):
+    """x^2 y, the derivative of NestedCube."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x * x * y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, y = ctx.saved_tensors
+        return 2 * x * y * gradient, x * x * gradient
+
+
+class SplitCube(torch.autograd.Function):
+    """x^3 in the form torch.func wants, without a jvp and without a rule for vmap."""
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * gradient
+
+
+class OnceSplitCube(SplitCube):
+    """x^3 in the form torch.func wants, without a second derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * gradient
+
+
+class VmapCube(SplitCube):
+    """x^3 with a rule for vmap and without a jvp."""
+
+    generate_vmap_rule = True
+
+
+class JvpCube(SplitCube):
+    """x^3 with a jvp and without a rule for vmap."""
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * tangent
+
+
+class JvpVmapCube(JvpCube):
+    """x^3 with a jvp and a rule for vmap."""
+
+    generate_vmap_rule = True
+
+
+class Applied(nn.Module):
+    """A network with a function of one's own as its activation; ``later``: only for the second batch, the smaller."""
+
+    def __init__(self, function: type[torch.autograd.Function], later: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 10), nn.Linear(10, 3)
+        self.function, self.later = function, later
+
+    def forward(self, x: Tensor) -> Tensor:
+        function = JvpVmapCube if self.later and len(x) > 3 else self.function
+        return self.last(function.apply(self.first(x)))
+
+
+class Fourier(nn.Module):
+    """A filter in the frequency domain, and a linear system solved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.matrix = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(8, 8) / 8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        filtered = torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=8).tanh()
+        system = self.matrix @ self.matrix.T + torch.eye(8, dtype=x.dtype)
+        return self.last(torch.linalg.solve(system, filtered.T).T)
+
+
+class MixedPrecision(nn.Module):
+    """A float32 layer between bfloat16 layers; as float64 model it computes in float64 throughout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(8, 12).bfloat16(), nn.Linear(12, 12), nn.Linear(12, 3).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.middle, self.last):
+            x = layer(x.to(layer.weight.dtype))
+            x = x if layer is self.last else x.tanh()
+        return x.to(self.middle.weight.dtype)
+
+
+class Autocast(nn.Module):
+    """A float32 network that multiplies in bfloat16; as float64 model it computes in float64 throughout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.body(x.to(self.body[0].weight.dtype))
+        return logits.to(self.body[0].weight.dtype)
+
+
 def mlp(activation: type[nn.Module]) -> nn.Module:
     """Return a network of 1,000 parameters."""
     return nn.Sequential(nn.Linear(8, 32), activation(), nn.Linear(32, 20), activation(), nn.Linear(20, 3))
@@ -108,6 +472,31 @@ def tokens(high: int, *sizes: int) -> list[Any]:
     return [(torch.randint(high, (size, 6)),) for size in sizes]
 
 
+def sequences(*sizes: int) -> list[Any]:
+    """Return one batch of sequences of 3 vectors of each size."""
+    return [(torch.randn(size, 3, 5, dtype=torch.float64), torch.randint(3, (size,))) for size in sizes]
+
+
+def bags(*sizes: int) -> list[Any]:
+    """Return one batch of token ids with a class of each size."""
+    return [(ids, ids[:, 0] % 3) for (ids,) in tokens(40, *sizes)]
+
+
+def labelled_tokens(high: int, *sizes: int) -> list[Any]:
+    """Return mappings of token ids and labels, of which some, and all of the last batch, do not count (-100)."""
+    batches = [{"input_ids": ids, "labels": ids.clone()} for (ids,) in tokens(high, *sizes)]
+    for batch in batches:
+        batch["labels"][:, :2] = -100
+        batch["labels"][0, -1] = -100
+    batches[-1]["labels"][:] = -100
+    return batches
+
+
+def rounded(batches: list[Any]) -> list[Any]:
+    """Return classification batches whose inputs bfloat16 holds exactly."""
+    return [(x.bfloat16().double(), y) for x, y in batches]
+
+
 def gpt2() -> nn.Module:
     """Return a GPT-2 of one layer, with its tied embeddings."""
     import transformers
@@ -116,6 +505,48 @@ def gpt2() -> nn.Module:
         vocab_size=13, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
     )
     return transformers.GPT2LMHeadModel(config)
+
+
+def llama() -> nn.Module:
+    """Return a Llama of one layer: rotary positions, grouped-query attention, RMSNorm and SwiGLU."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def bert() -> nn.Module:
+    """Return a BERT classifier of one layer, with dropout everywhere.
+
+    The weights are larger than usual, so that every layer curves the loss, as are those of Llama here.
+    """
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=6,
+        max_position_embeddings=8,
+        type_vocab_size=1,
+        num_labels=3,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.2,
+        attention_probs_dropout_prob=0.2,
+    )
+    return transformers.BertForSequenceClassification(config)
 
 
 def linear_term(model: nn.Module, batch: Any) -> Tensor:
@@ -151,6 +582,135 @@ def per_batch(model: nn.Module, batches: list[Any]) -> Tensor:
     return sum(functional.cross_entropy(model(x), y, reduction="sum") for x, y in batches) / total
 
 
+def seeded(total_of_batch: Callable[[nn.Module, Any], tuple[Tensor, int]]) -> Callable[[nn.Module, Any], Tensor]:
+    """Return the total of a loss that draws random numbers: batch number i starts from the seed i + 1."""
+
+    def total(model: nn.Module, batches: list[Any]) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            parts = []
+            for index, batch in enumerate(batches):
+                torch.manual_seed(index + 1)
+                parts.append(total_of_batch(model, batch))
+        return sum(part for part, _ in parts) / sum(count for _, count in parts)
+
+    return total
+
+
+def batch_classification(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    """Return the summed cross-entropy of one batch and its size."""
+    output = model(batch[0])
+    logits = output if isinstance(output, Tensor) else output.logits
+    return functional.cross_entropy(logits, batch[1], reduction="sum"), len(batch[1])
+
+
+def batch_next_token(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    """Return the summed cross-entropy of the next tokens of one batch and their number."""
+    picked = model(batch[0]).log_softmax(-1)[:, :-1].gather(-1, batch[0][:, 1:, None])
+    return -picked.sum(), picked.numel()
+
+
+def next_labelled_token(model: nn.Module, batches: list[Any]) -> Tensor:
+    """Return the cross-entropy of all next tokens whose label is not -100."""
+    ids, labels = (torch.cat([batch[key] for batch in batches]) for key in ("input_ids", "labels"))
+    wanted = labels[:, 1:].clamp(min=0)
+    picked = model(ids).logits.log_softmax(-1)[:, :-1].gather(-1, wanted[..., None])[..., 0]
+    return -picked[labels[:, 1:] != -100].mean()
+
+
+def in_eager_attention(total: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
+    """Return ``total`` with the attention and the gates of the model in ordinary operations."""
+
+    def plain(model: nn.Module, batches: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.form = "eager"
+            if isinstance(module, SwiGLU):
+                module.plain = True
+        return total(model, batches)
+
+    return plain
+
+
+def by_layers(model: nn.Module, batches: list[Any], activation: Callable[[Tensor], Tensor] = torch.tanh) -> Tensor:
+    """Return the cross-entropy of ``last(activation(first(x)))``."""
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return functional.cross_entropy(model.last(activation(model.first(x))), y)
+
+
+def by_inner_parts(model: nn.Module, batches: list[Any]) -> Tensor:
+    """Return the cross-entropy of ``last(inner(x))``, without the checkpoint between them."""
+    return per_batch(nn.Sequential(model.inner, model.last), batches)
+
+
+def scaled_by_hand(model: nn.Module, batches: list[Any]) -> Tensor:
+    """Return the cross-entropy of ``ScaledByBuffer``, whose scale is that of each batch."""
+    scales = torch.cat([(x.norm() / 4).expand(len(x), 1) for x, _ in batches])
+    return by_layers(model, batches, lambda hidden: (hidden * scales).tanh())
+
+
+def slopes(model: nn.Module, batch: Any) -> Tensor:
+    """Return the mean squared derivative of a network's output by its input, as physics-informed losses have."""
+    x = batch[0].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return slope.square().sum(1).mean()
+
+
+def slopes_by_hand(model: nn.Module, batches: list[Any]) -> Tensor:
+    """Return the same for ``Linear, Tanh, Linear`` by the chain rule."""
+    x = torch.cat([batch[0] for batch in batches])
+    derivative = 1 - model[0](x).tanh().square()
+    return ((derivative * model[2].weight.sum(0)) @ model[0].weight).square().sum(1).mean()
+
+
+def cells_by_hand(model: nn.Module, batches: list[Any]) -> Tensor:
+    """Return the cross-entropy of ``Recurrent`` with the cells of PyTorch's documentation, for the layers it has."""
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    layer, outputs = model.layer, x
+    lengths = torch.full((len(x),), x.shape[1])
+    if model.packed:
+        lengths = torch.cat([1 + torch.arange(len(batch[0])) % x.shape[1] for batch in batches])
+    for index in range(layer.num_layers):
+        directions = [_run_cells(layer, outputs, lengths, f"l{index}{end}") for end in _ends(layer)]
+        outputs = torch.cat(directions, -1)
+    last = outputs.sum(1) if model.packed else outputs[:, -1]
+    return functional.cross_entropy(model.classifier(last), y)
+
+
+def _ends(layer: nn.RNNBase) -> tuple[str, ...]:
+    return ("", "_reverse") if layer.bidirectional else ("",)
+
+
+def _run_cells(layer: nn.RNNBase, x: Tensor, lengths: Tensor, end: str) -> Tensor:
+    """Return the outputs (N, T, hidden) of one direction; steps after a sequence's end give zeros."""
+    names = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
+    input_weight, input_bias, weight, bias = (getattr(layer, f"{name}_{end}") for name in names)
+    hidden = cell = x.new_zeros(len(x), layer.hidden_size)
+    outputs = [hidden] * x.shape[1]
+    steps = range(x.shape[1])
+    for step in reversed(steps) if end.endswith("reverse") else steps:
+        inner, outer = x[:, step] @ input_weight.T + input_bias, hidden @ weight.T + bias
+        if layer.mode == "LSTM":
+            entry, forget, candidate, exit_ = (inner + outer).chunk(4, 1)
+            new_cell = forget.sigmoid() * cell + entry.sigmoid() * candidate.tanh()
+            new = exit_.sigmoid() * new_cell.tanh()
+        elif layer.mode == "GRU":
+            (reset, update, candidate), (r, z, c) = inner.chunk(3, 1), outer.chunk(3, 1)
+            mixture = (update + z).sigmoid()
+            new = (1 - mixture) * (candidate + (reset + r).sigmoid() * c).tanh() + mixture * hidden
+            new_cell = cell
+        else:
+            new, new_cell = (inner + outer).tanh(), cell
+        present = (step < lengths)[:, None]
+        hidden, cell = torch.where(present, new, hidden), torch.where(present, new_cell, cell)
+        outputs[step] = torch.where(present, new, 0)
+    return torch.stack(outputs, 1)
+
+
+def dropout_mlp() -> nn.Module:
+    """Return a network with dropout."""
+    return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Dropout(0.4), nn.Linear(32, 3)).double()
+
+
 def _frozen() -> nn.Module:
     model = mlp(nn.Tanh)
     model[0].requires_grad_(False)
@@ -158,16 +718,96 @@ def _frozen() -> nn.Module:
 
 
 def _case(
-    name: str, model: Callable[[], nn.Module], loss: Any, data: Callable[[], list[Any]], total: Any, **kw
+    name: str,
+    model: Callable[[], nn.Module],
+    loss: Any,
+    data: Callable[[], list[Any]],
+    total: Any,
+    double: bool = True,
+    **kw: Any,
 ) -> Case:
     def build() -> tuple[nn.Module, Any, list[Any]]:
         torch.manual_seed(1)
-        return model().double(), loss, data()
+        made = model()
+        return made.double() if double else made, loss, data()
 
     return Case(name, build, total, **kw)
 
 
 _CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
+
+
+def _classifier(name: str, model: Callable[[], nn.Module], total: Any = classification, **kw: Any) -> Case:
+    return _case(name, model, _CROSS_ENTROPY, lambda: vectors(5, 3), total, **kw)
+
+
+def _two_layers(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 10), activation, nn.Linear(5 if isinstance(activation, nn.GLU) else 10, 3))
+
+
+def _depthwise() -> nn.Module:
+    """Return convolutions of every grouping, with group norm and pooling."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.Tanh(),
+        nn.Conv2d(4, 8, 3, groups=4),
+        nn.GroupNorm(2, 8),
+        nn.Conv2d(8, 4, 1, groups=2),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+
+
+def _strided() -> nn.Module:
+    """Return strided, dilated and transposed convolutions, with instance norm and maximum pooling."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.ConvTranspose2d(4, 2, 3, groups=2),
+        nn.InstanceNorm2d(2, affine=True),
+        nn.Conv2d(2, 3, 2, dilation=2),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
+
+
+def _attention_block(heads: int, shared_heads: int, form: str, dropout: float = 0.0) -> nn.Module:
+    return Block(nn.LayerNorm, Attention(8, heads, shared_heads, form, dropout), nn.Sequential(nn.Linear(8, 8)))
+
+
+def _encoder_layer() -> nn.Module:
+    """Return PyTorch's own transformer layer, which has a fast path in eval mode."""
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.2, activation="gelu", batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Linear(4, 8), layer, nn.Flatten(), nn.Linear(16, 3))
+
+
+def _spectral_norm() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 10)), nn.Tanh(), nn.Linear(10, 3))
+
+
+def _half_frozen_norm() -> nn.Module:
+    model = Convolutional()
+    model.features[0].requires_grad_(False)
+    return model
+
+
+_ACTIVATIONS = [
+    nn.SiLU(),
+    nn.Mish(),
+    nn.ELU(),
+    nn.SELU(),
+    nn.CELU(),
+    nn.Softplus(),
+    nn.LogSigmoid(),
+    nn.Hardswish(),
+    nn.LeakyReLU(),
+    nn.PReLU(),
+    nn.Softmax(1),
+    nn.GELU("tanh"),
+    nn.GLU(),
+]
 
 CASES = [
     _case("mlp-tanh", lambda: mlp(nn.Tanh), _CROSS_ENTROPY, lambda: vectors(8, 2), classification),
@@ -182,19 +822,156 @@ CASES = [
     _case("dict-output", lambda: Wrapped("dict"), _CROSS_ENTROPY, lambda: vectors(5, 3), classification),
     _case("transformer", SmallTransformer, losses.causal_lm(), lambda: tokens(13, 3, 1), next_token),
     _case("gpt2", gpt2, losses.causal_lm(), lambda: tokens(13, 2, 1), next_token),
-    _case(
-        "padding", Padded, _CROSS_ENTROPY, lambda: [(ids, ids[:, 0] % 3) for (ids,) in tokens(40, 4, 2)], classification
+    _case("padding", Padded, _CROSS_ENTROPY, lambda: bags(4, 2), classification),
+    _case("sparse-gradient", lambda: Padded(sparse=True), _CROSS_ENTROPY, lambda: bags(4, 2), without_sparse_gradients),
+    _classifier("adapters", lambda: nn.Sequential(LowRank(8, 24), nn.Tanh(), LowRank(24, 3))),
+    _classifier("tied-autoencoder", TiedAutoencoder),
+    _classifier("kept-reference", KeptReference, by_layers),
+    _classifier("kept-reference-later", lambda: KeptReference(later=True), by_layers),
+    _classifier("spectral-norm", _spectral_norm),
+    _classifier("dropout-train", dropout_mlp, seeded(batch_classification), mode="train"),
+    _case("frozen-cnn-train", _half_frozen_norm, _CROSS_ENTROPY, lambda: images(5, 2), per_batch, mode="train"),
+    _case("depthwise", _depthwise, _CROSS_ENTROPY, lambda: images(4, 2), classification),
+    _case("strided", _strided, _CROSS_ENTROPY, lambda: images(4, 2), classification),
+    *(
+        _case(
+            f"attention-{form}-{name}",
+            lambda form=form, shared_heads=shared_heads: _attention_block(4, shared_heads, form),
+            losses.causal_lm(),
+            lambda: tokens(9, 2, 1),
+            in_eager_attention(next_token),
+        )
+        for form in ("sdpa", "eager")
+        for name, shared_heads in (("full", 4), ("grouped", 2))
     ),
     _case(
-        "sparse-gradient",
-        lambda: Padded(sparse=True),
+        "attention-dropout-train",
+        lambda: _attention_block(2, 2, "sdpa", 0.3),
+        losses.causal_lm(),
+        lambda: tokens(9, 2, 1),
+        seeded(batch_next_token),
+        mode="train",
+    ),
+    _classifier("encoder-layer", _encoder_layer),
+    _classifier("encoder-layer-train", _encoder_layer, seeded(batch_classification), mode="train"),
+    *(
+        _case(
+            f"swiglu{end}",
+            lambda plain=plain: Block(nn.RMSNorm, Attention(8, 2, 1, "sdpa"), SwiGLU(8, 12, plain)),
+            losses.causal_lm(),
+            lambda: tokens(9, 2, 1),
+            in_eager_attention(next_token),
+        )
+        for end, plain in (("", False), ("-plain", True))
+    ),
+    *(
+        _case(name, lambda layer=layer, kw=kw: Recurrent(layer(), **kw), _CROSS_ENTROPY, data, cells_by_hand)
+        for name, layer, kw, data in (
+            ("rnn", lambda: nn.RNN(5, 6, batch_first=True), {}, lambda: sequences(3, 2)),
+            ("gru", lambda: nn.GRU(5, 4, batch_first=True), {}, lambda: sequences(3, 2)),
+            ("lstm", lambda: nn.LSTM(5, 4, batch_first=True), {}, lambda: sequences(3, 2)),
+            (
+                "lstm-bidirectional",
+                lambda: nn.LSTM(5, 2, 2, batch_first=True, bidirectional=True),
+                {},
+                lambda: sequences(3, 2),
+            ),
+            ("lstm-packed", lambda: nn.LSTM(5, 4, batch_first=True), {"packed": True}, lambda: sequences(3, 4)),
+        )
+    ),
+    *(
+        _classifier(which, lambda which=which: Branching(which), seeded(batch_classification))
+        for which in ("branch", "loop", "masked-rows")
+    ),
+    _classifier("experts", Experts),
+    _classifier(
+        "checkpoint",
+        lambda: Checkpointed(nn.Sequential(nn.Linear(8, 10), nn.Tanh()), nn.Linear(10, 3)),
+        by_inner_parts,
+    ),
+    _classifier(
+        "checkpoint-dropout-train",
+        lambda: Checkpointed(nn.Sequential(nn.Linear(8, 10), nn.Dropout(0.4), nn.Tanh()), nn.Linear(10, 3)),
+        seeded(lambda model, batch: batch_classification(nn.Sequential(model.inner, model.last), batch)),
+        mode="train",
+    ),
+    _classifier(
+        "checkpoint-norm-train",
+        lambda: Checkpointed(nn.Sequential(nn.Linear(8, 10), nn.BatchNorm1d(10), nn.Tanh()), nn.Linear(10, 3)),
+        by_inner_parts,
+        mode="train",
+    ),
+    _classifier("buffer", lambda: ScaledByBuffer(False), scaled_by_hand),
+    _classifier("checkpoint-buffer", lambda: ScaledByBuffer(True), scaled_by_hand),
+    _classifier("in-place", lambda: _two_layers(nn.LeakyReLU(inplace=True))),
+    _classifier("fourier", Fourier),
+    _case("slopes", lambda: _two_layers(nn.Tanh()), slopes, lambda: vectors(5, 3), slopes_by_hand),
+    _classifier("model-output", Labelled, seeded(batch_classification)),
+    _case(
+        "bert-train",
+        bert,
         _CROSS_ENTROPY,
-        lambda: [(ids, ids[:, 0] % 3) for (ids,) in tokens(40, 4, 2)],
-        without_sparse_gradients,
+        lambda: bags(3, 2),
+        seeded(batch_classification),
+        mode="train",
+    ),
+    *(
+        _classifier(
+            f"function-{name}",
+            lambda function=function, later=later: Applied(function, later),
+            lambda model, batches: by_layers(model, batches, lambda hidden: hidden**3),
+        )
+        for name, function, later in (
+            ("old", Cube, False),
+            ("nested", NestedCube, False),
+            ("split", SplitCube, False),
+            ("vmap", VmapCube, False),
+            ("jvp", JvpCube, False),
+            ("jvp-vmap", JvpVmapCube, False),
+            ("split-later", SplitCube, True),
+        )
+    ),
+    *(
+        _classifier(
+            f"activation-{type(activation).__name__.lower()}",
+            lambda activation=activation: _two_layers(copy.deepcopy(activation)),
+        )
+        for activation in _ACTIVATIONS
     ),
 ]
 
+# Batches that are mappings.
+LABELLED = [
+    _case(
+        "llama",
+        llama,
+        losses.causal_lm(),
+        lambda: labelled_tokens(11, 2, 2, 1),
+        next_labelled_token,
+        # transformers takes norms and rotary positions in float32, whatever the model's precision.
+        tolerance=64 * torch.finfo(torch.float32).eps,
+    )
+]
 
-def dropout_mlp() -> nn.Module:
-    """Return a network with dropout."""
-    return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Dropout(0.4), nn.Linear(32, 3)).double()
+# Products are as good as bfloat16, whose roundings pass through some ten operations.
+LOW_PRECISION = [
+    _case(
+        name,
+        model,
+        _CROSS_ENTROPY,
+        lambda: rounded(vectors(5, 3)),
+        classification,
+        double=False,
+        tolerance=16 * torch.finfo(torch.bfloat16).eps,
+    )
+    for name, model in (("mixed-precision", MixedPrecision), ("autocast", Autocast))
+]
+
+# Nothing to compare with: no strategy may give a product.
+WITHOUT_SECOND_DERIVATIVE = [
+    _classifier("once-differentiable", lambda: Applied(OnceCube)),
+    _classifier("once-differentiable-split", lambda: Applied(OnceSplitCube)),
+    _classifier("once-differentiable-later", lambda: Applied(OnceCube, later=True)),
+]
+
+CATALOGUE = [*CASES, *LABELLED, *LOW_PRECISION, *WITHOUT_SECOND_DERIVATIVE]

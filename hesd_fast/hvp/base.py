@@ -6,13 +6,14 @@ import contextlib
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hesd_fast import kernels
+from hesd_fast.data import leaves
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.second_derivatives import Gradient, check_second_derivatives
 from hesd_fast.problem import LossTerm, Problem
@@ -168,8 +169,16 @@ class Strategy(ABC):
             )
             del parts
 
-    def may_keep(self, size: int) -> bool:
-        """Whether so many more bytes may be kept; they count as kept if so."""
+    def may_keep(self, term: LossTerm, tensors: Iterable[Tensor]) -> bool:
+        """Whether the tensors may be kept, without those of the model and the batch; they count as kept if so."""
+        storages = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        for owned in (*self.problem.model.parameters(), *(leaf for _, leaf in leaves(term.batch))):
+            if isinstance(owned, Tensor) and owned.layout is torch.strided:
+                storages.pop(owned.untyped_storage().data_ptr(), None)
+        size = sum(storages.values())
         if self.memory_limit is not None and self.kept_bytes + size > self.memory_limit:
             return False
         self.kept_bytes += size

@@ -153,7 +153,7 @@ class ForwardDifferences(FiniteDifferences):
             kept: Tensor = self._kept[term.index]
             return kept
         gradient = super()._gradient(term, weights)
-        if self.may_keep(gradient.nbytes):
+        if self.may_keep(term, [gradient]):
             self._kept[term.index] = gradient
         return gradient
 

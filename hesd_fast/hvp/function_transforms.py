@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, jvp, linearize, vmap
+from torch.func import functionalize, grad_and_value, jvp, linearize, vmap
 
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.base import Parts, Strategy, Vectors, stacked, with_row
@@ -20,7 +20,7 @@ class ForwardOverReverse(Strategy):
     """One batch after the other, all vectors in one batched directional derivative of the gradient: 3F + 6F b.
 
     Nothing is kept, and no graph is built: the least memory of all exact strategies. Some operations have no forward
-    derivative of their backward pass (in PyTorch 2.13 that of SiLU, so every Llama).
+    derivative of their backward pass.
     """
 
     name = "forward_over_reverse"
@@ -63,8 +63,9 @@ class Linearized(ForwardOverReverse):
     """The linear map v -> H v of each batch is traced once, with all that does not depend on v computed beforehand.
 
     Each product then runs the linear operations alone: 6F a vector, one vector at a time. Tracing takes some
-    milliseconds an operation. Memory: what the map needs of the forward and backward pass, for as many batches as
-    ``memory_limit`` allows; the others are done by :class:`ForwardOverReverse` each time.
+    milliseconds an operation, and turns writes in place into operations that are none. Memory: what the map needs of
+    the forward and backward pass, for as many batches as ``memory_limit`` allows; the others are done by
+    :class:`ForwardOverReverse` each time.
     """
 
     name = "linearized"
@@ -89,7 +90,7 @@ class Linearized(ForwardOverReverse):
             return None
         gradient, point = self._gradient(term)
         with term.watched_random_streams() as drawn:
-            (slopes, value), product = linearize(gradient, *point)
+            (slopes, value), product = linearize(functionalize(gradient), *point)
         if drawn:
             # Tracing runs what does not depend on v twice, and the second time draws other numbers.
             raise OperatorError(
@@ -102,7 +103,9 @@ class Linearized(ForwardOverReverse):
                 f"hvp={self.name!r} cannot trace this model: {operation} writes to a tensor in place, which the second "
                 "product would find changed; use hvp='double_backward', or operations that do not work in place"
             )
-        if not self.may_keep(_constant_bytes(product, point)):
+        with torch.no_grad():
+            product(*point)  # what does not depend on the vector is computed at the first call
+        if not self.may_keep(term, (item for item in _parts_of(product) if isinstance(item, Tensor))):
             return None
         change = _first_of(product)
         self._kept[term.index] = change
@@ -177,12 +180,3 @@ def _is_constant(node: Any) -> bool:
             return False
         node = node.args[0]
     return isinstance(node, torch.fx.Node) and node.op == "get_attr"
-
-
-def _constant_bytes(product: Any, point: tuple[Tensor, ...]) -> int:
-    """Return how many bytes a linearized function holds that are not the weights'; each storage once."""
-    tensors = [item for item in _parts_of(product) if isinstance(item, Tensor)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    for weight in point:
-        storages.pop(weight.untyped_storage().data_ptr(), None)
-    return sum(storages.values())

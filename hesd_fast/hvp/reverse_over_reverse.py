@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.base import Parts, Strategy, Vectors, stacked, with_row
-from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes
+from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes, naming_operations
 from hesd_fast.problem import LossTerm
 
 
@@ -26,18 +26,31 @@ class DoubleBackward(Strategy):
 
     name = "double_backward"
 
+    def __init__(self, compensated: bool = False, memory_limit: int | None = None) -> None:
+        super().__init__(compensated, memory_limit)
+        self._checked: set[int] = set()
+
     def check(self) -> None:
         """Do nothing: this is what the others are compared with."""
 
     def products(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
         """Yield one product after the other; the last one frees the graph, so only one exists at a time."""
-        gradient, kept = self.gradient(term)
-        for j, row in enumerate(rows):
-            yield j, with_row(gradient.multiply(row, keep_graph=kept or j + 1 < len(rows)))
+        with naming_operations(self.problem, term):
+            gradient, kept = self.gradient(term)
+            for j, row in enumerate(rows):
+                yield j, with_row(gradient.multiply(row, keep_graph=kept or j + 1 < len(rows)))
 
     def gradient(self, term: LossTerm) -> tuple[Gradient, bool]:
         """Return the gradient of a batch, and whether its graph is kept."""
-        return Gradient.of(self.problem, term.evaluate()), False
+        return self.checked_gradient(term, term.evaluate()), False
+
+    def checked_gradient(self, term: LossTerm, loss: Tensor) -> Gradient:
+        """Return the gradient of a loss; at a batch that is new, an OperatorError if it hides a second derivative."""
+        if term.index in self._checked:
+            return Gradient.of(self.problem, loss)
+        gradient = Gradient.with_second_derivative(self.problem, loss)
+        self._checked.add(term.index)
+        return gradient
 
 
 class DoubleBackwardBatched(DoubleBackward):
@@ -56,8 +69,9 @@ class DoubleBackwardBatched(DoubleBackward):
 
     def products(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
         """Yield all products at once."""
-        gradient, kept = self.gradient(term)
-        yield 0, gradient.multiply(stacked(rows), keep_graph=kept, batched=True)
+        with naming_operations(self.problem, term):
+            gradient, kept = self.gradient(term)
+            yield 0, gradient.multiply(stacked(rows), keep_graph=kept, batched=True)
 
 
 class KeptGraph(DoubleBackward):
@@ -87,8 +101,8 @@ class KeptGraph(DoubleBackward):
                 f"hvp={self.name!r} cannot keep graphs of a model that uses activation checkpoints or other hooks on "
                 "saved tensors; use hvp='double_backward', or take the checkpoints out"
             )
-        gradient = Gradient.of(self.problem, loss)
-        keep = self.may_keep(saved_bytes(gradient))
+        gradient = self.checked_gradient(term, loss)
+        keep = self.may_keep(term, _saved_in_graph(gradient))
         if keep:
             self._kept[term.index] = gradient
         return gradient, keep
@@ -117,16 +131,9 @@ def _saving_hooks() -> Iterator[list[saved_tensors_hooks]]:
         saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
 
 
-def saved_bytes(gradient: Gradient) -> int:
-    """Return how many bytes the graph of a gradient holds that are not the parameters' own; each storage once."""
-    storages = {}
+def _saved_in_graph(gradient: Gradient) -> Iterator[Tensor]:
     for node in graph_nodes([entry.grad_fn for entry in gradient.entries]):
-        for saved in _saved_tensors(node):
-            storage = saved.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    for parameter in gradient.parameters:
-        storages.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(storages.values())
+        yield from _saved_tensors(node)
 
 
 def _saved_tensors(node: object) -> Iterator[Tensor]:

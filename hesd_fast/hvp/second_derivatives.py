@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,20 @@ class Gradient:
             if entry is not None and entry.requires_grad:
                 gradient.entries.append(entry)
                 gradient.positions.append(i)
+        return gradient
+
+    @classmethod
+    def with_second_derivative(cls, problem: Problem, loss: Tensor) -> Gradient:
+        """Differentiate a loss, and raise a RuntimeError where a function refuses to be differentiated again.
+
+        A once_differentiable function refuses only where the derivative coming in has a graph, and its refusal is a
+        dead end that a second backward pass would take for a zero. So the start gets a graph, and dead ends are looked
+        for.
+        """
+        gradient = cls.of(problem, loss, torch.ones_like(loss, requires_grad=True))
+        nodes = graph_nodes([entry.grad_fn for entry in gradient.entries])
+        if any(node.name() == "torch::autograd::Error" for node in nodes):
+            raise RuntimeError("a function marked with @once_differentiable cannot be differentiated twice")
         return gradient
 
     @staticmethod
@@ -90,15 +105,16 @@ def check_second_derivatives(problem: Problem, term: LossTerm) -> None:
             "is of the old kind, for the Hessian of the plain weight; or write g v / |v| in ordinary operations; or "
             "leave its parameters out of the selection"
         )
-    # A once_differentiable function refuses only where the derivative coming in has a graph, and its refusal is a dead
-    # end that a second backward pass would take for a zero. So the start gets a graph, and dead ends are looked for.
-    seed = torch.ones_like(loss, requires_grad=True)
-    try:
-        gradient = Gradient.of(problem, loss, seed)
-        nodes = graph_nodes([entry.grad_fn for entry in gradient.entries])
-        if any(node.name() == "torch::autograd::Error" for node in nodes):
-            raise RuntimeError("a function marked with @once_differentiable cannot be differentiated twice")
+    with naming_operations(problem, term):
+        gradient = Gradient.with_second_derivative(problem, loss)
         gradient.multiply([torch.ones_like(parameter) for parameter in gradient.parameters], keep_graph=True)
+
+
+@contextmanager
+def naming_operations(problem: Problem, term: LossTerm) -> Iterator[None]:
+    """Turn what PyTorch says of an operation without a second derivative into an OperatorError that names the place."""
+    try:
+        yield
     except RuntimeError as error:
         match = _NO_SECOND_DERIVATIVE.search(str(error))
         if match is None:

@@ -1,0 +1,70 @@
+"""An operator whose first panel is used to check that it is one fixed linear map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesd_fast.operators.base import CurvatureOperator
+
+
+class CheckedOperator:
+    """Passes products on; after the first panel, multiplies a combination of its vectors twice.
+
+    A Hessian is linear, H (sum of c_j v_j) = sum of c_j H v_j, and the same each time. Both are measured relative to
+    the norm of the product, at the cost of two products and three vectors of memory.
+
+    Attributes
+    ----------
+    linearity, repetition : float or None
+        The largest deviations seen; None before the first panel, or where the product of the combination is zero.
+    """
+
+    def __init__(self, operator: CurvatureOperator) -> None:
+        self._operator = operator
+        self.linearity: float | None = None
+        self.repetition: float | None = None
+        self._checked = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._operator, name)
+
+    @property
+    def size(self) -> int:
+        """Return n."""
+        return self._operator.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the precision of panels."""
+        return self._operator.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Return where panels are."""
+        return self._operator.device
+
+    @property
+    def products(self) -> int:
+        """Return how many vectors have been multiplied so far."""
+        return self._operator.products
+
+    def matmat(self, panel: Tensor, out: Tensor | None = None) -> Tensor:
+        """Multiply a panel, see :meth:`OperatorBase.matmat`."""
+        out = self._operator.matmat(panel, out=out)
+        if not self._checked:
+            self._checked = True
+            self._check(panel, out)
+        return out
+
+    def _check(self, panel: Tensor, products: Tensor) -> None:
+        coefficients = torch.arange(3, 3 + len(panel), dtype=self.dtype, device=self.device)[None]
+        combination = coefficients @ panel
+        first = self._operator.matmat(combination)
+        norm = float(torch.linalg.vector_norm(first))
+        second = self._operator.matmat(combination)
+        if norm > 0.0:
+            self.repetition = float(torch.linalg.vector_norm(second.sub_(first))) / norm
+            self.linearity = float(torch.linalg.vector_norm(first.addmm_(coefficients, products, alpha=-1.0))) / norm

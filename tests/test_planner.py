@@ -1,0 +1,269 @@
+"""The planner tries strategies within a budget and keeps a fast one that fits; operators and checks around it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from models import CASES, mlp, vectors
+from torch import Tensor, nn
+
+import hesd_fast as hesd
+from hesd_fast import losses
+from hesd_fast.errors import HESDWarning, OperatorError
+from hesd_fast.hvp import ALL_STRATEGIES, STRATEGIES, planner
+from hesd_fast.hvp.planner import choose
+from hesd_fast.operators import HessianOperator
+from hesd_fast.operators.checked import CheckedOperator
+from hesd_fast.problem import Problem
+
+CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
+
+
+def small_problem(*sizes: int) -> Problem:
+    torch.manual_seed(0)
+    return Problem(mlp(nn.Tanh).double(), CROSS_ENTROPY, vectors(*(sizes or (8, 2))))
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Every run is long enough to try everything."""
+    monkeypatch.setattr(planner, "SHORT_RUN", 0.0)
+
+
+def test_everything_is_tried_and_the_fastest_is_taken(patient):
+    strategy, plan = choose(small_problem(), 3, 100, share=1e6)
+    assert {trial.strategy for trial in plan.trials} == set(STRATEGIES)
+    assert all(trial.seconds is not None and trial.seconds > 0 for trial in plan.trials)
+    totals = {trial.strategy: trial.total(100) for trial in plan.trials}
+    assert plan.strategy == strategy.name == min(totals, key=totals.get)
+    assert plan.seconds == totals[plan.strategy]
+    for trial in plan.trials:
+        assert trial.strategy in str(plan)
+        assert (trial.kept_bytes > 0) == bool(STRATEGIES[trial.strategy].family)
+
+
+def test_batched_strategies_are_not_tried_for_one_vector(patient):
+    _, plan = choose(small_problem(), 1, 100, share=1e6)
+    assert not any(trial.strategy.endswith("_batched") for trial in plan.trials)
+
+
+def test_trials_end_when_their_share_is_used_up(patient):
+    _, plan = choose(small_problem(), 2, 10, share=1e-9)
+    assert plan.strategy == "double_backward"
+    assert [trial.note[:9] for trial in plan.trials] == ["", *["not tried"] * (len(plan.trials) - 1)]
+
+
+def test_a_short_run_is_not_worth_a_trial():
+    _, plan = choose(small_problem(), 2, 1)
+    assert plan.strategy == "double_backward"
+    assert all(trial.note == "not tried: the run is short" for trial in plan.trials[1:])
+
+
+def test_what_does_not_fit_is_not_taken(patient):
+    strategy, plan = choose(small_problem(), 2, 100, share=1e6, memory_limit=1000)
+    assert not strategy.family
+    notes = {trial.strategy: trial.note for trial in plan.trials}
+    assert notes["kept_graph"].startswith("does not fit")
+    assert notes["linearized"].startswith("does not fit")
+
+
+def test_what_is_kept_does_not_count_weights_and_data(patient):
+    problem = small_problem(512)
+    inputs = problem.data[0][0].nbytes
+    for name in ("kept_graph", "linearized"):
+        operator = HessianOperator(problem, hvp=name)
+        operator.matvec(torch.ones(problem.size, dtype=torch.float64))
+        # Some dozens of activations of at most 32 a sample, where the inputs have 8.
+        assert 4 * 4 * inputs <= operator.strategy.kept_bytes <= 40 * 4 * inputs
+
+
+def test_what_is_refused_is_said(patient):
+    case = next(case for case in CASES if case.name == "padding")
+    _, plan = choose(Problem(*case.build()), 2, 100, share=1e6)
+    refused = {trial.strategy: trial.note for trial in plan.trials if trial.note}
+    assert refused["forward_over_reverse"].startswith("refused: hvp='forward_over_reverse' gets the product")
+
+
+@pytest.mark.parametrize("name", ["kept_graph", "kept_graph_batched", "linearized", "linearized_batched"])
+def test_batches_beyond_the_memory_limit_are_done_anew(name):
+    problem = small_problem(8, 8, 8)
+    panel = torch.randn(2, problem.size, dtype=torch.float64)
+    whole = HessianOperator(problem, hvp=name)
+    wanted = whole.matmat(panel)
+    assert set(whole.strategy._kept) == {0, 1, 2}
+    part = HessianOperator(problem, hvp=name, memory_limit=whole.strategy.kept_bytes // 2)
+    for _ in range(2):
+        assert torch.linalg.vector_norm(part.matmat(panel) - wanted) <= 64 * 2.0**-52 * torch.linalg.vector_norm(wanted)
+    assert set(part.strategy._kept) == {0}
+    assert part.strategy.kept_bytes <= whole.strategy.kept_bytes // 2
+    whole.strategy.release()
+    assert whole.strategy.kept_bytes == 0
+    assert torch.equal(whole.matmat(panel), wanted)
+
+
+def test_auto_multiplies_by_the_hessian(patient):
+    problem = small_problem()
+    panel = torch.randn(2, problem.size, dtype=torch.float64)
+    operator = HessianOperator(problem, hvp="auto", panels=10**6)
+    wanted = HessianOperator(problem).matmat(panel)
+    found = operator.matmat(panel)
+    assert torch.linalg.vector_norm(found - wanted) <= 64 * 2.0**-52 * torch.linalg.vector_norm(wanted)
+    assert operator.plan.strategy == operator.strategy.name
+    assert torch.equal(operator.matmat(panel), found)
+
+
+def test_auto_falls_back_where_a_later_batch_is_refused(patient, monkeypatch):
+    class Listed(nn.Module):
+        """Reaches a weight through a list, for batches of fewer than 5 samples."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 3)
+            self.weights = [self.linear.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.linear.weight if len(x) >= 5 else self.weights[0]
+            return nn.functional.linear(x.tanh(), weight, self.linear.bias)
+
+    monkeypatch.setattr(planner, "ORDER", ("forward_over_reverse",))
+    torch.manual_seed(0)
+    model, data = Listed().double(), vectors(6, 3)
+    monkeypatch.setattr(planner.Trial, "total", lambda self, panels: 1e3 if self.strategy == "double_backward" else 1.0)
+    operator = HessianOperator(Problem(model, CROSS_ENTROPY, data), hvp="auto")
+    panel = torch.randn(2, operator.size, dtype=torch.float64)
+    with pytest.warns(HESDWarning, match=r"'double_backward' from here on: .*by another way"):
+        found = operator.matmat(panel)
+    assert operator.strategy.name == "double_backward"
+    assert torch.equal(found, HessianOperator(Problem(model, CROSS_ENTROPY, data)).matmat(panel))
+
+
+def test_unknown_strategies_are_refused_by_name():
+    with pytest.raises(OperatorError, match="hvp is 'fast'; wanted 'auto' or one of 'double_backward'"):
+        HessianOperator(small_problem(), hvp="fast")
+    with pytest.raises(OperatorError, match="hvp is 'fast'"):
+        hesd.analyze(small_problem(), hvp="fast", progress=False)
+
+
+@pytest.mark.parametrize("name", ["auto", *STRATEGIES])
+def test_analyze_with_every_strategy_finds_the_same_spectrum(name):
+    report = hesd.analyze(small_problem(), max_steps=8, block_size=2, hvp=name, progress=False)
+    plain = hesd.analyze(small_problem(), max_steps=8, block_size=2, hvp="double_backward", progress=False)
+    assert report.cost.strategy == ("double_backward" if name == "auto" else name)
+    assert bool(report.cost.plan) == (name == "auto")
+    assert report.options["hvp"] == name
+    np.testing.assert_allclose(report.lambda_max.value, plain.lambda_max.value, rtol=1e-10)
+    assert all(check.passed for check in report.checks)
+
+
+def test_plan_predicts_products_and_the_basis():
+    problem = small_problem()
+    plan = hesd.plan(problem, block_size=4, max_steps=20)
+    assert plan.hvps == 80
+    assert plan.seconds == plan.products.seconds
+    assert plan.basis.bytes == 18 * 4 * problem.size * 8
+    assert plan.working_bytes == 12 * problem.size * 8
+    assert "basis: 72 vectors" in str(plan)
+    with pytest.raises(hesd.ProblemError, match="plan got Sequential"):
+        hesd.plan(problem.model)
+
+
+class Map:
+    """A symmetric matrix, with something added to each product."""
+
+    size, dtype, device, products = 40, torch.float64, torch.device("cpu"), 0
+
+    def __init__(self, disturb):
+        generator = torch.Generator().manual_seed(0)
+        matrix = torch.randn(40, 40, dtype=torch.float64, generator=generator)
+        self.matrix, self.disturb, self.calls = matrix + matrix.T, disturb, 0
+
+    def matmat(self, panel, out=None):
+        self.calls += 1
+        product = self.disturb(panel @ self.matrix, self.calls)
+        return product if out is None else out.copy_(product)
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_linearity_and_repetition_are_measured(block):
+    panel = torch.randn(block, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sound = CheckedOperator(Map(lambda product, call: product))
+    assert sound.linearity is None
+    sound.matmat(panel)
+    assert sound.linearity <= 64 * 2.0**-52
+    assert sound.repetition == 0.0
+    sound.matmat(panel)
+    assert sound._operator.calls == 4  # the panel, twice the combination, the panel
+    bent = CheckedOperator(Map(lambda product, call: product + 0.1 * product.norm(dim=1, keepdim=True) ** 2 / 100))
+    bent.matmat(panel)
+    assert bent.linearity > 1e-3
+    assert bent.repetition == 0.0
+    drifting = CheckedOperator(Map(lambda product, call: product * (1 + 1e-3 * call)))
+    drifting.matmat(panel)
+    assert 5e-4 < drifting.repetition < 2e-3
+    zero = CheckedOperator(Map(lambda product, call: 0 * product))
+    zero.matmat(panel)
+    assert (zero.linearity, zero.repetition) == (None, None)
+
+
+def test_a_run_that_is_not_linear_says_so(monkeypatch):
+    problem = small_problem()
+    plain = HessianOperator._multiply
+
+    def bent(self, panel, out):
+        plain(self, panel, out)
+        out.add_(1e-4 * out.abs().max())
+
+    monkeypatch.setattr(HessianOperator, "_multiply", bent)
+    with pytest.warns(HESDWarning, match="the check of linearity failed: .*; likely causes are"):
+        hesd.analyze(problem, max_steps=4, block_size=2, progress=False)
+
+
+MEMORY = """
+import sys, torch
+sys.path.insert(0, "tests")
+import resource
+from torch import nn
+from hesd_fast import losses
+from hesd_fast.operators import HessianOperator
+from hesd_fast.problem import Problem
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 10))
+data = [(torch.randn(64, 256), torch.randint(10, (64,))) for _ in range(3)]
+operator = HessianOperator(Problem(model, losses.supervised(nn.CrossEntropyLoss()), data), hvp=sys.argv[1])
+panel, out = torch.randn(1, operator.size), torch.empty(1, operator.size)
+
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+
+with operator.problem.session():
+    for _ in range(20):
+        operator.matmat(panel, out=out)
+    before = resident()
+    for _ in range(200):
+        operator.matmat(panel, out=out)
+    print(resident() - before, all(parameter.grad is None for parameter in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("name", ALL_STRATEGIES)
+def test_memory_is_flat_over_200_products(name):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("resident memory is read from /proc")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, name], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    growth, untouched = done.stdout.split()
+    # One gradient's graph of one batch holds about 2 MiB: 200 that stay would be 400.
+    assert int(growth) <= 8 * 2**20
+    assert untouched == "True"
