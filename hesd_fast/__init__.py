@@ -25,7 +25,13 @@ from hesd_fast.errors import (
 from hesd_fast.estimate import Estimate
 from hesd_fast.hesd_type import HESDType, TypeEvidence, TypeThresholds, classify
 from hesd_fast.lanczos import LanczosProgress, block_lanczos
-from hesd_fast.operators import CurvatureOperator, HessianOperator, MatrixOperator
+from hesd_fast.operators import (
+    CurvatureOperator,
+    EmpiricalFisherOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    MatrixOperator,
+)
 from hesd_fast.plan import RunPlan, plan
 from hesd_fast.plotting import plot_densities
 from hesd_fast.problem import Problem
@@ -47,8 +53,10 @@ __all__ = [
     "CheckpointError",
     "Criteria",
     "CurvatureOperator",
+    "EmpiricalFisherOperator",
     "EngineError",
     "Estimate",
+    "GaussNewtonOperator",
     "HESDError",
     "HESDType",
     "HESDWarning",

@@ -1,9 +1,10 @@
-"""Ready-made losses: functions ``loss(model, batch)`` whose batches of unequal size add up exactly."""
+"""Ready-made losses: callables ``loss(model, batch)`` whose batches of unequal size add up exactly."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,11 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.loss import _Loss as CriterionModule
 
 from hesd_fast.data import leading_dimension, leaves, to_device
 from hesd_fast.errors import ProblemError
+from hesd_fast.softmax_cross_entropy import pays, softmax_cross_entropy
 
 SumAndCount = tuple[Tensor, Tensor | float]
+
+SumsAndCounts = tuple[Tensor, Tensor]
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
@@ -31,7 +36,31 @@ _ELEMENTWISE = (
 )
 
 
-def supervised(criterion: Callable[[Any, Any], Tensor]) -> Callable[[nn.Module, Any], SumAndCount]:
+IGNORED = -100
+"""The label of a token that does not count."""
+
+
+class OutputLoss(ABC):
+    """A loss of a model's outputs: ``loss(model, batch)`` is ``of_outputs(outputs(model, batch), batch)``."""
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return what the model computes of a batch, the tensor that the loss is a function of."""
+
+    @abstractmethod
+    def of_outputs(self, outputs: Tensor, batch: Any) -> SumAndCount:
+        """Return the sum of the loss terms, and their number or weight."""
+
+    @abstractmethod
+    def terms_of_outputs(self, outputs: Tensor, batch: Any) -> SumsAndCounts:
+        """Return the sum and the count term by term, (k,) each; they add up to those of :meth:`of_outputs`."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> SumAndCount:
+        """Return the sum of the loss terms of a batch, and their number or weight."""
+        return self.of_outputs(self.outputs(model, batch), batch)
+
+
+def supervised(criterion: Callable[[Any, Any], Tensor]) -> OutputLoss:
     """Build the loss ``criterion(model(inputs), targets)`` over (inputs, targets) batches.
 
     A batch is a pair ``(inputs, targets)``, or a mapping that holds the targets under "labels", "label", "targets" or
@@ -43,7 +72,8 @@ def supervised(criterion: Callable[[Any, Any], Tensor]) -> Callable[[nn.Module, 
     criterion
         A torch loss module such as ``nn.CrossEntropyLoss()``, of reduction "mean" or "sum", or any function of
         (output, targets) that returns the mean over the leading dimension. Cross-entropy and negative log-likelihood
-        count their targets as PyTorch's mean does: without the ignored ones, and by class weight.
+        count their targets as PyTorch's mean does: without the ignored ones, and by class weight. Term by term
+        (:meth:`OutputLoss.terms_of_outputs`), one sample of the leading dimension is one term.
 
     Raises
     ------
@@ -63,65 +93,77 @@ def supervised(criterion: Callable[[Any, Any], Tensor]) -> Callable[[nn.Module, 
     reduction = getattr(criterion, "reduction", "mean")
     if reduction not in ("mean", "sum", "batchmean"):
         raise ProblemError(f"the criterion has reduction={reduction!r}; use 'mean' or 'sum'")
+    return _Supervised(criterion, reduction)
 
-    def loss(model: nn.Module, batch: Any) -> SumAndCount:
+
+class _Supervised(OutputLoss):
+    def __init__(self, criterion: Callable[[Any, Any], Tensor], reduction: str) -> None:
+        self.criterion, self.reduction = criterion, reduction
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         _check_leaves(batch)
-        inputs, targets = _inputs_and_targets(to_device(batch, _device_of(model)))
-        return _sum_and_count(criterion, reduction, _logits(_call(model, inputs)), targets)
+        inputs, _ = _inputs_and_targets(batch)
+        return _logits(_call(model, to_device(inputs, _device_of(model))))
 
-    return loss
+    def of_outputs(self, outputs: Tensor, batch: Any) -> SumAndCount:
+        return _sum_and_count(self.criterion, self.reduction, outputs, self._targets(outputs, batch))
+
+    def terms_of_outputs(self, outputs: Tensor, batch: Any) -> SumsAndCounts:
+        return _sums_and_counts(self.criterion, self.reduction, outputs, self._targets(outputs, batch))
+
+    def _targets(self, outputs: Tensor, batch: Any) -> Any:
+        return to_device(_inputs_and_targets(batch)[1], outputs.device)
 
 
-def causal_lm() -> Callable[[nn.Module, Any], SumAndCount]:
+def causal_lm() -> OutputLoss:
     """Build the next-token cross-entropy of a language model, summed over the tokens that count.
 
     A batch is a tensor of token ids (N, T), a tuple of one such tensor, or a mapping with "input_ids" and optionally
     "attention_mask" and "labels" (N, T; -100 is ignored; by default the input ids wherever the mask is not 0). The
     model returns logits (N, T, vocabulary), as for :func:`supervised`; position t predicts the label at t + 1. Labels
     are never handed to the model. A model whose ``forward`` names no ``input_ids`` gets them as its first argument, and
-    one that takes no ``attention_mask`` does not get it: the mask then only decides which tokens count.
+    one that takes no ``attention_mask`` does not get it: the mask then only decides which tokens count. Term by term
+    (:meth:`OutputLoss.terms_of_outputs`), one token that counts is one term, not one sequence.
 
     Raises
     ------
     ProblemError
         At a batch or an output of unknown form, and at a batch with NumPy arrays.
     """
+    return _CausalLM()
 
-    def loss(model: nn.Module, batch: Any) -> SumAndCount:
+
+class _CausalLM(OutputLoss):
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         _check_leaves(batch)
-        batch = to_device(batch, _device_of(model))
-        if isinstance(batch, tuple | list) and len(batch) == 1:
-            batch = batch[0]
-        if isinstance(batch, Tensor):
-            batch = {"input_ids": batch}
-        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        arguments, _ = _arguments_and_labels(batch)
+        return _logits(_call_language_model(model, to_device(arguments, _device_of(model))))
+
+    def of_outputs(self, outputs: Tensor, batch: Any) -> SumAndCount:
+        logits, labels = self._rows(outputs, batch)
+        return _cross_entropy(logits, labels, None, IGNORED), (labels != IGNORED).sum()
+
+    def terms_of_outputs(self, outputs: Tensor, batch: Any) -> SumsAndCounts:
+        logits, labels = self._rows(outputs, batch)
+        counted = labels != IGNORED
+        sums = _cross_entropy(logits, labels, None, IGNORED, "none")[counted]
+        return sums, torch.ones_like(sums)
+
+    def _rows(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return one row of logits and one label for every position; nothing follows the last, so it is ignored."""
+        labels = to_device(_arguments_and_labels(batch)[1], outputs.device)
+        if outputs.ndim != 3 or outputs.shape[:2] != labels.shape:
             raise ProblemError(
-                f"causal_lm got a batch of {_form(batch)}; give token ids (N, T), or a mapping with 'input_ids'"
-            )
-        arguments = dict(batch)
-        labels = arguments.pop("labels", None)
-        if labels is None:
-            labels = arguments["input_ids"]
-            if arguments.get("attention_mask") is not None:
-                labels = labels.masked_fill(arguments["attention_mask"] == 0, -100)
-        logits = _logits(_call_language_model(model, arguments))
-        if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-            raise ProblemError(
-                f"the model returned logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}; "
+                f"the model returned logits of shape {tuple(outputs.shape)} for labels of shape {tuple(labels.shape)}; "
                 "causal_lm wants logits (N, T, vocabulary) and labels (N, T)"
             )
-        # Half precision cannot hold the sum over many tokens.
-        logits = logits[:, :-1].float() if logits.dtype in (torch.float16, torch.bfloat16) else logits[:, :-1]
-        labels = labels[:, 1:].reshape(-1)
-        total = functional.cross_entropy(logits.reshape(labels.numel(), -1), labels, ignore_index=-100, reduction="sum")
-        return total, (labels != -100).sum()
-
-    return loss
+        # Leaving out the last positions of the logits would copy all the others.
+        return outputs.flatten(0, 1), functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
 
 
 def is_ready_made(loss: Callable[..., Any]) -> bool:
     """Return whether a loss was built here; its counts are right however small class weights make them."""
-    return getattr(loss, "__module__", None) == __name__
+    return isinstance(loss, _Supervised | _CausalLM)
 
 
 def _check_leaves(batch: Any) -> None:
@@ -156,6 +198,24 @@ def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
         f"supervised got a batch of {_form(batch)}; give a pair (inputs, targets), or a mapping with one of the keys "
         f"{', '.join(map(repr, TARGET_KEYS))}"
     )
+
+
+def _arguments_and_labels(batch: Any) -> tuple[dict[str, Any], Tensor]:
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        raise ProblemError(
+            f"causal_lm got a batch of {_form(batch)}; give token ids (N, T), or a mapping with 'input_ids'"
+        )
+    arguments = dict(batch)
+    labels = arguments.pop("labels", None)
+    if labels is None:
+        labels = arguments["input_ids"]
+        if arguments.get("attention_mask") is not None:
+            labels = labels.masked_fill(arguments["attention_mask"] == 0, IGNORED)
+    return arguments, labels
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -196,25 +256,81 @@ def _logits(output: Any) -> Tensor:
 
 def _sum_and_count(criterion: Any, reduction: str, output: Tensor, targets: Any) -> SumAndCount:
     if reduction == "mean" and isinstance(criterion, (*_ELEMENTWISE, nn.CrossEntropyLoss, nn.NLLLoss)):
-        summing = copy.copy(criterion)  # shallow, so that a subclass keeps its options
-        summing.reduction = "sum"
-        total = summing(output, targets)
+        total = _reduced(criterion, "sum", output, targets)
         if isinstance(criterion, _ELEMENTWISE):
             shape: torch.Size = torch.broadcast_shapes(output.shape, targets.shape)  # type: ignore[no-untyped-call]
             return total, float(shape.numel())
-        return total, _target_count(criterion, output, targets)
+        counts = _target_counts(criterion, output, targets)
+        return total, counts.sum()  # no number: code that is traced cannot read one
     count = leading_dimension(targets)
     if count is None:
         raise ProblemError("the targets have no leading dimension to count terms by; give targets of shape (N, ...)")
-    value = criterion(output, targets)
+    value = _reduced(criterion, reduction, output, targets)
     return (value if reduction == "sum" else value * count), float(count)
 
 
-def _target_count(criterion: nn.CrossEntropyLoss | nn.NLLLoss, output: Tensor, targets: Tensor) -> Tensor | float:
-    """Return what PyTorch's mean divides by: the sum of the weights of the targets that are not ignored."""
+def _sums_and_counts(criterion: Any, reduction: str, output: Tensor, targets: Any) -> SumsAndCounts:
+    """Return the loss and the count of every sample."""
+    if not isinstance(criterion, CriterionModule):
+        raise ProblemError(
+            f"{getattr(criterion, '__name__', type(criterion).__name__)} gives one loss for a batch, and one for each "
+            "sample is wanted; give supervised() a torch loss module, for example nn.CrossEntropyLoss()"
+        )
+    losses = _reduced(criterion, "none", output, targets)
+    samples = len(losses) if losses.ndim else 1
+    if reduction == "mean" and isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
+        counts = _target_counts(criterion, output, targets).to(losses.dtype)
+    elif reduction == "mean" and isinstance(criterion, _ELEMENTWISE):
+        counts = torch.ones_like(losses)
+    else:
+        counts = losses.new_ones(samples)
+        if reduction == "mean":
+            losses = losses.reshape(samples, -1).mean(1)
+    return losses.reshape(samples, -1).sum(1), counts.detach().reshape(samples, -1).sum(1)
+
+
+def _reduced(criterion: Any, reduction: str, output: Tensor, targets: Any) -> Tensor:
+    """Return the criterion's value with a reduction other than its own."""
+    if type(criterion) is nn.CrossEntropyLoss and not criterion.label_smoothing and reduction != "mean":
+        return _cross_entropy(output, targets, criterion.weight, criterion.ignore_index, reduction)
+    if getattr(criterion, "reduction", reduction) != reduction:
+        criterion = copy.copy(criterion)  # shallow, so that a subclass keeps its options
+        criterion.reduction = reduction
+    value: Tensor = criterion(output, targets)
+    return value
+
+
+def _cross_entropy(
+    logits: Tensor, targets: Any, weight: Tensor | None, ignore_index: int, reduction: str = "sum"
+) -> Tensor:
+    """Return ``functional.cross_entropy``, in float32 at least, by closed forms where there are many logits."""
+    # Half precision cannot hold the sum over many tokens.
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    if weight is not None and weight.dtype == logits.dtype:
+        weight = weight.to(precision)
+    wanted = logits.shape[:1] + logits.shape[2:]
+    if not (
+        pays(logits)
+        and logits.ndim > 1
+        and isinstance(targets, Tensor)
+        and targets.dtype == torch.int64
+        and targets.shape == wanted
+        and (weight is None or (weight.dtype == precision and weight.shape == logits.shape[1:2]))
+    ):
+        return functional.cross_entropy(logits.to(precision), targets, weight, None, ignore_index, None, reduction)
+    counted = targets.flatten() != ignore_index
+    classes = targets.flatten().masked_fill(~counted, 0)
+    losses = softmax_cross_entropy(logits.movedim(1, -1).flatten(0, -2), classes)
+    losses = torch.where(counted, losses if weight is None else losses * weight[classes], 0)
+    return losses.sum() if reduction == "sum" else losses.view(wanted)
+
+
+def _target_counts(criterion: nn.CrossEntropyLoss | nn.NLLLoss, output: Tensor, targets: Tensor) -> Tensor:
+    """Return what PyTorch's mean divides by, target by target: its weight, or 0 if it is ignored."""
     if targets.is_floating_point():  # class probabilities: one term per position, none ignored, weights not counted
-        return float(output.numel() // output.size(1 if output.ndim > 1 else 0))
-    counted = targets[targets != criterion.ignore_index]
+        return torch.ones_like(output.select(1 if output.ndim > 1 else 0, 0), dtype=torch.float32)
+    counted = targets != criterion.ignore_index
     if criterion.weight is None:
-        return float(counted.numel())
-    return criterion.weight[counted].sum()
+        return counted
+    weight = criterion.weight.to(torch.promote_types(criterion.weight.dtype, torch.float32))
+    return torch.where(counted, weight[targets.masked_fill(~counted, 0)], 0)

@@ -8,7 +8,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,12 @@ class LossTerm:
         """
         with self._problem._replaced(weights):
             return self._problem._batch_loss(self.index, self.batch)[0]
+
+    def outputs(self, weights: Sequence[Tensor] | None = None) -> Any:
+        """Return what ``loss.outputs(model, batch)`` does, with other tensors as the selected parameters if given."""
+        problem = self._problem
+        with nullcontext() if weights is None else problem._replaced(weights):
+            return problem._call(problem.loss.outputs, self.index, self.batch)  # type: ignore[attr-defined]
 
     @contextmanager
     def watched_random_streams(self) -> Iterator[list[bool]]:
@@ -306,15 +312,20 @@ class Problem:
 
     def _batch_loss(self, index: int, batch: Any) -> tuple[Tensor, Any]:
         """Return the loss of one batch, and its count if the loss returned one."""
-        self._borrowed_state().refresh_buffers()
-        self._streams.seed(index + 1)
-        before = [(path, leaf, version_of(leaf)) for path, leaf in _data.leaves(batch) if isinstance(leaf, Tensor)]
-        result = self.loss(self.model, batch)
-        if (altered := _altered_leaf(before, batch)) is not None:
-            self._altered.setdefault(index, altered)  # harmless where the data makes every batch afresh
+        result = self._call(self.loss, index, batch)
         if isinstance(result, tuple) and len(result) == 2:
             return _checked_loss(result[0], index), result[1]
         return _checked_loss(result, index), None
+
+    def _call(self, function: Callable[[Any, Any], Any], index: int, batch: Any) -> Any:
+        """Return function(model, batch), with buffers and random streams as at every evaluation of the batch."""
+        self._borrowed_state().refresh_buffers()
+        self._streams.seed(index + 1)
+        before = [(path, leaf, version_of(leaf)) for path, leaf in _data.leaves(batch) if isinstance(leaf, Tensor)]
+        result = function(self.model, batch)
+        if (altered := _altered_leaf(before, batch)) is not None:
+            self._altered.setdefault(index, altered)  # harmless where the data makes every batch afresh
+        return result
 
     @contextmanager
     def _replaced(self, weights: Sequence[Tensor]) -> Iterator[None]:

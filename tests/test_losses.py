@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hesd_fast.errors import ProblemError
-from hesd_fast.losses import causal_lm, supervised
+from hesd_fast.losses import OutputLoss, causal_lm, is_ready_made, supervised
 from hesd_fast.problem import Problem
 
 # Means and sums of a few dozen float64 numbers near 1.
@@ -223,9 +223,69 @@ def test_causal_lm_hands_over_what_the_model_takes() -> None:
     assert seen["use_cache"] is False
 
 
-def test_causal_lm_sums_in_float32_at_least() -> None:
+def test_cross_entropy_sums_in_float32_at_least() -> None:
     total, _ = causal_lm()(PlainLanguageModel().bfloat16(), IDS)
     assert total.dtype == torch.float32
+    weight = torch.tensor([0.5, 1.0, 2.0]).bfloat16()
+    batch = torch.ones(600, 8).bfloat16(), torch.randint(3, (600,))
+    for criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight)):
+        total, count = supervised(criterion)(nn.Linear(8, 3).bfloat16(), batch)
+        assert total.dtype == torch.float32
+        wanted = 600 if criterion.weight is None else weight[batch[1]].double().sum()
+        assert float(count) == wanted  # which bfloat16 could not hold
+
+
+BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
+
+
+@pytest.mark.parametrize(
+    ("loss", "model", "batch"),
+    [
+        (causal_lm(), PlainLanguageModel(), BATCH),
+        (causal_lm(), gpt2(), BATCH),
+        (causal_lm(), PlainLanguageModel(), (IDS,)),
+        (supervised(nn.CrossEntropyLoss(ignore_index=1)), nn.Linear(8, 3), vectors(6)[0]),
+        (supervised(nn.CrossEntropyLoss(torch.tensor([0.2, 1.5, 3.0]).double())), nn.Linear(8, 3), vectors(6)[0]),
+        (supervised(nn.CrossEntropyLoss(label_smoothing=0.1)), nn.Linear(8, 3), vectors(6)[0]),
+        (supervised(nn.CrossEntropyLoss()), nn.Linear(8, 3), {"labels": vectors(6)[0][1], "input": vectors(6)[0][0]}),
+        (supervised(nn.CrossEntropyLoss()), Reshaped(), (vectors(6)[0][0], torch.randint(3, (6, 2, 2)))),
+        (supervised(nn.MSELoss()), nn.Linear(8, 3), (vectors(6)[0][0], torch.rand(6, 3).double())),
+        (supervised(nn.MSELoss(reduction="sum")), nn.Linear(8, 3), (vectors(6)[0][0], torch.rand(6, 3).double())),
+        (supervised(nn.SoftMarginLoss()), nn.Linear(8, 3), (vectors(6)[0][0], torch.ones(6, 3).double())),
+        (supervised(functional.cross_entropy), nn.Linear(8, 3), vectors(6)[0]),
+    ],
+)
+def test_a_loss_is_that_of_its_outputs_and_of_its_terms(loss: OutputLoss, model: nn.Module, batch: object) -> None:
+    model = model.double().eval()
+    total, count = loss(model, batch)
+    outputs = loss.outputs(model, batch)
+    again, same_count = loss.of_outputs(outputs, batch)
+    assert torch.equal(again, total)
+    assert same_count == count
+    sums, counts = loss.terms_of_outputs(outputs, batch)
+    assert sums.shape == counts.shape == (len(sums),)
+    assert same(float(sums.sum().detach()), float(total.detach()))
+    assert same(float(counts.sum()), float(count))
+    assert is_ready_made(loss)
+    assert not is_ready_made(lambda model, batch: loss(model, batch))
+
+
+def test_terms_are_samples_or_tokens() -> None:
+    x, y = vectors(6)[0]
+    sums, counts = supervised(nn.CrossEntropyLoss(ignore_index=1)).terms_of_outputs(x[:, :3], (x, y))
+    assert torch.equal(counts, (y != 1).double())
+    assert torch.equal(sums, functional.cross_entropy(x[:, :3], y, ignore_index=1, reduction="none"))
+    sums, counts = causal_lm().terms_of_outputs(torch.zeros(2, 4, 13), BATCH)
+    assert sums.tolist() == pytest.approx([float(torch.tensor(13.0).log())] * 4)
+    assert counts.tolist() == [1, 1, 1, 1]
+    sums, counts = supervised(nn.MSELoss()).terms_of_outputs(torch.zeros(2, 4), (x, torch.ones(2, 4)))
+    assert (sums.tolist(), counts.tolist()) == ([4, 4], [4, 4])
+
+
+def test_terms_are_refused_where_the_criterion_has_none() -> None:
+    x, y = vectors(6)[0]
+    with pytest.raises(ProblemError, match=r"soft_margin_loss gives one loss for a batch, .* torch loss module"):
+        supervised(functional.soft_margin_loss).terms_of_outputs(x, (x, y))
 
 
 def test_numpy_batches_are_refused_by_name() -> None:

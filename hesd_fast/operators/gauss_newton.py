@@ -1,0 +1,306 @@
+"""The generalized Gauss-Newton matrix of a problem, and what all operators built on a Jacobian share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vmap
+
+from hesd_fast import kernels
+from hesd_fast.errors import OperatorError, ProblemError
+from hesd_fast.hvp.base import LARGEST_DISAGREEMENT, Vectors, dense, quiet, stacked
+from hesd_fast.hvp.second_derivatives import graph_nodes
+from hesd_fast.operators.base import OperatorBase
+from hesd_fast.problem import LossTerm, Problem
+
+TANGENT_BYTES = 2**28
+"""Bytes that the products J v of a batch may take in forward mode, which computes many at once."""
+
+
+def gradient(values: Any, sources: Any, cotangent: Any = None, **options: bool) -> tuple[Tensor | None, ...]:
+    """Return ``torch.autograd.grad`` in the precision of the forward pass, None for sources that are not used."""
+    with torch.autocast(sources[0].device.type if isinstance(sources, list) else sources.device.type, enabled=False):
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(values, sources, cotangent, allow_unused=True, **options)
+    return found
+
+
+class Jacobian:
+    """The Jacobian J of a tensor with respect to the parameters, in products with vectors.
+
+    J v is the derivative of w -> J^T w, which is linear in w: reverse mode twice. So it exists for every operation that
+    has a second derivative, and with J^T v a product costs 4 F, with F the cost of the forward pass; J^T w is
+    differentiated once, for all vectors, at 2 F. Forward mode has less to do, and takes fewer models.
+
+    Parameters
+    ----------
+    values : tensor
+        With its graph, which is kept until the Jacobian is gone.
+    parameters : list of nn.Parameter
+        What to differentiate by.
+    """
+
+    def __init__(self, values: Tensor, parameters: list[nn.Parameter]) -> None:
+        self.values, self.parameters = values, parameters
+        self._cotangent = torch.zeros_like(values, requires_grad=True)
+        found = gradient(values, parameters, self._cotangent, create_graph=True)
+        self._entries = {i: entry for i, entry in enumerate(found) if entry is not None and entry.requires_grad}
+        nodes = graph_nodes([entry.grad_fn for entry in self._entries.values()])
+        if any(node.name() == "torch::autograd::Error" for node in nodes):
+            raise RuntimeError("a function marked with @once_differentiable cannot be differentiated twice")
+
+    def times(self, vector: list[Tensor]) -> Tensor:
+        """Return J v, in the shape of the values."""
+        if not self._entries:
+            return torch.zeros_like(self.values)
+        entries, parts = list(self._entries.values()), [vector[i] for i in self._entries]
+        (product,) = gradient(entries, self._cotangent, parts, retain_graph=True)
+        return torch.zeros_like(self.values) if product is None else product
+
+
+class JacobianOperator(OperatorBase):
+    """A matrix sum over batches of alpha J^T M J, with M a symmetric map of what the model computes of a batch.
+
+    Parameters
+    ----------
+    problem : Problem
+        Whose loss is of the form of :class:`hesd_fast.losses.OutputLoss`.
+    compensated : bool
+        Carry the rounding errors of adding up the batches (two-sum); costs a panel of memory.
+    jvp : {"auto", "forward", "reverse"}
+        How J v is computed: "forward" for forward mode, all vectors at once, "reverse" as in :class:`Jacobian`, "auto"
+        for forward mode where it works and agrees with reverse mode.
+    """
+
+    needed: ClassVar[tuple[str, ...]]
+    """Methods that the loss must have."""
+
+    def __init__(self, problem: Problem, compensated: bool = False, jvp: str = "auto") -> None:
+        name = type(self).__name__
+        if not isinstance(problem, Problem):
+            raise OperatorError(
+                f"{name} got {type(problem).__name__}; give a Problem, as in Problem(model, loss, data)"
+            )
+        missing = [method for method in self.needed if not callable(getattr(problem.loss, method, None))]
+        if missing:
+            raise ProblemError(
+                f"{name} needs a loss that tells the model's outputs from what is done with them, and "
+                f"{_name_of(problem.loss)} has no {' and no '.join(missing)}; use hesd_fast.losses.supervised or "
+                "causal_lm, or write a hesd_fast.losses.OutputLoss"
+            )
+        if jvp not in ("auto", "forward", "reverse"):
+            raise OperatorError(f"jvp is {jvp!r}; give 'auto', 'forward' or 'reverse'")
+        super().__init__(problem.size, problem.dtype, problem.device)
+        self.problem = problem
+        self.compensated = compensated
+        self.jvp = jvp
+        self.reason = ""
+        """Why "auto" takes reverse mode, if it does."""
+        self._checked: set[int] = set()
+
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the coarsest selected parameter, which limits the accuracy of the products."""
+        return max(torch.finfo(parameter.dtype).eps for parameter in self.problem.parameters.values())
+
+    def describe(self, column: int) -> str:
+        """Return the name of the parameter that a column belongs to."""
+        return f"column {column} (parameter {self.problem.describe(column)!r})"
+
+    @abstractmethod
+    def _values(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the values to take the Jacobian of."""
+
+    @abstractmethod
+    def _middle(self, term: LossTerm, outputs: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+        """Return the map M of tangents, and alpha; note ``term.value``."""
+
+    def _multiply(self, panel: Tensor, out: Tensor) -> None:
+        out.zero_()
+        compensation = torch.zeros_like(out) if self.compensated else None
+        parameters = list(self.problem.parameters.values())
+        rows = self._rows(panel)
+        self.problem.prepare()
+        with self.problem.session():
+            for term in self.problem.terms():
+                outputs = self._outputs(term)
+                with self._named_errors(term):
+                    middle, alpha = self._middle(term, outputs)
+                    values = self._values(outputs, term.batch)
+                    for j, tangent in self._tangents(term, values, rows):
+                        keep = j + 1 < len(rows)
+                        parts = gradient(values, parameters, middle(tangent), retain_graph=keep)
+                        self._accumulate(parts, out[j : j + 1], alpha, compensation, j)
+                        del parts, tangent
+                    del outputs, values, middle  # one batch's graph at a time
+        if compensation is not None:
+            out += compensation
+
+    def _accumulate(
+        self, parts: Sequence[Tensor | None], out: Tensor, alpha: float, compensation: Tensor | None, j: int
+    ) -> None:
+        used = {i: dense(part).reshape(1, -1) for i, part in enumerate(parts) if part is not None}
+        if used:
+            kernels.accumulate_hvp(
+                out,
+                list(used.values()),
+                [self.problem.offsets[i] for i in used],
+                alpha=alpha,
+                compensation=None if compensation is None else compensation[j : j + 1],
+            )
+
+    def _tangents(self, term: LossTerm, values: Tensor, rows: Vectors) -> Iterator[tuple[int, Tensor]]:
+        """Yield (j, J v_j) for all vectors, as few at a time as memory asks for."""
+        size = max(TANGENT_BYTES // max(values.nbytes, 1), 1)
+        for first in range(0, len(rows), size):
+            chunk = rows[first : first + size]
+            if self.jvp == "reverse" or self.reason:
+                jacobian = Jacobian(values, list(self.problem.parameters.values()))
+                for j in range(first, len(rows)):
+                    yield j, jacobian.times(rows[j])
+                return
+            try:
+                if term.index not in self._checked:
+                    self._check(term, values)
+                tangents = self._forward(term, chunk)
+            except (torch.cuda.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:  # what transforms raise at code they cannot take has no common type
+                message = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                if self.jvp == "forward":
+                    raise OperatorError(
+                        f"jvp='forward' cannot differentiate this model; use 'reverse' or 'auto': {message}"
+                    ) from error
+                self.reason = message
+                yield from ((first + j, tangent) for j, tangent in self._tangents(term, values, rows[first:]))
+                return
+            yield from enumerate(tangents, first)
+
+    def _forward(self, term: LossTerm, rows: Vectors) -> Tensor:
+        def function(*weights: Tensor) -> Tensor:
+            return self._values(self._outputs(term, weights), term.batch)
+
+        def product(*vector: Tensor) -> tuple[Tensor, Tensor]:
+            return jvp(function, point, vector)  # type: ignore[return-value]
+
+        point = tuple(parameter.detach() for parameter in self.problem.parameters.values())
+        with quiet():
+            # The values do not depend on the vectors, so they have no dimension for them.
+            value, changes = vmap(product, out_dims=(None, 0), randomness="same")(*stacked(rows))  # type: ignore[arg-type]
+        if value.requires_grad or changes.requires_grad:
+            raise OperatorError("the model reaches a selected parameter by another way than its module's attribute")
+        tangents: Tensor = changes
+        return tangents
+
+    def _check(self, term: LossTerm, values: Tensor) -> None:
+        """Raise an OperatorError unless both modes agree on a batch; of each batch once, at the cost of one vector.
+
+        They differ where PyTorch defines a derivative in one way only, as that of an embedding at ``padding_idx``.
+        """
+        probe = kernels.empty_panel(1, self.problem.size, self.problem.dtype)
+        kernels.fill_probes(probe, 0)
+        (row,) = self._rows(probe.to(self.device))
+        found = self._forward(term, [row])[0]
+        wanted = Jacobian(values, list(self.problem.parameters.values())).times(row)
+        difference, norm = float(torch.linalg.vector_norm(found - wanted)), float(torch.linalg.vector_norm(wanted))
+        if not difference <= min(16.0 * self.epsilon**0.5, LARGEST_DISAGREEMENT) * norm:
+            raise OperatorError(
+                f"forward mode is {difference:.2g} away from reverse mode, of norm {norm:.2g}, on batch {term.index}"
+            )
+        self._checked.add(term.index)
+
+    def _rows(self, panel: Tensor) -> Vectors:
+        parameters = list(self.problem.parameters.values())
+        return [
+            [view.to(p.dtype) for view, p in zip(self.problem.unflatten(row), parameters, strict=True)] for row in panel
+        ]
+
+    def _outputs(self, term: LossTerm, weights: Sequence[Tensor] | None = None) -> Tensor:
+        outputs = term.outputs(weights)
+        if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+            got = f"dtype {outputs.dtype}" if isinstance(outputs, Tensor) else f"type {type(outputs).__name__}"
+            raise ProblemError(
+                f"the outputs of batch {term.index} are of {got}; loss.outputs has to return a floating-point tensor"
+            )
+        return outputs
+
+    @contextmanager
+    def _named_errors(self, term: LossTerm) -> Iterator[None]:
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise OperatorError(
+                f"{type(self).__name__} cannot multiply on batch {term.index}: the derivative of model or loss cannot "
+                "be differentiated once more; replace the operation that PyTorch names by ordinary ones. "
+                f"PyTorch says: {str(error).splitlines()[0]}"
+            ) from error
+
+
+class GaussNewtonOperator(JacobianOperator):
+    """The generalized Gauss-Newton matrix, the sum over batches of J^T H J with H the Hessian by the model's outputs.
+
+    It is the Hessian of the loss with the model replaced by its linearization at the weights; exact, and positive
+    semi-definite where the loss is convex in the outputs, as cross-entropy and squared errors are. Batches are weighted
+    as those of :class:`~hesd_fast.operators.HessianOperator`. For cross-entropy it is the Fisher matrix, with
+    expectations over the model's own labels (Martens, JMLR 21(146), 2020, sections 8 and 9).
+
+    Parameters
+    ----------
+    problem : Problem
+        Its loss must be one of :mod:`hesd_fast.losses`, or have ``outputs(model, batch) -> tensor`` and
+        ``of_outputs(outputs, batch) -> mean or (sum, count)`` such that ``loss(model, batch)`` is
+        ``loss.of_outputs(loss.outputs(model, batch), batch)``.
+    compensated : bool
+        Carry the rounding errors of adding up the batches (two-sum); costs a panel of memory.
+    jvp : {"auto", "forward", "reverse"}
+        How J v is computed: in forward mode, all vectors at once; in reverse mode, twice, one vector after the other;
+        or in forward mode where that works and agrees with reverse mode, which is tried once on every batch.
+
+    Raises
+    ------
+    ProblemError
+        If the loss has no such methods.
+    OperatorError
+        At a product, if an operation has no second derivative.
+
+    Notes
+    -----
+    Cost of a panel of b vectors: 2 F + 4 F b and b products with H, where F is a forward pass, and F more in reverse
+    mode. Memory: the graph of one batch's forward pass; in reverse mode that of its first backward pass, too.
+    """
+
+    needed = ("outputs", "of_outputs")
+
+    def _values(self, outputs: Tensor, batch: Any) -> Tensor:  # noqa: ARG002
+        return outputs
+
+    def _middle(self, term: LossTerm, outputs: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+        leaf = outputs.detach().requires_grad_()
+        loss = _loss_of(self.problem.loss, leaf, term.batch)
+        term.value = loss.detach()
+        (slope,) = gradient(loss, leaf, create_graph=True)
+
+        def curvature(tangent: Tensor) -> Tensor:
+            product = None
+            if slope is not None and slope.requires_grad:
+                (product,) = gradient(slope, leaf, tangent, retain_graph=True)
+            return torch.zeros_like(leaf) if product is None else product
+
+        return curvature, term.weight
+
+
+def _loss_of(loss: Any, outputs: Tensor, batch: Any) -> Tensor:
+    """Return what :class:`~hesd_fast.Problem` takes for the loss: a mean, or the first of (sum, count)."""
+    result = loss.of_outputs(outputs, batch)
+    value: Tensor = result[0] if isinstance(result, tuple) and len(result) == 2 else result
+    return value
+
+
+def _name_of(loss: Any) -> str:
+    return str(getattr(loss, "__name__", type(loss).__name__))
