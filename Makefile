@@ -15,6 +15,13 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
 
+# What benches compare with, besides.
+$(VENV)/.bench-installed: $(VENV)/.installed
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'])" \
+		| xargs $(BIN)/pip install --quiet --constraint constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps curvlinops-for-pytorch
+	touch $@
+
 demo: setup
 	$(BIN)/hesd demo
 
@@ -43,16 +50,16 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # A part of it: make bench BENCH="-k sweep". Results are merged into bench/results/<machine>.json.
-bench: setup
-	$(BIN)/python -m pytest bench $(BENCH)
+bench: $(VENV)/.bench-installed
+	$(BIN)/python -m pytest bench -rs $(BENCH)
 
 # The tables in docs/performance.md.
 bench-report: setup
 	$(BIN)/python bench/report.py
 
 # Every benchmark's checks at small sizes; its times mean nothing.
-bench-smoke: setup
-	$(BIN)/python -m pytest bench --sizes smoke
+bench-smoke: $(VENV)/.bench-installed
+	$(BIN)/python -m pytest bench -rs --sizes smoke
 
 fashion-mnist: setup
 	$(BIN)/python examples/fashion_mnist.py

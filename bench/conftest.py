@@ -28,14 +28,19 @@ class Sizes:
     kernel_length: int
     basis: int
     gemm: int
-    images: dict[str, int]
+    images: dict[str, int]  # or sequences
+    tiny_models: bool
     steps: dict[str, int]
+    strategies_of: tuple[str, ...]
+    density_probes: int
+    density_steps: int
     diagonal_length: int
     diagonal_steps: int
     short_rounds: int
     rounds: int
     long_rounds: int
     end_to_end_rounds: int
+    product_rounds: int
 
 
 SIZES = {
@@ -45,14 +50,19 @@ SIZES = {
         kernel_length=2_000_000,
         basis=64,
         gemm=2048,
-        images={"mlp": 256, "lenet": 512},
+        images={"mlp": 256, "lenet": 512, "resnet20": 64, "gpt-s": 8},
+        tiny_models=False,
         steps={"mlp": 60, "lenet": 30},
+        strategies_of=("mlp", "lenet", "resnet20", "gpt-s"),
+        density_probes=4,
+        density_steps=10,
         diagonal_length=2_000_000,
         diagonal_steps=40,
         short_rounds=9,
         rounds=7,
         long_rounds=5,
         end_to_end_rounds=3,
+        product_rounds=3,
     ),
     # Lengths that are no multiple of a chunk, so that edges are checked too.
     "smoke": Sizes(
@@ -61,14 +71,19 @@ SIZES = {
         kernel_length=20_003,
         basis=16,
         gemm=128,
-        images={"mlp": 8, "lenet": 8},
+        images={"mlp": 8, "lenet": 8, "resnet20": 2, "gpt-s": 2},
+        tiny_models=True,
         steps={"mlp": 6, "lenet": 6},
+        strategies_of=("mlp", "lenet"),  # tracing takes its time however small the others are
+        density_probes=2,
+        density_steps=4,
         diagonal_length=20_003,
         diagonal_steps=8,
         short_rounds=2,
         rounds=2,
         long_rounds=2,
         end_to_end_rounds=2,
+        product_rounds=1,
     ),
 }
 

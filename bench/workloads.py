@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,9 +46,19 @@ class Workload:
     targets: Tensor
     data: str
 
+    @staticmethod
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the model's outputs over all targets."""
+        return cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy over all targets."""
-        return cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+        return self.criterion(model(inputs), targets)
+
+    def in_double(self) -> Workload:
+        """Return a copy in float64."""
+        inputs = self.inputs.double() if self.inputs.is_floating_point() else self.inputs
+        return Workload(self.name, copy.deepcopy(self.model).double(), inputs, self.targets, self.data)
 
     def problem(self) -> hesd.Problem:
         """Return the workload as a problem."""
@@ -59,40 +70,44 @@ class Workload:
         return hesd.Problem(self.model, loss, [(self.inputs, self.targets)])
 
 
-def build(name: str, samples: int | None = None) -> Workload:
-    """Return a workload by name, with fewer samples than its own number if asked."""
+def build(name: str, samples: int | None = None, tiny: bool = False) -> Workload:
+    """Return a workload by name; if asked with fewer samples than its own number, or a tiny model of its kind."""
     maker, default = WORKLOADS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        workload = maker(default if samples is None else samples)
+        workload = maker(default if samples is None else samples, tiny)
     workload.model.eval()
     return workload
 
 
-def mlp(samples: int) -> Workload:
+def mlp(samples: int, tiny: bool = False) -> Workload:
     """784-512-512-10 with ReLU on Fashion-MNIST."""
-    layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
+    width = 16 if tiny else 512
+    layers = [nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)]
     return Workload("mlp", nn.Sequential(nn.Flatten(), *layers), *_fashion_mnist(samples))
 
 
-def lenet(samples: int) -> Workload:
-    """LeNet-5 on Fashion-MNIST."""
+def lenet(samples: int, tiny: bool = False) -> Workload:  # noqa: ARG001
+    """LeNet-5 on Fashion-MNIST, tiny as it is."""
     return Workload("lenet", LeNet5(), *_fashion_mnist(samples))
 
 
-def resnet20(samples: int) -> Workload:
-    """ResNet-20 for 3 x 32 x 32 images, with projections where the shape changes."""
-    images, labels = torch.randn(samples, 3, 32, 32), torch.randint(10, (samples,))
-    return Workload("resnet20", ResNet20(), images, labels, "random images")
+def resnet20(samples: int, tiny: bool = False) -> Workload:
+    """ResNet-20 for 3 x 32 x 32 images, with projections where the shape changes; tiny with 6 layers."""
+    side = 8 if tiny else 32
+    images, labels = torch.randn(samples, 3, side, side), torch.randint(10, (samples,))
+    return Workload("resnet20", ResNet20(1, 2) if tiny else ResNet20(), images, labels, "random images")
 
 
-def gpt_s(samples: int) -> Workload:
+def gpt_s(samples: int, tiny: bool = False) -> Workload:
     """A decoder of 4 layers, width 256, 4 heads, on sequences of 64 tokens."""
-    tokens = torch.randint(512, (samples, 65))
-    return Workload("gpt-s", Decoder(), tokens[:, :-1], tokens[:, 1:], "random tokens")
+    decoder = Decoder(1, 32, 2, 16, 64) if tiny else Decoder()
+    length, words = len(decoder.positions.weight), len(decoder.words.weight)
+    tokens = torch.randint(words, (samples, length + 1))
+    return Workload("gpt-s", decoder, tokens[:, :-1], tokens[:, 1:], "random tokens")
 
 
-WORKLOADS: dict[str, tuple[Callable[[int], Workload], int]] = {
+WORKLOADS: dict[str, tuple[Callable[[int, bool], Workload], int]] = {
     "mlp": (mlp, 256),
     "lenet": (lenet, 512),
     "resnet20": (resnet20, 64),
@@ -125,20 +140,20 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """He et al., Deep Residual Learning for Image Recognition, section 4.2, n = 3."""
+    """He et al., Deep Residual Learning for Image Recognition, section 4.2, n = 3 blocks of each of 3 widths."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = 3, widths: int = 3) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        widths = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
+        shapes = [(16, 16, 1), (16, 32, 2), (32, 64, 2)][:widths]
         self.blocks = nn.Sequential(
             *(
                 ResidualBlock(before if first else after, after, stride if first else 1)
-                for before, after, stride in widths
-                for first in (True, False, False)
+                for before, after, stride in shapes
+                for first in [True] + [False] * (blocks - 1)
             )
         )
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(shapes[-1][1], 10)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(images)).mean(dim=(2, 3)))

@@ -1,0 +1,296 @@
+"""Hessian products next to the peers' own: per vector, by strategy, and as a whole density.
+
+make bench
+.venv/bin/python -m pytest bench -k products
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import peers
+import pytest
+import torch
+import workloads
+from bench_lanczos import BASELINE_MULTIPLE, ENGINE_MULTIPLE, check_moments, double_backward
+from contest import Contestant, Target
+from torch import Tensor
+
+import hesd_fast as hesd
+from hesd_fast import kernels
+from hesd_fast.hvp import STRATEGIES
+
+SEED = 7
+BLOCKS = [1, 4, 8]
+STRATEGY_BLOCK = 4
+POINTS = 1024
+"""Grid points of a density."""
+
+MULTIPLE = 1024
+"""Rounding errors of float32 that an entry of a product may be off by, relative to the panel's largest product."""
+
+EPSILON = torch.finfo(torch.float32).eps
+FORWARDS = 6
+"""Forward passes' worth of arithmetic that the product with one vector needs at least, its gradient at hand."""
+
+PEER, ANALYZE = "peer, its own density", "hesd.analyze, with criteria and checks"
+ONE, BATCHED, FLOOR = "peer, one vector at a time", "peer, batched", f"{FORWARDS} forward passes a vector"
+
+ONE_TARGETS = {"mlp": 1.5, "lenet": 1.0, "resnet20": 1.5, "gpt-s": 1.5}
+BATCHED_TARGETS = {"mlp": 1.2, "lenet": 1.0, "resnet20": 1.3, "gpt-s": 1.15}
+FLOOR_TARGETS = {"gpt-s": 1 / 1.3}
+DENSITY_TARGET = 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload with a panel of vectors and their products in float64."""
+
+    workload: workloads.Workload
+    panel: Tensor
+    truth: Tensor
+    loss: float
+
+    @classmethod
+    def make(cls, name: str, sizes) -> Case:
+        workload = workloads.build(name, sizes.images[name], sizes.tiny_models)
+        panel = kernels.empty_panel(max(BLOCKS), sum(p.numel() for p in workload.model.parameters()))
+        kernels.fill_probes(panel, SEED)
+        exact = workload.in_double()
+        product = double_backward(exact, keep_graph=True)
+        truth = torch.stack([product(row.double()) for row in panel])
+        with torch.no_grad():
+            loss = float(exact.loss(exact.model, exact.inputs, exact.targets))
+        return cls(workload, panel, truth, loss)
+
+    @property
+    def about(self) -> str:
+        workload, n = self.workload, self.panel.shape[1]
+        return f"{workload.name}, n = {n:,}, {len(workload.inputs)} samples of {workload.data}, float32"
+
+    def check(self, block: int):
+        """Return a check of products of the first ``block`` vectors: a panel, or vectors or matrices (n, width)."""
+        truth = self.truth[:block]
+        allowed = MULTIPLE * EPSILON * float(truth.abs().max())
+
+        def check(got):
+            if not isinstance(got, Tensor):
+                got = torch.cat([part[None] if part.ndim == 1 else part.T for part in got])
+            assert got.shape == truth.shape
+            error = float((got - truth).abs().max())
+            assert error <= allowed, f"off by {error:.3g}, allowed {allowed:.3g}"
+
+        return check
+
+    def ours(self, name: str, operator: hesd.HessianOperator, block: int) -> Contestant:
+        panel, out = self.panel[:block], kernels.empty_panel(block, self.panel.shape[1])
+        return Contestant(name, lambda: operator.matmat(panel, out=out), self.check(block), "engine")
+
+    def floor(self, block: int) -> Contestant:
+        """The forward passes whose arithmetic is the least that the products take."""
+        workload, model = self.workload, copy.deepcopy(self.workload.model)
+        count = FORWARDS * block
+
+        @torch.no_grad()
+        def run():
+            return [workload.loss(model, workload.inputs, workload.targets) for _ in range(count)]
+
+        def check(losses):
+            assert max(abs(float(loss) - self.loss) for loss in losses) <= MULTIPLE * EPSILON * self.loss
+
+        return Contestant(f"{count} forward passes", run, check, FLOOR)
+
+
+@pytest.fixture(scope="module", params=workloads.WORKLOADS)
+def case(request, sizes):
+    return Case.make(request.param, sizes)
+
+
+@pytest.fixture(scope="session")
+def _peers_installed():
+    reason = peers.why_missing()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def note_distance_to_floor(benchmark, row):
+    """Keep the time of a product as a multiple of its floor."""
+    benchmark.extra_info["times_of_the_floor"] = round(1 / row["ratios"][FLOOR]["ratio"], 3)
+
+
+@pytest.mark.usefixtures("_peers_installed")
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"b{block}" for block in BLOCKS])
+def test_product(hold, benchmark, sizes, case, block):
+    """A panel of products by the planner's choice; a ratio of panels is one of products."""
+    name, panel = case.workload.name, case.panel[:block]
+    check = case.check(block)
+    columns = panel.T.contiguous()
+    competitors = []
+    for peer in peers.of(case.workload):
+        if peer.wrong:
+            continue
+        competitors.append(
+            Contestant(f"{peer.name}, {peer.call}", lambda peer=peer: peer.one_by_one(panel), check, ONE)
+        )
+        if isinstance(peer, peers.Curvlinops):
+            competitors += [
+                Contestant(
+                    f"{peer.name}, operator @ V of {width}",
+                    lambda peer=peer, width=width: peer.batched(columns, width),
+                    check,
+                    BATCHED,
+                )
+                for width in BLOCKS
+                if 1 < width <= block
+            ]
+    wanted = {ONE: ONE_TARGETS, BATCHED: BATCHED_TARGETS, FLOOR: FLOOR_TARGETS if block > 1 else {}}
+    competitors.append(case.floor(block))
+    groups = dict.fromkeys(competitor.group for competitor in competitors)
+    targets = [Target(f"ratio to {group}", wanted[group][name]) for group in groups if name in wanted[group]]
+    problem = case.workload.problem()
+    operator = hesd.HessianOperator(problem, hvp="auto")
+    with problem.session():  # as analyze does
+        operator.matmat(panel)  # the planner tries its strategies
+        chosen = operator.strategy.name
+        row = hold(
+            case.ours(f"hesd auto, {chosen}", operator, block),
+            competitors,
+            sizes.product_rounds,
+            about=f"{case.about}; products with b = {block}, hvp = auto: {chosen}{peers.left_out(case.workload)}",
+            targets=targets,
+        )
+    operator.strategy.release()
+    note_distance_to_floor(benchmark, row)
+
+
+@pytest.mark.usefixtures("_peers_installed")
+def test_peer_is_left_out_only_while_it_is_wrong(case):
+    check = case.check(1)
+    for peer in peers.of(case.workload):
+        if peer.wrong:
+            with pytest.raises(AssertionError, match="off by"):
+                check(peer.one_by_one(case.panel[:1]))
+        else:
+            check(peer.one_by_one(case.panel[:1]))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_product_by_strategy(hold, benchmark, sizes, case, strategy):
+    """Each exact strategy by name, next to plain double backward from the start for each vector."""
+    if case.workload.name not in sizes.strategies_of:
+        pytest.skip(f"strategies by name are for {', '.join(sizes.strategies_of)} alone in {sizes.name} size")
+    block = STRATEGY_BLOCK
+    panel = case.panel[:block]
+    problem = case.workload.problem()
+    operator = hesd.HessianOperator(problem, hvp=strategy)
+    plain = double_backward(case.workload, keep_graph=False)
+    competitors = [
+        Contestant(
+            "double backward, gradient anew",
+            lambda: [plain(row) for row in panel],
+            case.check(block),
+            "PyTorch, one vector at a time",
+        ),
+        case.floor(block),
+    ]
+    with problem.session():
+        try:
+            operator.matmat(panel)
+        except hesd.OperatorError as error:
+            pytest.skip(f"{strategy} does not take {case.workload.name}: {error}")
+        row = hold(
+            case.ours(strategy, operator, block),
+            competitors,
+            sizes.product_rounds,
+            about=f"{case.about}; products with b = {block}, hvp = {strategy}",
+        )
+    operator.strategy.release()
+    note_distance_to_floor(benchmark, row)
+
+
+# From the model to its density.
+
+
+def exact_moments(workload, probes):
+    """Moments 0 to 2 of the measure of each probe, from one product in float64."""
+    product = double_backward(workload.in_double(), keep_graph=True)
+    moments = []
+    for probe in probes:
+        probe = probe.double()
+        image, square = product(probe), float(probe @ probe)
+        moments.append([1.0, float(probe @ image) / square, float(image @ image) / square])
+    return moments
+
+
+def density_check(workload, probes, steps, multiple):
+    """A check of a density: its quadrature has the moments of the Hessian, and its curve is one."""
+    check_rules = check_moments(exact_moments(workload, probes), steps, multiple)
+
+    def check(found):
+        assert found.values.shape == found.grid.shape == (POINTS,)
+        assert bool(torch.isfinite(found.values).all())
+        assert float(found.values.min()) >= 0
+        assert float(found.values.max()) > 0
+        check_rules([(nodes.double(), weights.double()) for nodes, weights in found.rules])
+
+    return check
+
+
+def smoothed(measure):
+    """The density of a measure on a grid, with its quadrature."""
+    low, high = min(nodes[0] for nodes in measure.nodes), max(nodes[-1] for nodes in measure.nodes)
+    pad = 0.1 * (high - low)
+    grid = torch.linspace(low - pad, high + pad, POINTS, dtype=torch.float64)
+    rules = [(torch.tensor(x), torch.tensor(w)) for x, w in zip(measure.nodes, measure.weights, strict=True)]
+    return peers.Density(grid, torch.from_numpy(measure.density(grid.numpy())), rules)
+
+
+@pytest.mark.usefixtures("_peers_installed")
+def test_density_with_the_same_products(hold, benchmark, sizes, case):
+    """From the model to its smoothed density, planning included; and `analyze`, which finds the criteria besides."""
+    workload = case.workload
+    count, steps = sizes.density_probes, sizes.density_steps
+    used = []
+
+    def density():
+        problem = workload.problem()
+        with problem.session():
+            operator = hesd.HessianOperator(problem, hvp="auto", panels=steps)
+            tridiagonal = hesd.block_lanczos(operator, steps, count, seed=SEED)
+        used[:] = [operator.strategy.name]
+        assert operator.products == count * steps
+        return smoothed(hesd.SpectralMeasure.from_tridiagonal(tridiagonal))
+
+    def analyze():
+        report = hesd.analyze(workload.problem(), block_size=count, max_steps=steps, seed=SEED, progress=False)
+        return smoothed(report.measure)
+
+    nodes = torch.cat([nodes for nodes, _ in density().rules])
+    ends = float(nodes.min()), float(nodes.max())
+    panel = kernels.empty_panel(count, case.panel.shape[1])
+    kernels.fill_probes(panel, SEED)
+    check = density_check(workload, panel, steps, ENGINE_MULTIPLE)
+    competitors = [Contestant("hesd.analyze", analyze, check, ANALYZE)]
+    for peer in peers.of(workload):
+        if peer.wrong:
+            continue
+        case.check(1)(peer.one_by_one(case.panel[:1]))  # a few wrong entries would not show in the moments
+        competitors.append(
+            Contestant(
+                f"{peer.name}, its density",
+                lambda peer=peer: peer.density(count, steps, SEED, POINTS, ends),
+                density_check(workload, peer.probes(count, SEED), steps, BASELINE_MULTIPLE),
+                PEER,
+            )
+        )
+    row = hold(
+        Contestant("block_lanczos and density", density, check, "engine"),
+        competitors,
+        sizes.product_rounds,
+        about=f"{case.about}; density from {count} probes of {steps} products, by {used[0]}; analyze makes two more; "
+        f"curvlinops is told the ends{peers.left_out(workload)}",
+        targets=[Target(f"ratio to {PEER}", DENSITY_TARGET)],
+    )
+    ratios = row["ratios"]
+    benchmark.extra_info["peer_to_analyze"] = round(ratios[PEER]["ratio"] / ratios[ANALYZE]["ratio"], 3)
