@@ -17,8 +17,7 @@ $(VENV)/.installed: $(SOURCES)
 
 # What benches compare with, besides.
 $(VENV)/.bench-installed: $(VENV)/.installed
-	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'])" \
-		| xargs $(BIN)/pip install --quiet --constraint constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt 'hesd-fast[bench]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps curvlinops-for-pytorch
 	touch $@
 

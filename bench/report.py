@@ -43,7 +43,9 @@ def _machine(found: dict[str, Any]) -> str:
     names = {date: str(number) for number, date in enumerate(runs, start=1)}
     contests = {name: row for name, row in rows.items() if "engine" in row}
     kernels = {name: row for name, row in contests.items() if "gigabytes" in row}
-    lanczos = {name: row for name, row in contests.items() if "gigabytes" not in row}
+    models = {name: row for name, row in contests.items() if "gigabytes" not in row}
+    products = {name: row for name, row in models.items() if name.startswith("bench_products.py")}
+    lanczos = {name: row for name, row in models.items() if name not in products}
     parts = [
         f"## {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['cpu_target']}",
         "`make bench` measures all rows; `.venv/bin/python -m pytest 'bench/<bench>'` measures one alone.",
@@ -57,7 +59,8 @@ def _machine(found: dict[str, Any]) -> str:
         _limits({name: row for name, row in rows.items() if "engine" not in row}, names),
         _targets(contests),
         _kernels(kernels, names),
-        _lanczos(lanczos, names),
+        _models("Products, and densities made of them", products, names),
+        _models("Lanczos, the same number of products", lanczos, names),
         _everyone(kernels),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -109,7 +112,7 @@ def _kernels(rows: dict[str, Any], names: dict[str, str]) -> str:
     return f"### Kernels\n\n{_table([*head, 'GFLOP/s', 'of GEMM, float32/float64', 'run'], lines)}" if lines else ""
 
 
-def _lanczos(rows: dict[str, Any], names: dict[str, str]) -> str:
+def _models(title: str, rows: dict[str, Any], names: dict[str, str]) -> str:
     lines = []
     for name, row in rows.items():
         engine = row["engine"]
@@ -128,7 +131,7 @@ def _lanczos(rows: dict[str, Any], names: dict[str, str]) -> str:
                 ]
             )
     head = ["bench", "work", "engine, ms", "outside products", "other", "other, ms", "outside products", "ratio", "run"]
-    return f"### Lanczos, the same number of products\n\n{_table(head, lines)}" if lines else ""
+    return f"### {title}\n\n{_table(head, lines)}" if lines else ""
 
 
 def _everyone(rows: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import hesd_fast as hesd
 from hesd_fast import losses
 from hesd_fast.errors import HESDWarning, OperatorError
-from hesd_fast.hvp import ALL_STRATEGIES, STRATEGIES, planner
+from hesd_fast.hvp import ALL_STRATEGIES, STRATEGIES, function_transforms, planner
 from hesd_fast.hvp.planner import choose
 from hesd_fast.operators import HessianOperator
 from hesd_fast.operators.checked import CheckedOperator
@@ -100,10 +100,22 @@ def test_batches_beyond_the_memory_limit_are_done_anew(name):
     for _ in range(2):
         assert torch.linalg.vector_norm(part.matmat(panel) - wanted) <= 64 * 2.0**-52 * torch.linalg.vector_norm(wanted)
     assert set(part.strategy._kept) == {0}
+    assert part.strategy.is_full
     assert part.strategy.kept_bytes <= whole.strategy.kept_bytes // 2
     whole.strategy.release()
     assert whole.strategy.kept_bytes == 0
     assert torch.equal(whole.matmat(panel), wanted)
+
+
+def test_a_batch_that_does_not_fit_is_traced_once(monkeypatch):
+    traced = []
+    linearize = function_transforms.linearize
+    monkeypatch.setattr(function_transforms, "linearize", lambda *a: traced.append(1) or linearize(*a))
+    problem = small_problem(8, 8, 8)
+    operator = HessianOperator(problem, hvp="linearized", memory_limit=1000)
+    for _ in range(3):
+        operator.matvec(torch.ones(problem.size, dtype=torch.float64))
+    assert len(traced) == 1
 
 
 def test_auto_multiplies_by_the_hessian(patient):
@@ -234,8 +246,8 @@ from hesd_fast.problem import Problem
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 10))
-data = [(torch.randn(64, 256), torch.randint(10, (64,))) for _ in range(3)]
+model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 10))
+data = [(torch.randn(64, 128), torch.randint(10, (64,))) for _ in range(2)]
 operator = HessianOperator(Problem(model, losses.supervised(nn.CrossEntropyLoss()), data), hvp=sys.argv[1])
 panel, out = torch.randn(1, operator.size), torch.empty(1, operator.size)
 
@@ -264,6 +276,7 @@ def test_memory_is_flat_over_200_products(name):
     )
     assert done.returncode == 0, done.stderr
     growth, untouched = done.stdout.split()
-    # One gradient's graph of one batch holds about 2 MiB: 200 that stay would be 400.
-    assert int(growth) <= 8 * 2**20
+    # A vector takes 0.4 MiB and one gradient's graph of one batch more: 200 of either that stay would be 80 or more.
+    # What an allocator keeps back for itself may reach some vectors.
+    assert int(growth) <= 24 * 2**20
     assert untouched == "True"

@@ -50,6 +50,8 @@ class Strategy(ABC):
         Whether it calls model, loss or their derivatives under function transforms of PyTorch, which take less code.
     kept_bytes : int
         Bytes that it keeps now.
+    is_full : bool
+        Whether a batch has been left out because it did not fit.
     """
 
     name: ClassVar[str]
@@ -61,6 +63,7 @@ class Strategy(ABC):
         self.compensated = compensated
         self.memory_limit = memory_limit
         self.kept_bytes = 0
+        self.is_full = False
         self._kept: dict[int, Any] = {}
 
     def prepare(self, problem: Problem) -> None:
@@ -170,7 +173,12 @@ class Strategy(ABC):
             del parts
 
     def may_keep(self, term: LossTerm, tensors: Iterable[Tensor]) -> bool:
-        """Whether the tensors may be kept, without those of the model and the batch; they count as kept if so."""
+        """Whether the tensors may be kept, without those of the model and the batch; they count as kept if so.
+
+        After the first batch that does not fit, none does.
+        """
+        if self.is_full:
+            return False
         storages = {}
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -180,6 +188,7 @@ class Strategy(ABC):
                 storages.pop(owned.untyped_storage().data_ptr(), None)
         size = sum(storages.values())
         if self.memory_limit is not None and self.kept_bytes + size > self.memory_limit:
+            self.is_full = True
             return False
         self.kept_bytes += size
         return True
@@ -187,12 +196,13 @@ class Strategy(ABC):
     def take_over(self, other: Strategy) -> None:
         """Keep what another strategy of the same family keeps."""
         if self.family and self.family == other.family:
-            self._kept, self.kept_bytes = dict(other._kept), other.kept_bytes
+            self._kept, self.kept_bytes, self.is_full = dict(other._kept), other.kept_bytes, other.is_full
 
     def release(self) -> None:
         """Forget what is kept from one product to the next."""
         self._kept.clear()
         self.kept_bytes = 0
+        self.is_full = False
 
 
 def dense(part: Tensor) -> Tensor:

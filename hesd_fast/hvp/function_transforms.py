@@ -86,7 +86,7 @@ class Linearized(ForwardOverReverse):
         if term.index in self._kept:
             product: Callable[..., Any] = self._kept[term.index]
             return product
-        if self.memory_limit is not None and self.kept_bytes >= self.memory_limit:
+        if self.is_full:
             return None
         gradient, point = self._gradient(term)
         with term.watched_random_streams() as drawn:
