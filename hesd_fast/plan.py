@@ -26,8 +26,6 @@ class RunPlan:
         How products would be made, and the strategies tried.
     hvps : int
         Hessian-vector products at most.
-    seconds : float or None
-        Predicted for all products; orthogonalization comes on top.
     basis : BasisPlan
         Where the Lanczos vectors would lie.
     working_bytes : int
@@ -36,9 +34,13 @@ class RunPlan:
 
     products: ProductPlan
     hvps: int
-    seconds: float | None
     basis: BasisPlan
     working_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Predicted for all products; orthogonalization comes on top."""
+        return self.products.seconds
 
     def __str__(self) -> str:
         basis = f"{self.basis.rows} vectors, {self.basis.bytes / 2**20:.4g} MiB of {self.basis.place}"
@@ -80,4 +82,4 @@ def plan(
     hvps = steps * block
     if chosen.reorthogonalization in ORTHOGONAL_MODES:
         hvps = min(hvps, problem.size)
-    return RunPlan(products, hvps, products.seconds, where, 3 * block * problem.size * problem.dtype.itemsize)
+    return RunPlan(products, hvps, where, 3 * block * problem.size * problem.dtype.itemsize)

@@ -172,6 +172,11 @@ class Problem:
         return next(iter(self.parameters.values())).device
 
     @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the coarsest selected parameter, which limits the accuracy of products."""
+        return max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
+
+    @property
     def parameter_norm_squared(self) -> float:
         """Squared Euclidean norm of the selected parameters, summed in float64."""
         norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64) for p in self.parameters.values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -18,7 +17,15 @@ from models import (
     mlp,
     vectors,
 )
-from test_gauss_newton import CROSS_ENTROPY, READY_MADE, jacobian, outputs_and_targets, relative, restored
+from test_gauss_newton import (
+    CROSS_ENTROPY,
+    READY_MADE,
+    assert_products_are_those_of_the_dense_matrix,
+    assert_uneven_batches_are_one,
+    jacobian,
+    outputs_and_targets,
+    relative,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -51,19 +58,7 @@ def dense_fisher(model: nn.Module, data: list[Any], parameters: list[nn.Paramete
 @pytest.mark.parametrize("jvp", ["auto", "reverse"])
 @pytest.mark.parametrize("case", [case for case in READY_MADE if case.name not in COUPLED], ids=str)
 def test_product_is_that_of_the_dense_matrix(case: Case, jvp: str) -> None:
-    model, loss, data = case.build()
-    problem = Problem(model, loss, data, mode=case.mode)
-    state, training = restored(model), [module.training for module in model.modules()]
-    operator = EmpiricalFisherOperator(problem, jvp=jvp)
-    panel = torch.randn(3, operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    product = operator.matmat(panel)
-    assert [module.training for module in model.modules()] == training
-    assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    model = copy.deepcopy(model).train(case.mode == "train") if case.name != "kept-reference" else model.eval()
-    selected = dict(model.named_parameters())
-    wanted = dense_fisher(model, data, [selected[name] for name in problem.parameters])
-    assert relative(product, panel @ wanted) <= case.tolerance
+    assert_products_are_those_of_the_dense_matrix(EmpiricalFisherOperator, dense_fisher, case, jvp)
 
 
 @pytest.mark.parametrize("compensated", [False, True])
@@ -73,15 +68,7 @@ def test_product_is_that_of_the_dense_matrix(case: Case, jvp: str) -> None:
     ids=["plain", "ignore", "weight"],
 )
 def test_batches_of_8_and_2_are_one_batch_of_10(options: dict[str, Any], compensated: bool) -> None:
-    torch.manual_seed(0)
-    model, uneven = mlp(nn.Tanh).double(), vectors(8, 2)
-    whole = [tuple(torch.cat(parts) for parts in zip(*uneven, strict=True))]
-    loss = losses.supervised(nn.CrossEntropyLoss(**options))
-    wanted = dense_fisher(model, whole, list(model.parameters()), **options)
-    panel = torch.randn(2, len(wanted), dtype=torch.float64)
-    for data in (uneven, whole):
-        product = EmpiricalFisherOperator(Problem(model, loss, data), compensated).matmat(panel)
-        assert relative(product, panel @ wanted) <= ROUNDING
+    assert_uneven_batches_are_one(EmpiricalFisherOperator, dense_fisher, options, compensated)
 
 
 def test_a_sample_of_weight_2_counts_as_two() -> None:

@@ -103,13 +103,12 @@ def test_jacobian_helper_is_that_of_pytorch() -> None:
     torch.testing.assert_close(jacobian(model(x), list(model.parameters())), wanted, rtol=1e-14, atol=1e-15)
 
 
-@pytest.mark.parametrize("jvp", ["auto", "reverse"])
-@pytest.mark.parametrize("case", READY_MADE, ids=str)
-def test_product_is_that_of_the_dense_matrix(case: Case, jvp: str) -> None:
+def assert_products_are_those_of_the_dense_matrix(operator_of: Any, dense: Any, case: Case, jvp: str) -> None:
+    """Compare three products of a case, and the model's state before and after."""
     model, loss, data = case.build()
     problem = Problem(model, loss, data, mode=case.mode)
     state, training = restored(model), [module.training for module in model.modules()]
-    operator = GaussNewtonOperator(problem, jvp=jvp)
+    operator = operator_of(problem, jvp=jvp)
     panel = torch.randn(3, operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     product = operator.matmat(panel)
     assert [module.training for module in model.modules()] == training
@@ -117,8 +116,27 @@ def test_product_is_that_of_the_dense_matrix(case: Case, jvp: str) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     model = copy.deepcopy(model).train(case.mode == "train") if case.name != "kept-reference" else model.eval()
     selected = dict(model.named_parameters())
-    wanted = dense_gauss_newton(model, data, [selected[name] for name in problem.parameters])
+    wanted = dense(model, data, [selected[name] for name in problem.parameters])
     assert relative(product, panel @ wanted) <= case.tolerance
+
+
+def assert_uneven_batches_are_one(operator_of: Any, dense: Any, options: dict[str, Any], compensated: bool) -> None:
+    """Compare products over batches of 8 and 2, and over one of 10, with the dense matrix."""
+    torch.manual_seed(0)
+    model, uneven = mlp(nn.Tanh).double(), vectors(8, 2)
+    whole = [tuple(torch.cat(parts) for parts in zip(*uneven, strict=True))]
+    loss = losses.supervised(nn.CrossEntropyLoss(**options))
+    wanted = dense(model, whole, list(model.parameters()), **options)
+    panel = torch.randn(2, len(wanted), dtype=torch.float64)
+    for data in (uneven, whole):
+        product = operator_of(Problem(model, loss, data), compensated).matmat(panel)
+        assert relative(product, panel @ wanted) <= ROUNDING
+
+
+@pytest.mark.parametrize("jvp", ["auto", "reverse"])
+@pytest.mark.parametrize("case", READY_MADE, ids=str)
+def test_product_is_that_of_the_dense_matrix(case: Case, jvp: str) -> None:
+    assert_products_are_those_of_the_dense_matrix(GaussNewtonOperator, dense_gauss_newton, case, jvp)
 
 
 @pytest.mark.parametrize("compensated", [False, True])
@@ -128,15 +146,7 @@ def test_product_is_that_of_the_dense_matrix(case: Case, jvp: str) -> None:
     ids=["plain", "ignore", "weight"],
 )
 def test_batches_of_8_and_2_are_one_batch_of_10(options: dict[str, Any], compensated: bool) -> None:
-    torch.manual_seed(0)
-    model, uneven = mlp(nn.Tanh).double(), vectors(8, 2)
-    whole = [tuple(torch.cat(parts) for parts in zip(*uneven, strict=True))]
-    loss = losses.supervised(nn.CrossEntropyLoss(**options))
-    wanted = dense_gauss_newton(model, whole, list(model.parameters()), **options)
-    panel = torch.randn(2, len(wanted), dtype=torch.float64)
-    for data in (uneven, whole):
-        product = GaussNewtonOperator(Problem(model, loss, data), compensated).matmat(panel)
-        assert relative(product, panel @ wanted) <= ROUNDING
+    assert_uneven_batches_are_one(GaussNewtonOperator, dense_gauss_newton, options, compensated)
 
 
 def test_selected_parameters_only() -> None:

@@ -25,6 +25,7 @@ Parts = list[tuple[int, Tensor]]
 """Position of a parameter and its part of some products, (rows, *shape); parameters left out have products of zero."""
 
 LARGEST_DISAGREEMENT = 0.1
+"""Relative difference of two ways to a product that no precision excuses."""
 
 
 class Strategy(ABC):
@@ -91,7 +92,7 @@ class Strategy(ABC):
         """Raise an OperatorError unless the strategy multiplies two vectors as plain double backward does."""
         panel = kernels.empty_panel(2, self.problem.size, self.problem.dtype)
         kernels.fill_probes(panel, 0)
-        rows = self.vectors(panel)
+        rows = vectors_of(self.problem, panel)
         wanted = torch.zeros_like(panel)
         term = self.first_term()
         gradient = Gradient.of(self.problem, term.evaluate())
@@ -100,13 +101,12 @@ class Strategy(ABC):
         norm = float(torch.linalg.vector_norm(wanted))
         if not math.isfinite(norm):
             return  # the operator names the parameter
-        epsilon = max(torch.finfo(parameter.dtype).eps for parameter in self.problem.parameters.values())
         for _ in range(2 if self.family else 1):  # the second time with what is kept
             found = torch.zeros_like(panel)
             term = self.first_term()
             self._accumulate(term, self.attempt(term, rows), found)
             difference = float(torch.linalg.vector_norm(found.sub_(wanted)))
-            if not difference <= min(16.0 * epsilon**0.5, LARGEST_DISAGREEMENT) * norm:
+            if not agrees(difference, norm, self.problem.epsilon):
                 raise OperatorError(
                     f"hvp={self.name!r} gets the product of batch {term.index} wrong: it is {difference:.2g} away from "
                     f"that of plain double backward, of norm {norm:.2g}, as some operation of model or loss has a "
@@ -134,18 +134,11 @@ class Strategy(ABC):
     def products(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
         """Yield the products of one batch's Hessian with the vectors: the first row of a piece, and its parts."""
 
-    def vectors(self, panel: Tensor) -> Vectors:
-        """Return views of the panel's rows, one per parameter, copied only where a parameter has another dtype."""
-        parameters = list(self.problem.parameters.values())
-        return [
-            [view.to(p.dtype) for view, p in zip(self.problem.unflatten(row), parameters, strict=True)] for row in panel
-        ]
-
     def apply(self, panel: Tensor, out: Tensor) -> None:
         """Overwrite row j of ``out`` (b, n) by H times row j of ``panel`` (b, n)."""
         out.zero_()
         compensation = torch.zeros_like(out) if self.compensated else None
-        rows = self.vectors(panel)
+        rows = vectors_of(self.problem, panel)
         with self.problem.session():
             for term in self.problem.terms():
                 self._accumulate(term, self.attempt(term, rows), out, compensation)
@@ -160,16 +153,7 @@ class Strategy(ABC):
         compensation: Tensor | None = None,
     ) -> None:
         for first, parts in products:
-            if not parts:
-                continue
-            count = len(parts[0][1])
-            kernels.accumulate_hvp(
-                out[first : first + count],
-                [dense(part).reshape(count, -1) for _, part in parts],
-                [self.problem.offsets[position] for position, _ in parts],
-                alpha=term.weight,
-                compensation=None if compensation is None else compensation[first : first + count],
-            )
+            accumulate(self.problem, parts, first, term.weight, out, compensation)
             del parts
 
     def may_keep(self, term: LossTerm, tensors: Iterable[Tensor]) -> bool:
@@ -203,6 +187,33 @@ class Strategy(ABC):
         self._kept.clear()
         self.kept_bytes = 0
         self.is_full = False
+
+
+def vectors_of(problem: Problem, panel: Tensor) -> Vectors:
+    """Return views of the panel's rows, one per parameter, copied only where a parameter has another dtype."""
+    parameters = list(problem.parameters.values())
+    return [[view.to(p.dtype) for view, p in zip(problem.unflatten(row), parameters, strict=True)] for row in panel]
+
+
+def accumulate(
+    problem: Problem, parts: Parts, first: int, alpha: float, out: Tensor, compensation: Tensor | None
+) -> None:
+    """Add alpha times the parts of some products to the rows of ``out`` from ``first`` on."""
+    if not parts:
+        return
+    count = len(parts[0][1])
+    kernels.accumulate_hvp(
+        out[first : first + count],
+        [dense(part).reshape(count, -1) for _, part in parts],
+        [problem.offsets[position] for position, _ in parts],
+        alpha=alpha,
+        compensation=None if compensation is None else compensation[first : first + count],
+    )
+
+
+def agrees(difference: float, norm: float, epsilon: float) -> bool:
+    """Whether two ways to a product of some norm differ by no more than rounding may do; not a number is too much."""
+    return difference <= min(16.0 * math.sqrt(epsilon), LARGEST_DISAGREEMENT) * norm
 
 
 def dense(part: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hesd_fast.errors import OperatorError
-from hesd_fast.hvp.base import Parts, Strategy, Vectors
+from hesd_fast.hvp.base import Parts, Strategy, Vectors, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import Gradient, check_second_derivatives, graph_nodes
 from hesd_fast.problem import LossTerm, Problem
 
@@ -51,7 +51,7 @@ class FiniteDifferences(Strategy):
         self.problem = problem
         self.step, self.error = 0.0, float("inf")
         with problem.session():
-            term = next(iter(problem.terms()))
+            term = self.first_term()
             generator = torch.Generator().manual_seed(0)
             # An arbitrary direction has next to no curvature; that of the gradient has much, and differences see it.
             gradient = Gradient.first_order(problem, term.evaluate())
@@ -81,7 +81,7 @@ class FiniteDifferences(Strategy):
         """Yield one product after the other."""
         for j, row in enumerate(rows):
             product = self._difference(term, self.problem.flatten(row), self.step)
-            yield j, [(i, part.unsqueeze(0)) for i, part in enumerate(self.problem.unflatten(product))]
+            yield j, with_row(list(enumerate(self.problem.unflatten(product))))
 
     def _difference(self, term: LossTerm, direction: Tensor, relative: float) -> Tensor:
         parameters = [parameter.detach() for parameter in self.problem.parameters.values()]
@@ -125,7 +125,9 @@ class FiniteDifferences(Strategy):
         except OperatorError:
             return None
         product = torch.zeros_like(direction)
-        parts = dict(Gradient.of(self.problem, term.evaluate()).multiply(self.vectors(direction[None])[0], False))
+        parts = dict(
+            Gradient.of(self.problem, term.evaluate()).multiply(vectors_of(self.problem, direction[None])[0], False)
+        )
         for i, part in enumerate(self.problem.unflatten(product)):
             if i in parts:
                 part.copy_(parts[i])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hesd_fast import kernels
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp import STRATEGIES
-from hesd_fast.hvp.base import Strategy, Vectors
+from hesd_fast.hvp.base import Strategy, Vectors, vectors_of
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward
 from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes
 from hesd_fast.problem import Problem
@@ -79,8 +79,8 @@ class ProductPlan:
         All that were considered.
     block_size, panels : int
         What was planned for.
-    seconds : float or None
-        Predicted seconds of all panels; None where nothing was measured.
+    seconds : float
+        Predicted seconds of all panels.
     planning_seconds : float
         What planning took.
     """
@@ -89,13 +89,11 @@ class ProductPlan:
     trials: tuple[Trial, ...]
     block_size: int
     panels: int
-    seconds: float | None
+    seconds: float
     planning_seconds: float
 
     def __str__(self) -> str:
-        lines = [f"products: {self.strategy}, {self.panels} panels of {self.block_size}"]
-        if self.seconds is not None:
-            lines[0] += f", about {self.seconds:.3g} s"
+        lines = [f"products: {self.strategy}, {self.panels} panels of {self.block_size}, about {self.seconds:.3g} s"]
         for trial in sorted(self.trials, key=lambda trial: trial.total(self.panels)):
             found = trial.note
             if trial.seconds is not None:
@@ -176,7 +174,7 @@ class _Trials:
         self.memory_limit = memory_limit
         panel = kernels.empty_panel(block_size, problem.size, problem.dtype)
         kernels.fill_probes(panel, 0)
-        self.rows: Vectors = plain.vectors(panel)
+        self.rows: Vectors = vectors_of(problem, panel)
         self.plain_seconds = self._measure(plain)  # its check was the warm-up
         self.tried: list[Strategy] = [plain]
         self.results = [Trial(plain.name, self.plain_seconds * problem.batch_count, 0.0, 0)]

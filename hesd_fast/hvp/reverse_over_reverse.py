@@ -15,23 +15,12 @@ from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes, naming_opera
 from hesd_fast.problem import LossTerm
 
 
-class DoubleBackward(Strategy):
-    """One batch and one vector after the other.
-
-    Per batch, one forward pass and one differentiable gradient serve all b vectors; each vector then costs one backward
-    pass through the gradient: about 3F + 6F b in all, with F the cost of a forward pass (Pearlmutter, Neural
-    Computation 6(1), 1994). Memory: the graph of one batch's gradient. A parameter that the loss does not use, or uses
-    linearly, gets zeros.
-    """
-
-    name = "double_backward"
+class ReverseOverReverse(Strategy):
+    """What strategies share that differentiate a gradient backwards, one vector after the other."""
 
     def __init__(self, compensated: bool = False, memory_limit: int | None = None) -> None:
         super().__init__(compensated, memory_limit)
         self._checked: set[int] = set()
-
-    def check(self) -> None:
-        """Do nothing: this is what the others are compared with."""
 
     def products(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
         """Yield one product after the other; the last one frees the graph, so only one exists at a time."""
@@ -53,7 +42,22 @@ class DoubleBackward(Strategy):
         return gradient
 
 
-class DoubleBackwardBatched(DoubleBackward):
+class DoubleBackward(ReverseOverReverse):
+    """One batch and one vector after the other.
+
+    Per batch, one forward pass and one differentiable gradient serve all b vectors; each vector then costs one backward
+    pass through the gradient: about 3F + 6F b in all, with F the cost of a forward pass (Pearlmutter, Neural
+    Computation 6(1), 1994). Memory: the graph of one batch's gradient. A parameter that the loss does not use, or uses
+    linearly, gets zeros.
+    """
+
+    name = "double_backward"
+
+    def check(self) -> None:
+        """Do nothing: this is what the others are compared with."""
+
+
+class DoubleBackwardBatched(ReverseOverReverse):
     """One batch after the other, all vectors in one batched backward pass (``is_grads_batched``).
 
     The same operations as :class:`DoubleBackward`; matrix products see b times as many columns, and the transient
@@ -63,10 +67,6 @@ class DoubleBackwardBatched(DoubleBackward):
     name = "double_backward_batched"
     transforms = True
 
-    def check(self) -> None:
-        """Compare with plain double backward."""
-        Strategy.check(self)
-
     def products(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
         """Yield all products at once."""
         with naming_operations(self.problem, term):
@@ -74,7 +74,7 @@ class DoubleBackwardBatched(DoubleBackward):
             yield 0, gradient.multiply(stacked(rows), keep_graph=kept, batched=True)
 
 
-class KeptGraph(DoubleBackward):
+class KeptGraph(ReverseOverReverse):
     """The graph of each batch's gradient is kept from one product to the next: 6F a vector.
 
     Weights and data do not change, so neither do the graphs. Memory: what the graphs save, for as many batches as
@@ -83,10 +83,6 @@ class KeptGraph(DoubleBackward):
 
     name = "kept_graph"
     family = "kept_graph"
-
-    def check(self) -> None:
-        """Compare with plain double backward, also the second time."""
-        Strategy.check(self)
 
     def gradient(self, term: LossTerm) -> tuple[Gradient, bool]:
         """Return the gradient of a batch, and whether its graph is kept."""

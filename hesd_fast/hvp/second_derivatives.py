@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,26 @@ _NO_SECOND_DERIVATIVE = re.compile(
 _WEIGHT_NORM = "_weight_norm_interface_backward"
 
 
+def differentiate(values: Any, sources: Any, cotangents: Any = None, **options: bool) -> tuple[Tensor | None, ...]:
+    """Return ``torch.autograd.grad`` in the precision of the forward pass, None for sources that are not used."""
+    device = (sources if isinstance(sources, Tensor) else sources[0]).device
+    with torch.autocast(device.type, enabled=False):
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            values, sources, cotangents, allow_unused=True, **options
+        )
+    return found
+
+
+def refuse_dead_ends(derivatives: Iterable[Tensor]) -> None:
+    """Raise a RuntimeError where a function refuses to be differentiated again.
+
+    A once_differentiable function refuses only where the derivative coming in has a graph, and its refusal is a dead
+    end that a second backward pass would take for a zero.
+    """
+    if any(node.name() == "torch::autograd::Error" for node in graph_nodes([one.grad_fn for one in derivatives])):
+        raise RuntimeError("a function marked with @once_differentiable cannot be differentiated twice")
+
+
 @dataclass
 class Gradient:
     """The gradient of one batch's loss, with its graph: the entries that still depend on the parameters."""
@@ -38,11 +58,7 @@ class Gradient:
     def of(cls, problem: Problem, loss: Tensor, seed: Tensor | None = None) -> Gradient:
         """Differentiate a loss; ``seed`` is the derivative to start from, 1 by default."""
         gradient = cls(list(problem.parameters.values()))
-        with torch.autocast(problem.device.type, enabled=False):
-            found = torch.autograd.grad(
-                loss, gradient.parameters, grad_outputs=seed, create_graph=True, allow_unused=True
-            )
-        for i, entry in enumerate(found):
+        for i, entry in enumerate(differentiate(loss, gradient.parameters, seed, create_graph=True)):
             if entry is not None and entry.requires_grad:
                 gradient.entries.append(entry)
                 gradient.positions.append(i)
@@ -50,24 +66,16 @@ class Gradient:
 
     @classmethod
     def with_second_derivative(cls, problem: Problem, loss: Tensor) -> Gradient:
-        """Differentiate a loss, and raise a RuntimeError where a function refuses to be differentiated again.
-
-        A once_differentiable function refuses only where the derivative coming in has a graph, and its refusal is a
-        dead end that a second backward pass would take for a zero. So the start gets a graph, and dead ends are looked
-        for.
-        """
+        """Differentiate a loss, and raise a RuntimeError where a function refuses to be differentiated again."""
         gradient = cls.of(problem, loss, torch.ones_like(loss, requires_grad=True))
-        nodes = graph_nodes([entry.grad_fn for entry in gradient.entries])
-        if any(node.name() == "torch::autograd::Error" for node in nodes):
-            raise RuntimeError("a function marked with @once_differentiable cannot be differentiated twice")
+        refuse_dead_ends(gradient.entries)
         return gradient
 
     @staticmethod
     def first_order(problem: Problem, loss: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
         """Return the gradient (n,) alone, without a graph; ``weights`` may stand in the place of the parameters."""
         parameters = list(problem.parameters.values()) if weights is None else weights
-        with torch.autocast(problem.device.type, enabled=False):
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found = differentiate(loss, parameters)
         return problem.flatten(
             [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
         )
@@ -76,15 +84,13 @@ class Gradient:
         """Return (position, product) for each parameter on which the gradient depends; batched, of b vectors."""
         if not self.entries:
             return []
-        with torch.autocast(self.parameters[0].device.type, enabled=False):
-            products = torch.autograd.grad(
-                self.entries,
-                self.parameters,
-                grad_outputs=[vector[i] for i in self.positions],
-                retain_graph=keep_graph,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
+        products = differentiate(
+            self.entries,
+            self.parameters,
+            [vector[i] for i in self.positions],
+            retain_graph=keep_graph,
+            is_grads_batched=batched,
+        )
         return [(i, product) for i, product in enumerate(products) if product is not None]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hesd_fast.errors import OperatorError
+from hesd_fast.problem import Problem
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -163,6 +164,27 @@ class OperatorBase(ABC):
                     f"{name} holds {float(culprit[row, column])} in vector {row} at {self.describe(column)}; "
                     "finite numbers are wanted: check weights, data and loss, or use a higher precision"
                 )
+
+
+class ProblemOperator(OperatorBase):
+    """An operator on the selected parameters of a problem, one column per parameter element."""
+
+    def __init__(self, problem: Problem) -> None:
+        if not isinstance(problem, Problem):
+            raise OperatorError(
+                f"{type(self).__name__} got {type(problem).__name__}; give a Problem, as in Problem(model, loss, data)"
+            )
+        super().__init__(problem.size, problem.dtype, problem.device)
+        self.problem = problem
+
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the coarsest selected parameter, which limits the accuracy of the products."""
+        return self.problem.epsilon
+
+    def describe(self, column: int) -> str:
+        """Return the name of the parameter that a column belongs to."""
+        return f"column {column} (parameter {self.problem.describe(column)!r})"
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

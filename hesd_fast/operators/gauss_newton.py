@@ -13,20 +13,13 @@ from torch.func import jvp, vmap
 
 from hesd_fast import kernels
 from hesd_fast.errors import OperatorError, ProblemError
-from hesd_fast.hvp.base import LARGEST_DISAGREEMENT, Vectors, dense, quiet, stacked
-from hesd_fast.hvp.second_derivatives import graph_nodes
-from hesd_fast.operators.base import OperatorBase
+from hesd_fast.hvp.base import Vectors, accumulate, agrees, quiet, stacked, vectors_of, with_row
+from hesd_fast.hvp.second_derivatives import differentiate, refuse_dead_ends
+from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.problem import LossTerm, Problem
 
 TANGENT_BYTES = 2**28
 """Bytes that the products J v of a batch may take in forward mode, which computes many at once."""
-
-
-def gradient(values: Any, sources: Any, cotangent: Any = None, **options: bool) -> tuple[Tensor | None, ...]:
-    """Return ``torch.autograd.grad`` in the precision of the forward pass, None for sources that are not used."""
-    with torch.autocast(sources[0].device.type if isinstance(sources, list) else sources.device.type, enabled=False):
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(values, sources, cotangent, allow_unused=True, **options)
-    return found
 
 
 class Jacobian:
@@ -47,22 +40,20 @@ class Jacobian:
     def __init__(self, values: Tensor, parameters: list[nn.Parameter]) -> None:
         self.values, self.parameters = values, parameters
         self._cotangent = torch.zeros_like(values, requires_grad=True)
-        found = gradient(values, parameters, self._cotangent, create_graph=True)
+        found = differentiate(values, parameters, self._cotangent, create_graph=True)
         self._entries = {i: entry for i, entry in enumerate(found) if entry is not None and entry.requires_grad}
-        nodes = graph_nodes([entry.grad_fn for entry in self._entries.values()])
-        if any(node.name() == "torch::autograd::Error" for node in nodes):
-            raise RuntimeError("a function marked with @once_differentiable cannot be differentiated twice")
+        refuse_dead_ends(self._entries.values())
 
     def times(self, vector: list[Tensor]) -> Tensor:
         """Return J v, in the shape of the values."""
         if not self._entries:
             return torch.zeros_like(self.values)
         entries, parts = list(self._entries.values()), [vector[i] for i in self._entries]
-        (product,) = gradient(entries, self._cotangent, parts, retain_graph=True)
+        (product,) = differentiate(entries, self._cotangent, parts, retain_graph=True)
         return torch.zeros_like(self.values) if product is None else product
 
 
-class JacobianOperator(OperatorBase):
+class JacobianOperator(ProblemOperator):
     """A matrix sum over batches of alpha J^T M J, with M a symmetric map of what the model computes of a batch.
 
     Parameters
@@ -80,11 +71,8 @@ class JacobianOperator(OperatorBase):
     """Methods that the loss must have."""
 
     def __init__(self, problem: Problem, compensated: bool = False, jvp: str = "auto") -> None:
+        super().__init__(problem)
         name = type(self).__name__
-        if not isinstance(problem, Problem):
-            raise OperatorError(
-                f"{name} got {type(problem).__name__}; give a Problem, as in Problem(model, loss, data)"
-            )
         missing = [method for method in self.needed if not callable(getattr(problem.loss, method, None))]
         if missing:
             raise ProblemError(
@@ -94,22 +82,11 @@ class JacobianOperator(OperatorBase):
             )
         if jvp not in ("auto", "forward", "reverse"):
             raise OperatorError(f"jvp is {jvp!r}; give 'auto', 'forward' or 'reverse'")
-        super().__init__(problem.size, problem.dtype, problem.device)
-        self.problem = problem
         self.compensated = compensated
         self.jvp = jvp
         self.reason = ""
         """Why "auto" takes reverse mode, if it does."""
         self._checked: set[int] = set()
-
-    @property
-    def epsilon(self) -> float:
-        """Machine epsilon of the coarsest selected parameter, which limits the accuracy of the products."""
-        return max(torch.finfo(parameter.dtype).eps for parameter in self.problem.parameters.values())
-
-    def describe(self, column: int) -> str:
-        """Return the name of the parameter that a column belongs to."""
-        return f"column {column} (parameter {self.problem.describe(column)!r})"
 
     @abstractmethod
     def _values(self, outputs: Tensor, batch: Any) -> Tensor:
@@ -123,7 +100,7 @@ class JacobianOperator(OperatorBase):
         out.zero_()
         compensation = torch.zeros_like(out) if self.compensated else None
         parameters = list(self.problem.parameters.values())
-        rows = self._rows(panel)
+        rows = vectors_of(self.problem, panel)
         self.problem.prepare()
         with self.problem.session():
             for term in self.problem.terms():
@@ -133,25 +110,13 @@ class JacobianOperator(OperatorBase):
                     values = self._values(outputs, term.batch)
                     for j, tangent in self._tangents(term, values, rows):
                         keep = j + 1 < len(rows)
-                        parts = gradient(values, parameters, middle(tangent), retain_graph=keep)
-                        self._accumulate(parts, out[j : j + 1], alpha, compensation, j)
-                        del parts, tangent
+                        parts = differentiate(values, parameters, middle(tangent), retain_graph=keep)
+                        used = [(i, part) for i, part in enumerate(parts) if part is not None]
+                        accumulate(self.problem, with_row(used), j, alpha, out, compensation)
+                        del parts, used, tangent
                     del outputs, values, middle  # one batch's graph at a time
         if compensation is not None:
             out += compensation
-
-    def _accumulate(
-        self, parts: Sequence[Tensor | None], out: Tensor, alpha: float, compensation: Tensor | None, j: int
-    ) -> None:
-        used = {i: dense(part).reshape(1, -1) for i, part in enumerate(parts) if part is not None}
-        if used:
-            kernels.accumulate_hvp(
-                out,
-                list(used.values()),
-                [self.problem.offsets[i] for i in used],
-                alpha=alpha,
-                compensation=None if compensation is None else compensation[j : j + 1],
-            )
 
     def _tangents(self, term: LossTerm, values: Tensor, rows: Vectors) -> Iterator[tuple[int, Tensor]]:
         """Yield (j, J v_j) for all vectors, as few at a time as memory asks for."""
@@ -203,21 +168,15 @@ class JacobianOperator(OperatorBase):
         """
         probe = kernels.empty_panel(1, self.problem.size, self.problem.dtype)
         kernels.fill_probes(probe, 0)
-        (row,) = self._rows(probe.to(self.device))
+        (row,) = vectors_of(self.problem, probe.to(self.device))
         found = self._forward(term, [row])[0]
         wanted = Jacobian(values, list(self.problem.parameters.values())).times(row)
         difference, norm = float(torch.linalg.vector_norm(found - wanted)), float(torch.linalg.vector_norm(wanted))
-        if not difference <= min(16.0 * self.epsilon**0.5, LARGEST_DISAGREEMENT) * norm:
+        if not agrees(difference, norm, self.epsilon):
             raise OperatorError(
                 f"forward mode is {difference:.2g} away from reverse mode, of norm {norm:.2g}, on batch {term.index}"
             )
         self._checked.add(term.index)
-
-    def _rows(self, panel: Tensor) -> Vectors:
-        parameters = list(self.problem.parameters.values())
-        return [
-            [view.to(p.dtype) for view, p in zip(self.problem.unflatten(row), parameters, strict=True)] for row in panel
-        ]
 
     def _outputs(self, term: LossTerm, weights: Sequence[Tensor] | None = None) -> Tensor:
         outputs = term.outputs(weights)
@@ -284,12 +243,12 @@ class GaussNewtonOperator(JacobianOperator):
         leaf = outputs.detach().requires_grad_()
         loss = _loss_of(self.problem.loss, leaf, term.batch)
         term.value = loss.detach()
-        (slope,) = gradient(loss, leaf, create_graph=True)
+        (slope,) = differentiate(loss, leaf, create_graph=True)
 
         def curvature(tangent: Tensor) -> Tensor:
             product = None
             if slope is not None and slope.requires_grad:
-                (product,) = gradient(slope, leaf, tangent, retain_graph=True)
+                (product,) = differentiate(slope, leaf, tangent, retain_graph=True)
             return torch.zeros_like(leaf) if product is None else product
 
         return curvature, term.weight

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor
 
 from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import ALL_STRATEGIES, DoubleBackward, Strategy
 from hesd_fast.hvp.planner import ProductPlan, choose
-from hesd_fast.operators.base import OperatorBase
+from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.problem import Problem
 
 PANELS = 100
 """Panels that "auto" plans for when nobody says how many there will be."""
 
 
-class HessianOperator(OperatorBase):
+class HessianOperator(ProblemOperator):
     """The Hessian of the loss with respect to the selected parameters, one column per parameter element.
 
     The problem is prepared at the first product. Each call borrows the model and gives it back; a caller with many
@@ -53,27 +52,13 @@ class HessianOperator(OperatorBase):
         panels: int = PANELS,
         memory_limit: int | None = None,
     ) -> None:
-        if not isinstance(problem, Problem):
-            raise OperatorError(
-                f"HessianOperator got {type(problem).__name__}; give a Problem, as in Problem(model, loss, data)"
-            )
+        super().__init__(problem)
         check_hvp(hvp)
-        super().__init__(problem.size, problem.dtype, problem.device)
-        self.problem = problem
         self.hvp = hvp
         self.panels = panels
         self.strategy: Strategy = ALL_STRATEGIES.get(hvp, DoubleBackward)(compensated, memory_limit)
         self.plan: ProductPlan | None = None
         self._is_prepared = False
-
-    @property
-    def epsilon(self) -> float:
-        """Machine epsilon of the coarsest selected parameter, which limits the accuracy of the products."""
-        return max(torch.finfo(parameter.dtype).eps for parameter in self.problem.parameters.values())
-
-    def describe(self, column: int) -> str:
-        """Return the name of the parameter that a column belongs to."""
-        return f"column {column} (parameter {self.problem.describe(column)!r})"
 
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
         with self.problem.session():
