@@ -329,7 +329,13 @@ def draw(panels: dict[str, dict[tuple[str, str], Row]], path: Path) -> None:
             elif mode == "none":
                 axes.annotate(mode, place, **{**right, "xytext": (0, 7), "ha": "center"})
             elif dtype == "float32":
-                middle = {**right, "xytext": (0, 14), "ha": "center"}
+                above = mode == "full"  # partial is often at the same place
+                middle = {
+                    **right,
+                    "xytext": (0, 14 if above else -14),
+                    "ha": "center",
+                    "va": "bottom" if above else "top",
+                }
                 axes.annotate(mode, place, **middle)
             elif row.steps < STEPS:
                 axes.annotate(f"{mode}, {dtype}:\nends at step {row.steps:.0f}", place, **right)
