@@ -24,8 +24,9 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 demo: setup
 	$(BIN)/hesd demo
 
+# Two processes, a file of tests each; every test runs on one thread.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The engine with sanitizers: addresses and undefined behaviour, then data races.
 native-test: setup

@@ -24,6 +24,14 @@ LINEARIZED = ["linearized", "linearized_batched"]
 FORWARD = ["forward_over_reverse", *LINEARIZED]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _traced_alone():
+    """Compiling takes seconds a model, so here what torch.compile gets runs as it is; test_compiled compiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda program, **_: program)
+        yield
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Strategies that may not serve some cases, why, and what their error says."""
@@ -75,8 +83,8 @@ REFUSALS = [
     ),
     Refusal(
         ("sparse-gradient",),
-        [*REVERSE_BATCHED, *FORWARD],
-        "transforms do not know sparse tensors",
+        [*REVERSE_BATCHED, *FORWARD, "compiled"],
+        "transforms and traces do not know sparse tensors",
         "(?i)sparse",
     ),
     Refusal(
@@ -85,7 +93,9 @@ REFUSALS = [
         "PyTorch cannot batch the second derivative of a grouped convolution",
         "hvp='.*_batched' .*size of tensor",
     ),
-    Refusal(CHECKPOINTS, KEPT_GRAPH, "a checkpoint would run again after its batch is over", "checkpoints"),
+    Refusal(
+        CHECKPOINTS, [*KEPT_GRAPH, "compiled"], "a checkpoint would run again after its batch is over", "checkpoints"
+    ),
     Refusal(CHECKPOINTS, FORWARD, "transforms do not know the hooks that checkpoints set", "saved tensor hooks"),
     Refusal(
         ("checkpoint-dropout-train",),

@@ -50,7 +50,11 @@ CROSS_ENTROPIES = [
 ]
 
 
-@pytest.mark.parametrize("criterion", CROSS_ENTROPIES, ids=repr)
+def named(criterion: object) -> str:
+    return getattr(criterion, "__name__", repr(criterion))
+
+
+@pytest.mark.parametrize("criterion", CROSS_ENTROPIES, ids=named)
 @pytest.mark.parametrize("shape", [(7,), (7, 2, 2)])
 def test_cross_entropy_of_uneven_batches_is_that_of_all(criterion: object, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -74,7 +78,7 @@ def test_other_forms_of_cross_entropy(weight: Tensor | None) -> None:
     "criterion",
     [nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss(),
      nn.KLDivLoss(reduction="batchmean"), nn.PoissonNLLLoss(), nn.MultiLabelSoftMarginLoss(), functional.mse_loss],
-    ids=repr,
+    ids=named,
 )  # fmt: skip
 def test_other_means_of_uneven_batches_are_those_of_all(criterion: object) -> None:
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import CASES, mlp, vectors
+from models import CASES, CATALOGUE, mlp, vectors
 from torch import Tensor, nn
 
 import hesd_fast as hesd
@@ -64,6 +64,27 @@ def test_a_short_run_is_not_worth_a_trial():
     assert all(trial.note == "not tried: the run is short" for trial in plan.trials[1:])
 
 
+def test_a_short_run_takes_kept_graphs_bit_for_bit():
+    problem = small_problem()
+    strategy, plan = choose(problem, 2, 50)
+    assert plan.strategy == strategy.name == "kept_graph"
+    assert {trial.strategy: trial.note for trial in plan.trials}["kept_graph"] == "not measured: the run is short"
+    panel = torch.randn(2, problem.size, dtype=torch.float64)
+    found = torch.empty_like(panel)
+    strategy.apply(panel, found)
+    assert torch.equal(found, HessianOperator(problem).matmat(panel))
+
+
+def test_a_short_run_keeps_no_graphs_that_do_not_fit_or_are_refused():
+    strategy, plan = choose(small_problem(), 2, 50, memory_limit=1000)
+    assert strategy.name == "double_backward"
+    assert {trial.strategy: trial.note for trial in plan.trials}["kept_graph"].startswith("does not fit")
+    case = next(case for case in CATALOGUE if case.name == "checkpoint")
+    strategy, plan = choose(Problem(*case.build()), 2, 50)
+    assert strategy.name == "double_backward"
+    assert "checkpoints" in {trial.strategy: trial.note for trial in plan.trials}["kept_graph"]
+
+
 def test_what_does_not_fit_is_not_taken(patient):
     strategy, plan = choose(small_problem(), 2, 100, share=1e6, memory_limit=1000)
     assert not strategy.family
@@ -89,7 +110,7 @@ def test_what_is_refused_is_said(patient):
     assert refused["forward_over_reverse"].startswith("refused: hvp='forward_over_reverse' gets the product")
 
 
-@pytest.mark.parametrize("name", ["kept_graph", "kept_graph_batched", "linearized", "linearized_batched"])
+@pytest.mark.parametrize("name", ["kept_graph", "kept_graph_batched", "linearized", "linearized_batched", "compiled"])
 def test_batches_beyond_the_memory_limit_are_done_anew(name):
     problem = small_problem(8, 8, 8)
     panel = torch.randn(2, problem.size, dtype=torch.float64)
@@ -165,7 +186,7 @@ def test_unknown_strategies_are_refused_by_name():
 def test_analyze_with_every_strategy_finds_the_same_spectrum(name):
     report = hesd.analyze(small_problem(), max_steps=8, block_size=2, hvp=name, progress=False)
     plain = hesd.analyze(small_problem(), max_steps=8, block_size=2, hvp="double_backward", progress=False)
-    assert report.cost.strategy == ("double_backward" if name == "auto" else name)
+    assert report.cost.strategy == ("kept_graph" if name == "auto" else name)
     assert bool(report.cost.plan) == (name == "auto")
     assert report.options["hvp"] == name
     np.testing.assert_allclose(report.lambda_max.value, plain.lambda_max.value, rtol=1e-10)

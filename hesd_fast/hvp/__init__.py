@@ -1,6 +1,7 @@
 """Strategies: ways to multiply a panel by the Hessian of a problem."""
 
 from hesd_fast.hvp.base import Strategy
+from hesd_fast.hvp.compiled import Compiled
 from hesd_fast.hvp.finite_differences import FiniteDifferences, ForwardDifferences
 from hesd_fast.hvp.function_transforms import ForwardOverReverse, Linearized, LinearizedBatched
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, DoubleBackwardBatched, KeptGraph, KeptGraphBatched
@@ -15,6 +16,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         ForwardOverReverse,
         Linearized,
         LinearizedBatched,
+        Compiled,
     )
 }
 """Every exact strategy by name."""

@@ -49,26 +49,32 @@ class Strategy(ABC):
         Strategies of one family keep the same things of a batch from one product to the next; "" keeps nothing.
     transforms : bool
         Whether it calls model, loss or their derivatives under function transforms of PyTorch, which take less code.
+    checked_vectors : int
+        How many vectors are multiplied to see that it is right; two where they are multiplied together.
     kept_bytes : int
         Bytes that it keeps now.
     is_full : bool
         Whether a batch has been left out because it did not fit.
+    once_seconds : float
+        What has been spent on programs that serve more than one batch.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     family: ClassVar[str] = ""
     transforms: ClassVar[bool] = False
+    checked_vectors: ClassVar[int] = 2
 
     def __init__(self, compensated: bool = False, memory_limit: int | None = None) -> None:
         self.compensated = compensated
         self.memory_limit = memory_limit
         self.kept_bytes = 0
         self.is_full = False
+        self.once_seconds = 0.0
         self._kept: dict[int, Any] = {}
 
     def prepare(self, problem: Problem) -> None:
-        """Prepare the problem, and multiply two vectors on its first batch to see that the strategy can serve it.
+        """Prepare the problem, and multiply on its first batch to see that the strategy can serve it.
 
         Raises
         ------
@@ -89,15 +95,15 @@ class Strategy(ABC):
         return next(iter(self.problem.terms()))
 
     def check(self) -> None:
-        """Raise an OperatorError unless the strategy multiplies two vectors as plain double backward does."""
-        panel = kernels.empty_panel(2, self.problem.size, self.problem.dtype)
+        """Raise an OperatorError unless the strategy multiplies as plain double backward does."""
+        panel = kernels.empty_panel(self.checked_vectors, self.problem.size, self.problem.dtype)
         kernels.fill_probes(panel, 0)
         rows = vectors_of(self.problem, panel)
         wanted = torch.zeros_like(panel)
         term = self.first_term()
         gradient = Gradient.of(self.problem, term.evaluate())
         for j, row in enumerate(rows):
-            self._accumulate(term, [(j, with_row(gradient.multiply(row, keep_graph=j == 0)))], wanted)
+            self._accumulate(term, [(j, with_row(gradient.multiply(row, keep_graph=j + 1 < len(rows))))], wanted)
         norm = float(torch.linalg.vector_norm(wanted))
         if not math.isfinite(norm):
             return  # the operator names the parameter
@@ -124,10 +130,9 @@ class Strategy(ABC):
         except (OperatorError, torch.cuda.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # what transforms raise at code they cannot take has no common type
-            message = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise OperatorError(
                 f"hvp={self.name!r} cannot multiply by the Hessian of this problem; use hvp='double_backward', or "
-                f"'auto'. PyTorch says: {message}"
+                f"'auto'. PyTorch says: {first_line(error)}"
             ) from error
 
     @abstractmethod
@@ -214,6 +219,11 @@ def accumulate(
 def agrees(difference: float, norm: float, epsilon: float) -> bool:
     """Whether two ways to a product of some norm differ by no more than rounding may do; not a number is too much."""
     return difference <= min(16.0 * math.sqrt(epsilon), LARGEST_DISAGREEMENT) * norm
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def dense(part: Tensor) -> Tensor:

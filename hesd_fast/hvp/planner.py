@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 
 from hesd_fast import kernels
-from hesd_fast.errors import OperatorError
+from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import STRATEGIES
 from hesd_fast.hvp.base import Strategy, Vectors, vectors_of
-from hesd_fast.hvp.reverse_over_reverse import DoubleBackward
+from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph
 from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes
 from hesd_fast.problem import Problem
 
@@ -17,13 +18,19 @@ SHARE = 0.05
 """Part of the predicted run that trials may take."""
 
 SHORT_RUN = 2.0
-"""Seconds below which a run is not worth a trial."""
+"""Seconds below which a run is not worth a trial: it takes kept graphs, which do the same work or less, bit for bit."""
+
+WORTH_KEEPING = 16
+"""Panels of one batch, in all, below which a short run does not even check that graphs can be kept."""
 
 SHORT_PANEL = 0.1
 """Seconds below which a panel is timed again, up to three times in all."""
 
 TRACING_SECONDS = 1.0, 0.006
 """What tracing a batch takes about: once, and for each operation of its gradient's graph. Only decides about trials."""
+
+COMPILING_SECONDS = 8.0, 0.04
+"""The same of compiling a trace."""
 
 ORDER = (
     "kept_graph",
@@ -32,6 +39,7 @@ ORDER = (
     "forward_over_reverse",
     "linearized",
     "linearized_batched",
+    "compiled",
 )
 """Strategies in the order in which they are tried, after "double_backward"."""
 
@@ -141,7 +149,8 @@ def choose(
         trials = _Trials(problem, plain, block_size, panels, memory_limit)
         budget = share * trials.results[0].total(panels)
         if trials.results[0].total(panels) < SHORT_RUN:
-            trials.leave_out(ORDER, "not tried: the run is short")
+            trials.leave_out(ORDER[1:], "not tried: the run is short")
+            trials.keep_graphs()
         else:
             for name in ORDER:
                 trials.consider(name, budget - (time.perf_counter() - started))
@@ -175,7 +184,9 @@ class _Trials:
         panel = kernels.empty_panel(block_size, problem.size, problem.dtype)
         kernels.fill_probes(panel, 0)
         self.rows: Vectors = vectors_of(problem, panel)
-        self.plain_seconds = self._measure(plain)  # its check was the warm-up
+        self.plain_seconds = self._measure(plain, 1)  # its check was the warm-up
+        if self.plain_seconds * problem.batch_count * panels >= SHORT_RUN:
+            self.plain_seconds = min(self.plain_seconds, self._measure(plain))
         self.tried: list[Strategy] = [plain]
         self.results = [Trial(plain.name, self.plain_seconds * problem.batch_count, 0.0, 0)]
 
@@ -193,6 +204,8 @@ class _Trials:
         expected = 3.0 * self.plain_seconds
         if kind.family == "linearized" and not strategy.kept_bytes:
             expected += TRACING_SECONDS[0] + TRACING_SECONDS[1] * self._operations()
+        elif kind.family == "compiled":
+            expected += COMPILING_SECONDS[0] + COMPILING_SECONDS[1] * self._operations()
         if expected > seconds_left:
             self.leave_out(
                 (name,), f"not tried: about {expected:.2g} s, {max(seconds_left, 0.0):.2g} s left for trials"
@@ -201,8 +214,10 @@ class _Trials:
         before = time.perf_counter()
         strategy.problem = self.problem
         try:
-            strategy.check()
-        except OperatorError as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", HESDWarning)  # what cannot be compiled is no candidate
+                strategy.check()
+        except (OperatorError, HESDWarning) as error:
             strategy.release()
             self.leave_out((name,), f"refused: {error}")
             return
@@ -217,10 +232,41 @@ class _Trials:
                 return
         anew = batches - kept if kind.family else 0
         panel = seconds * (batches - anew) + self.plain_seconds * anew
-        first = max(checked - 3.0 * seconds, 0.0) * kept
+        once = strategy.once_seconds
+        first = once + max(checked - once - 3.0 * seconds, 0.0) * kept
         note = f"keeps {kept} of {batches} batches" if kind.family and kept < batches else ""
         self.tried.append(strategy)
         self.results.append(Trial(name, panel, first, strategy.kept_bytes * kept, note))
+
+    def keep_graphs(self) -> None:
+        """Take kept graphs without a measurement: the operations of plain double backward, some of them done once."""
+        batches = self.problem.batch_count
+        if self.panels * batches < WORTH_KEEPING:
+            self.leave_out((KeptGraph.name,), "not tried: the run is short")
+            return
+        plain = self.tried[0]
+        strategy = KeptGraph(plain.compensated, self.memory_limit)
+        strategy.problem = self.problem
+        try:
+            strategy.check()
+        except OperatorError as error:
+            strategy.release()
+            self.leave_out((strategy.name,), f"refused: {error}")
+            return
+        if not strategy._kept:
+            self.leave_out((strategy.name,), "does not fit: what it keeps of one batch is more than the memory allowed")
+            return
+        share = 6.0 * self.block_size / (3.0 + 6.0 * self.block_size)  # the forward and first backward pass are done
+        self.tried.append(strategy)
+        self.results.append(
+            Trial(
+                strategy.name,
+                share * self.plain_seconds * batches,
+                0.0,
+                strategy.kept_bytes * batches,
+                "not measured: the run is short",
+            )
+        )
 
     def finish(self) -> tuple[Strategy, Trial]:
         """Return the fastest, and release the others."""
@@ -235,10 +281,10 @@ class _Trials:
         gradient = Gradient.of(self.problem, self.tried[0].first_term().evaluate())
         return sum(1 for _ in graph_nodes([entry.grad_fn for entry in gradient.entries]))
 
-    def _measure(self, strategy: Strategy) -> float:
+    def _measure(self, strategy: Strategy, most: int = 3) -> float:
         """Return the seconds of one panel on the batch: the least of a few where they are short."""
         seconds: list[float] = []
-        while len(seconds) < 3 and sum(seconds) < SHORT_PANEL:
+        while len(seconds) < most and sum(seconds) < SHORT_PANEL:
             term = strategy.first_term()
             before = time.perf_counter()
             for _ in strategy.attempt(term, self.rows):

@@ -18,6 +18,8 @@ from hesd_fast.problem import LossTerm
 class ReverseOverReverse(Strategy):
     """What strategies share that differentiate a gradient backwards, one vector after the other."""
 
+    checked_vectors = 1
+
     def __init__(self, compensated: bool = False, memory_limit: int | None = None) -> None:
         super().__init__(compensated, memory_limit)
         self._checked: set[int] = set()
@@ -66,6 +68,7 @@ class DoubleBackwardBatched(ReverseOverReverse):
 
     name = "double_backward_batched"
     transforms = True
+    checked_vectors = 2
 
     def products(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
         """Yield all products at once."""
@@ -89,15 +92,7 @@ class KeptGraph(ReverseOverReverse):
         if term.index in self._kept:
             kept: Gradient = self._kept[term.index]
             return kept, True
-        with _saving_hooks() as hooks:
-            loss = term.evaluate()
-        if hooks:
-            # They run when the graph is used, and find the buffers and random streams of that time.
-            raise OperatorError(
-                f"hvp={self.name!r} cannot keep graphs of a model that uses activation checkpoints or other hooks on "
-                "saved tensors; use hvp='double_backward', or take the checkpoints out"
-            )
-        gradient = self.checked_gradient(term, loss)
+        gradient = gradient_to_keep(self, term)
         keep = self.may_keep(term, _saved_in_graph(gradient))
         if keep:
             self._kept[term.index] = gradient
@@ -108,6 +103,19 @@ class KeptGraphBatched(DoubleBackwardBatched, KeptGraph):
     """Graphs kept as in :class:`KeptGraph`, all vectors in one batched backward pass."""
 
     name = "kept_graph_batched"
+
+
+def gradient_to_keep(strategy: ReverseOverReverse, term: LossTerm) -> Gradient:
+    """Return the gradient of a batch with a graph that may be used after the batch is over; else an OperatorError."""
+    with _saving_hooks() as hooks:
+        loss = term.evaluate()
+    if hooks:
+        # They run when the graph is used, and find the buffers and random streams of that time.
+        raise OperatorError(
+            f"hvp={strategy.name!r} cannot keep graphs of a model that uses activation checkpoints or other hooks on "
+            "saved tensors; use hvp='double_backward', or take the checkpoints out"
+        )
+    return strategy.checked_gradient(term, loss)
 
 
 @contextlib.contextmanager
