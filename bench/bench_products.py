@@ -175,6 +175,19 @@ def test_peer_is_left_out_only_while_it_is_wrong(case):
             check(peer.one_by_one(case.panel[:1]))
 
 
+@pytest.mark.usefixtures("_peers_installed")
+def test_an_operator_of_curvlinops_is_one_here(case):
+    peer = peers.Curvlinops(case.workload)
+    if peer.wrong:
+        pytest.skip(peer.wrong)
+    operator = hesd.MatrixOperator(peer.operator)
+    case.check(1)(operator.matmat(case.panel[:1]))
+    rule = hesd.SpectralMeasure.from_tridiagonal(hesd.block_lanczos(peer.operator, 3, 1, seed=SEED))
+    check_moments(exact_moments(case.workload, case.panel[:1]), 3, BASELINE_MULTIPLE)(
+        [(torch.tensor(rule.nodes[0]), torch.tensor(rule.weights[0]))]
+    )
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_product_by_strategy(hold, benchmark, sizes, case, strategy):
     """Each exact strategy by name, next to plain double backward from the start for each vector."""

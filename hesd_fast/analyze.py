@@ -16,10 +16,11 @@ from torch import nn
 from hesd_fast import _engine
 from hesd_fast.basis import BASIS_DTYPES, check_basis
 from hesd_fast.criteria import criteria
-from hesd_fast.errors import HESDWarning, ProblemError
+from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.hesd_type import classify
 from hesd_fast.lanczos import available_memory, block_lanczos, check_options
-from hesd_fast.operators import HessianOperator
+from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
+from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.checked import CheckedOperator
 from hesd_fast.operators.hessian import check_hvp
 from hesd_fast.parameters import Selection
@@ -48,6 +49,13 @@ class Protocol(NamedTuple):
     window: int
 
 
+OPERATORS: dict[str, type[ProblemOperator]] = {
+    "hessian": HessianOperator,
+    "gauss_newton": GaussNewtonOperator,
+    "empirical_fisher": EmpiricalFisherOperator,
+}
+"""Whose spectrum can be asked for."""
+
 PROTOCOLS = {
     # Loss Landscape Analysis: one Rademacher probe, 100 steps against the last 10 vectors (arXiv 2412.10146).
     "lla": Protocol(block_size=1, max_steps=100, reorthogonalization="window", window=10),
@@ -61,6 +69,7 @@ def analyze(
     *,
     parameters: Selection = None,
     mode: str | None = None,
+    operator: str = "hessian",
     block_size: int | str = "auto",
     max_steps: int | None = None,
     reorthogonalization: str | None = None,
@@ -79,6 +88,10 @@ def analyze(
         A model, ``loss(model, batch)`` and the data; or a :class:`~hesd_fast.Problem` alone.
     parameters, mode
         As in :class:`~hesd_fast.Problem`; not together with one.
+    operator : {"hessian", "gauss_newton", "empirical_fisher"}
+        The matrix whose spectrum is wanted: the Hessian; or :class:`~hesd_fast.GaussNewtonOperator` or
+        :class:`~hesd_fast.EmpiricalFisherOperator`, which are positive semi-definite and need a loss that can be taken
+        apart.
     block_size : int or "auto"
         Number of probes b; "auto" takes 4, or n if that is less.
     max_steps : int, optional
@@ -90,7 +103,7 @@ def analyze(
     hvp : str
         How products are made. "auto" tries the exact strategies on the first batch, within 5 % of the predicted run,
         and takes the fastest that fits; which one that is depends on the machine and its load, and with it the last
-        bits of the result. ``hesd_fast.hvp.ALL_STRATEGIES`` lists what can be named.
+        bits of the result. ``hesd_fast.hvp.ALL_STRATEGIES`` lists what can be named. For the Hessian alone.
     protocol : {"lla"}, optional
         A published protocol, which sets the three options before: numbers comparable with those of Loss Landscape
         Analysis.
@@ -113,21 +126,24 @@ def analyze(
     chosen = settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
     check_options(problem.size, chosen.max_steps, chosen.block_size, chosen.reorthogonalization, seed)
     kept_dtype, _, _ = check_basis(basis, basis_dtype, problem.dtype)
-    check_hvp(hvp)
+    _check_operator(operator, hvp)
     started = time.perf_counter()
     problem.prepare()
     fingerprint = problem.fingerprint
     with problem.session():
-        operator = HessianOperator(
-            problem,
-            hvp=hvp,
-            panels=int(chosen.max_steps),
-            memory_limit=memory_for_products(problem, chosen, kept_dtype.itemsize),
-        )
+        if operator == "hessian":
+            matrix: ProblemOperator = HessianOperator(
+                problem,
+                hvp=hvp,
+                panels=int(chosen.max_steps),
+                memory_limit=memory_for_products(problem, chosen, kept_dtype.itemsize),
+            )
+        else:
+            matrix = OPERATORS[operator](problem)
         expected = chosen.max_steps * chosen.block_size
         if chosen.reorthogonalization in ORTHOGONAL_MODES:
             expected = min(expected, problem.size)
-        checked = CheckedOperator(operator)
+        checked = CheckedOperator(matrix)
         with ProductProgress(expected, enabled=progress) as bar:
             tridiagonal = block_lanczos(
                 checked,
@@ -157,11 +173,12 @@ def analyze(
     hesd_type, evidence = classify(
         measure, found, loss_value=facts.loss, parameter_norm_squared=facts.parameter_norm_squared
     )
-    checks = _checks(tridiagonal, measure, checked, operator, problem)
+    checks = _checks(tridiagonal, measure, checked, matrix, problem)
     for check in checks:
         if not check.passed:
             warnings.warn(f"the check of {check.name} failed: {check.detail}", HESDWarning, stacklevel=2)
     options = {
+        "operator": operator,
         "block_size": int(chosen.block_size),
         "max_steps": int(chosen.max_steps),
         "reorthogonalization": chosen.reorthogonalization,
@@ -175,10 +192,21 @@ def analyze(
         hvps=tridiagonal.products,
         seconds=time.perf_counter() - started,
         peak_bytes=_peak_bytes(problem),
-        strategy=operator.strategy.name,
-        plan="" if operator.plan is None else str(operator.plan),
+        strategy=matrix.method,
+        plan=str(getattr(matrix, "plan", None) or ""),
     )
     return Report(hesd_type, evidence, found, measure, facts, cost, checks, options, _versions())
+
+
+def _check_operator(operator: str, hvp: str) -> None:
+    if operator not in OPERATORS:
+        raise OperatorError(f"operator is {operator!r}; wanted one of {', '.join(map(repr, OPERATORS))}")
+    check_hvp(hvp)
+    if operator != "hessian" and hvp != "auto":
+        raise OperatorError(
+            f"hvp={hvp!r} says how products with the Hessian are made, and operator={operator!r} has its own way; "
+            "leave hvp out"
+        )
 
 
 def _as_problem(
@@ -237,7 +265,7 @@ def _checks(
     tridiagonal: BlockTridiagonal,
     measure: SpectralMeasure,
     checked: CheckedOperator,
-    operator: HessianOperator,
+    matrix: ProblemOperator,
     problem: Problem,
 ) -> tuple[Check, ...]:
     """What the run itself shows about the operator and the engine, at no further product."""
@@ -245,7 +273,8 @@ def _checks(
     noise = tridiagonal.recurrence_error or 0.0
     relative = noise / scale if scale > 0.0 else 0.0
     allowed = float(np.sqrt(tridiagonal.epsilon))
-    products_allowed = max(allowed, 4.0 * getattr(operator.strategy, "error", 0.0))
+    strategy = getattr(matrix, "strategy", None)
+    products_allowed = max(allowed, 4.0 * getattr(strategy, "error", 0.0))
     linearity, repetition = checked.linearity or 0.0, checked.repetition or 0.0
     checks = [
         Check(
@@ -272,8 +301,8 @@ def _checks(
             f"each probe's weights sum to 1 within {np.abs(measure.weight_sums - 1.0).max():.2g}",
         ),
     ]
-    if not operator.strategy.exact:
-        error, step = operator.strategy.error, operator.strategy.step  # type: ignore[attr-defined]
+    if strategy is not None and not strategy.exact:
+        error, step = strategy.error, strategy.step
         checks.append(
             Check(
                 "finite differences",

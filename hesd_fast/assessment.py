@@ -179,6 +179,12 @@ def compare(reports: Mapping[str, TypedReport], *, thresholds: ComparisonThresho
     thresholds = ComparisonThresholds() if thresholds is None else thresholds
     (reference_name, reference), *others = reports.items()
     for name, report in others:
+        matrices = [getattr(one, "operator", "hessian") for one in (reference, report)]
+        if len(set(matrices)) > 1:
+            raise ProblemError(
+                f"{name!r} is of the operator {matrices[1]!r}, the reference {reference_name!r} of {matrices[0]!r}; "
+                "compare spectra of the same operator"
+            )
         ours = (reference.criteria.exponent, reference.criteria.mass_exponent)
         theirs = (report.criteria.exponent, report.criteria.mass_exponent)
         if ours != theirs:

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec
 import click
 
 import hesd_fast as hesd
+from hesd_fast.analyze import OPERATORS
 from hesd_fast.basis import BASIS_DTYPES
 from hesd_fast.demo import demo_problem
 from hesd_fast.hvp import ALL_STRATEGIES
@@ -104,6 +105,13 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_out_option("hesd-report")
 @_run_options
 @click.option(
+    "--operator",
+    type=click.Choice(list(OPERATORS)),
+    default="hessian",
+    show_default=True,
+    help="The matrix whose spectrum is wanted.",
+)
+@click.option(
     "--hvp",
     type=click.Choice(["auto", *ALL_STRATEGIES]),
     default="auto",
@@ -122,6 +130,7 @@ def analyze(
     protocol: str | None,
     basis: str,
     basis_dtype: str,
+    operator: str,
     hvp: str,
     seed: int,
     progress: bool,
@@ -141,6 +150,7 @@ def analyze(
         protocol=protocol,
         basis=basis,
         basis_dtype=basis_dtype,
+        operator=operator,
         hvp=hvp,
         seed=seed,
         progress=progress,

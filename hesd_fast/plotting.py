@@ -73,7 +73,7 @@ def plot_densities(
     axes.axvline(0.0, color="black", linewidth=0.6)
     axes.set_ylim(peak * 10.0**-DECADES, peak * 3.0)
     axes.set_xlim(grid[0], grid[-1])
-    axes.set_xlabel("eigenvalue of the Hessian")
+    axes.set_xlabel("eigenvalue")
     axes.set_ylabel(f"density (Gaussian of σ = {sigma:.2g})")
     numbers = [str(number) for number in range(len(lines))]
     legend = figure.legend(lines, numbers, loc="outside upper left", fontsize="small", frameon=False)

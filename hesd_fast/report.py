@@ -26,6 +26,13 @@ FORMAT = "hesd-fast report"
 FORMAT_VERSION = 1
 
 
+OPERATOR_TITLES = {
+    "hessian": "HESD",
+    "gauss_newton": "Spectral density of the Gauss-Newton matrix",
+    "empirical_fisher": "Spectral density of the empirical Fisher matrix",
+}
+
+
 @dataclass(frozen=True)
 class Cost:
     """What the run took.
@@ -147,8 +154,13 @@ class Report:
         return self.measure.lambda_min
 
     @property
+    def operator(self) -> str:
+        """Whose spectrum this is: "hessian", "gauss_newton" or "empirical_fisher"."""
+        return str(self.options.get("operator", "hessian"))
+
+    @property
     def trace(self) -> Estimate:
-        """The trace of the Hessian."""
+        """The trace of the matrix."""
         return self.measure.trace
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, sigma: float | None = None) -> Figure:
@@ -224,8 +236,9 @@ class Report:
             *[("check", f"{'ok' if check.passed else 'FAILED'}: {check.detail}") for check in self.checks],
         ]
         title = (
-            f"HESD of {problem.model}: {problem.size:,} parameters, loss {problem.loss:.4g} "
-            f"over {problem.terms:,.0f} terms in {problem.batches} batches, mode {problem.mode}, {problem.precision}"
+            f"{OPERATOR_TITLES[self.operator]} of {problem.model}: {problem.size:,} parameters, "
+            f"loss {problem.loss:.4g} over {problem.terms:,.0f} terms in {problem.batches} batches, "
+            f"mode {problem.mode}, {problem.precision}"
         )
         return "\n".join([title, *[f"  {name:<12}{text}" for name, text in rows]])
 

@@ -134,6 +134,7 @@ def test_published_protocol_is_what_it_says(case):
     report = hesd.analyze(model, loss, batches, protocol="lla", seed=3, progress=False)
     tridiagonal = report.measure.tridiagonal
     assert report.options == {
+        "operator": "hessian",
         "block_size": 1,
         "max_steps": 100,
         "reorthogonalization": "window",
@@ -270,6 +271,44 @@ def test_failed_checks_warn(case, monkeypatch):
     with pytest.warns(hesd.HESDWarning, match="orthogonality"):
         report = hesd.analyze(model, loss, batches, max_steps=5, progress=False)
     assert "FAILED" in str(report)
+
+
+@pytest.mark.parametrize("name", ["gauss_newton", "empirical_fisher"])
+def test_spectra_of_other_operators_are_theirs(case, name, tmp_path):
+    problem = hesd.Problem(*case[:3])
+    report = hesd.analyze(problem, operator=name, max_steps=problem.size, block_size=2, progress=False)
+    operator = {"gauss_newton": hesd.GaussNewtonOperator, "empirical_fisher": hesd.EmpiricalFisherOperator}[name]
+    dense = operator(problem).matmat(torch.eye(problem.size, dtype=torch.float64)).numpy()
+    eigenvalues = np.linalg.eigvalsh((dense + dense.T) / 2)
+    np.testing.assert_allclose(report.lambda_max.value, eigenvalues[-1], rtol=1e-10)
+    for order in (1, 2, 3):
+        # the moments that the probes see
+        probes = hesd.kernels.empty_panel(2, problem.size, torch.float64)
+        hesd.kernels.fill_probes(probes, 0)
+        z = probes.numpy()
+        seen = np.einsum("ij,jk,ik->i", z, np.linalg.matrix_power(dense, order), z).mean() / problem.size
+        np.testing.assert_allclose(report.measure.moment(order), seen, rtol=1e-9)
+    assert report.lambda_min.low >= -1e-9
+    assert report.operator == report.options["operator"] == name
+    assert report.cost.strategy == "jvp in forward mode, vjp"
+    assert all(check.passed for check in report.checks)
+    assert "Spectral density of the" in str(report)
+    report.save(tmp_path / "r.json")
+    assert hesd.load_report(tmp_path / "r.json").operator == name
+    hessian = hesd.analyze(problem, max_steps=5, progress=False)
+    assert hessian.operator == "hessian"
+    with pytest.raises(hesd.ProblemError, match=f"'other' is of the operator '{name}', the reference"):
+        hesd.compare({"train": hessian, "other": report})
+
+
+def test_operators_that_do_not_exist_or_do_not_fit_are_refused(case):
+    model, loss, batches, _ = case
+    with pytest.raises(hesd.OperatorError, match="operator is 'fisher'; wanted one of 'hessian', 'gauss_newton'"):
+        hesd.analyze(model, loss, batches, operator="fisher", progress=False)
+    with pytest.raises(hesd.OperatorError, match="leave hvp out"):
+        hesd.analyze(model, loss, batches, operator="gauss_newton", hvp="kept_graph", progress=False)
+    with pytest.raises(hesd.ProblemError, match="needs a loss that tells"):
+        hesd.analyze(model, lambda m, batch: m(batch[0]).square().mean(), batches, operator="gauss_newton")
 
 
 def test_compare_on_real_reports(case):

@@ -58,6 +58,9 @@ def test_analyze_passes_mode_and_protocol_on(folder):
     assert run("analyze", "cli_problem:build", "--reorthogonalization", "none", "--out", "a").exit_code == 0
     assert hesd.load_report(folder / "a" / "report.hesd.json").options["reorthogonalization"] == "none"
     assert run("analyze", "cli_problem:build", "--protocol", "lla", "--out", "b").exit_code == 0
+    result = run("analyze", "cli_problem:build", "--operator", "gauss_newton", "--max-steps", "2", "--out", "c")
+    assert result.exit_code == 0
+    assert "of the Gauss-Newton matrix" in result.output
     assert hesd.load_report(folder / "b" / "report.hesd.json").options["protocol"] == "lla"
 
 

@@ -441,6 +441,17 @@ def symmetric(n: int = 20) -> Tensor:
     return matrix + matrix.T
 
 
+class OfTorch:
+    """What operators of curvlinops have: columns (n, b) in, columns out, tensors of their own precision."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.shape, self.dtype, self.device = matrix, matrix.shape, matrix.dtype, matrix.device
+
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        assert columns.shape[0] == len(self.matrix)
+        return self.matrix @ columns
+
+
 @pytest.mark.parametrize(
     "convert",
     [
@@ -448,8 +459,9 @@ def symmetric(n: int = 20) -> Tensor:
         lambda m: m.numpy(),
         lambda m: scipy.sparse.csr_matrix(m.numpy()),
         lambda m: aslinearoperator(m.numpy()),
+        lambda m: OfTorch(m),
     ],
-    ids=["torch", "numpy", "sparse", "linear-operator"],
+    ids=["torch", "numpy", "sparse", "linear-operator", "operator-of-torch"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_matrix_operator(convert: object, dtype: torch.dtype) -> None:
@@ -473,6 +485,7 @@ def test_matrix_operator(convert: object, dtype: torch.dtype) -> None:
         (symmetric().triu().numpy(), "not symmetric"),
         (scipy.sparse.csr_matrix(symmetric().triu().numpy()), "not symmetric"),
         (aslinearoperator(symmetric().triu().numpy()), "u.Av and v.Au differ"),
+        (OfTorch(symmetric().triu()), "the OfTorch is not symmetric: u.Av and v.Au differ"),
         (torch.full((2, 2), torch.nan), "NaN or Inf"),
         (torch.ones(2, 2, dtype=torch.complex64), "complex"),
     ],

@@ -182,6 +182,11 @@ class ProblemOperator(OperatorBase):
         """Machine epsilon of the coarsest selected parameter, which limits the accuracy of the products."""
         return self.problem.epsilon
 
+    @property
+    @abstractmethod
+    def method(self) -> str:
+        """Return how products are made, for reports."""
+
     def describe(self, column: int) -> str:
         """Return the name of the parameter that a column belongs to."""
         return f"column {column} (parameter {self.problem.describe(column)!r})"

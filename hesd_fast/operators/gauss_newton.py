@@ -88,6 +88,11 @@ class JacobianOperator(ProblemOperator):
         """Why "auto" takes reverse mode, if it does."""
         self._checked: set[int] = set()
 
+    @property
+    def method(self) -> str:
+        """Return the mode of the Jacobian-vector products; the vector-Jacobian products are one backward pass each."""
+        return f"jvp in {'reverse' if self.jvp == 'reverse' or self.reason else 'forward'} mode, vjp"
+
     @abstractmethod
     def _values(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return the values to take the Jacobian of."""

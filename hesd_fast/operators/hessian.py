@@ -60,6 +60,11 @@ class HessianOperator(ProblemOperator):
         self.plan: ProductPlan | None = None
         self._is_prepared = False
 
+    @property
+    def method(self) -> str:
+        """Return the name of the strategy."""
+        return self.strategy.name
+
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
         with self.problem.session():
             if not self._is_prepared:

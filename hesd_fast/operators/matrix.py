@@ -17,14 +17,16 @@ _NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class MatrixOperator(OperatorBase):
-    """A symmetric matrix given as a torch tensor, a NumPy array, a SciPy sparse matrix or a SciPy ``LinearOperator``.
+    """A symmetric matrix given as a torch tensor, a NumPy array, a SciPy sparse matrix or a linear operator.
 
-    A float32 or half-precision matrix is multiplied in float32, any other in float64. All but tensors are on the CPU.
+    A linear operator is a SciPy ``LinearOperator``, or one that multiplies torch tensors (n, b) by ``@`` and has
+    ``shape``, ``dtype`` and ``device``, as those of curvlinops and linear_operator. A float32 or half-precision matrix
+    is multiplied in float32, any other in float64. What is not of torch is on the CPU.
 
     Parameters
     ----------
     matrix : (n, n)
-        Must be finite, and symmetric to 64 n times machine epsilon times its largest element. A ``LinearOperator`` is
+        Must be finite, and symmetric to 64 n times machine epsilon times its largest element. A linear operator is
         checked with two products.
 
     Raises
@@ -40,6 +42,12 @@ class MatrixOperator(OperatorBase):
             super().__init__(matrix.shape[0], dtype, matrix.device)
             self._matrix: Any = matrix.detach().to(dtype)
             _check_symmetric(self._matrix, float((self._matrix - self._matrix.T).abs().max()))
+            return
+        if is_torch_operator(matrix):
+            dtype = _panel_dtype(matrix.dtype.itemsize, matrix.dtype.is_floating_point, matrix.dtype.is_complex)
+            super().__init__(matrix.shape[0], dtype, torch.device(matrix.device))
+            self._matrix = matrix
+            self._check_linear_operator()
             return
         kind = np.dtype(matrix.dtype or np.float64)
         dtype = _panel_dtype(kind.itemsize, kind.kind == "f", kind.kind == "c")
@@ -59,19 +67,23 @@ class MatrixOperator(OperatorBase):
         if isinstance(self._matrix, Tensor):
             torch.mm(panel, self._matrix, out=out)  # symmetric, so the rows of V H are H times the rows of V
             return
+        if is_torch_operator(self._matrix):
+            out.copy_((self._matrix @ panel.T.to(self._matrix.dtype).contiguous()).detach().T)
+            return
         columns = np.asarray(self._matrix @ panel.numpy().T, dtype=_NUMPY_DTYPES[self.dtype])
         out.copy_(torch.from_numpy(columns).T)
 
     def _check_linear_operator(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        u, v = torch.randn(2, self.size, dtype=self.dtype, generator=generator)
+        u, v = torch.randn(2, self.size, dtype=self.dtype, generator=generator).to(self.device)
         image_u, image_v = self.matvec(u), self.matvec(v)
         self.products = 0
         scale = float(torch.linalg.vector_norm(u) * torch.linalg.vector_norm(image_v))
         difference = abs(float(u @ image_v - v @ image_u))
         if not difference <= 64 * self.size * torch.finfo(self.dtype).eps * scale:
             raise OperatorError(
-                f"the LinearOperator is not symmetric: u.Av and v.Au differ by {difference:.3g}; give a symmetric one"
+                f"the {type(self._matrix).__name__} is not symmetric: u.Av and v.Au differ by {difference:.3g}; "
+                "give a symmetric one"
             )
 
 
@@ -85,11 +97,24 @@ def as_operator(operator: Any) -> CurvatureOperator:
     """
     if isinstance(operator, CurvatureOperator):
         return operator
-    if isinstance(operator, Tensor | np.ndarray | LinearOperator) or scipy.sparse.issparse(operator):
+    if (
+        isinstance(operator, Tensor | np.ndarray | LinearOperator)
+        or scipy.sparse.issparse(operator)
+        or is_torch_operator(operator)
+    ):
         return MatrixOperator(operator)
     raise OperatorError(
-        f"{type(operator).__name__} is not an operator; give a HessianOperator, a symmetric matrix, or an object with "
-        "size, dtype, device, products and matmat(panel, out=None)"
+        f"{type(operator).__name__} is not an operator; give a HessianOperator, a symmetric matrix or linear operator, "
+        "or an object with size, dtype, device, products and matmat(panel, out=None)"
+    )
+
+
+def is_torch_operator(operator: Any) -> bool:
+    """Whether something that is not a tensor multiplies tensors by ``@``."""
+    return (
+        not isinstance(operator, Tensor)
+        and isinstance(getattr(operator, "dtype", None), torch.dtype)
+        and all(hasattr(operator, name) for name in ("shape", "device", "__matmul__"))
     )
 
 
