@@ -53,9 +53,16 @@ def test_batched_strategies_are_not_tried_for_one_vector(patient):
 
 
 def test_trials_end_when_their_share_is_used_up(patient):
-    _, plan = choose(small_problem(), 2, 10, share=1e-9)
+    _, plan = choose(small_problem(), 2, 7, share=1e-9)
     assert plan.strategy == "double_backward"
     assert [trial.note[:9] for trial in plan.trials] == ["", *["not tried"] * (len(plan.trials) - 1)]
+
+
+def test_without_time_for_trials_graphs_are_kept(patient):
+    _, plan = choose(small_problem(), 2, 100, share=1e-9)
+    assert plan.strategy == "kept_graph"
+    rest = [trial.note[:9] for trial in plan.trials if trial.strategy not in ("double_backward", "kept_graph")]
+    assert rest == ["not tried"] * (len(STRATEGIES) - 2)
 
 
 def test_a_short_run_is_not_worth_a_trial():

@@ -206,6 +206,9 @@ class _Trials:
             expected += TRACING_SECONDS[0] + TRACING_SECONDS[1] * self._operations()
         elif kind.family == "compiled":
             expected += COMPILING_SECONDS[0] + COMPILING_SECONDS[1] * self._operations()
+        if expected > seconds_left and name == KeptGraph.name:
+            self.keep_graphs()
+            return
         if expected > seconds_left:
             self.leave_out(
                 (name,), f"not tried: about {expected:.2g} s, {max(seconds_left, 0.0):.2g} s left for trials"
