@@ -476,6 +476,11 @@ def test_matrix_operator(convert: object, dtype: torch.dtype) -> None:
     assert operator.products == 3
 
 
+def test_finite_products_whose_sum_is_not_are_finite() -> None:
+    operator = MatrixOperator(torch.diag(torch.full((4,), 2e38)))
+    assert torch.equal(operator.matvec(torch.ones(4)), torch.full((4,), 2e38))
+
+
 @pytest.mark.parametrize(
     ("matrix", "message"),
     [

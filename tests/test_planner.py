@@ -53,7 +53,7 @@ def test_batched_strategies_are_not_tried_for_one_vector(patient):
 
 
 def test_trials_end_when_their_share_is_used_up(patient):
-    _, plan = choose(small_problem(), 2, 7, share=1e-9)
+    _, plan = choose(small_problem(), 2, 3, share=1e-9)
     assert plan.strategy == "double_backward"
     assert [trial.note[:9] for trial in plan.trials] == ["", *["not tried"] * (len(plan.trials) - 1)]
 
@@ -90,6 +90,50 @@ def test_a_short_run_keeps_no_graphs_that_do_not_fit_or_are_refused():
     strategy, plan = choose(Problem(*case.build()), 2, 50)
     assert strategy.name == "double_backward"
     assert "checkpoints" in {trial.strategy: trial.note for trial in plan.trials}["kept_graph"]
+
+
+class Wearing(torch.autograd.Function):
+    """x^2 whose second derivative changes with every use of its graph."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return WearingSlope.apply(ctx.saved_tensors[0], gradient)
+
+
+class WearingSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gradient):
+        ctx.save_for_backward(x, gradient)
+        ctx.uses = 0
+        return 2 * x * gradient
+
+    @staticmethod
+    def backward(ctx, change):
+        x, gradient = ctx.saved_tensors
+        ctx.uses += 1
+        return 2 * gradient * change * ctx.uses, 2 * x * change
+
+
+@pytest.mark.parametrize("name", ["kept_graph", "kept_graph_batched"])
+def test_a_graph_that_wears_out_is_not_kept(name):
+    class Squared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return Wearing.apply(self.linear(x))
+
+    problem = Problem(Squared().double(), CROSS_ENTROPY, vectors(8))
+    with pytest.raises(OperatorError, match=f"hvp='{name}'"):
+        HessianOperator(problem, hvp=name).matvec(torch.ones(problem.size, dtype=torch.float64))
+    strategy, _ = choose(problem, 1, 50)
+    assert strategy.name == "double_backward"
 
 
 def test_what_does_not_fit_is_not_taken(patient):

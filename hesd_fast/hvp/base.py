@@ -104,20 +104,24 @@ class Strategy(ABC):
         gradient = Gradient.of(self.problem, term.evaluate())
         for j, row in enumerate(rows):
             self._accumulate(term, [(j, with_row(gradient.multiply(row, keep_graph=j + 1 < len(rows))))], wanted)
+        for _ in range(2 if self.family else 1):  # the second time with what is kept
+            self.compare(rows, wanted)
+
+    def compare(self, rows: Vectors, wanted: Tensor) -> None:
+        """Raise an OperatorError unless products on the first batch are those of plain double backward."""
         norm = float(torch.linalg.vector_norm(wanted))
         if not math.isfinite(norm):
             return  # the operator names the parameter
-        for _ in range(2 if self.family else 1):  # the second time with what is kept
-            found = torch.zeros_like(panel)
-            term = self.first_term()
-            self._accumulate(term, self.attempt(term, rows), found)
-            difference = float(torch.linalg.vector_norm(found.sub_(wanted)))
-            if not agrees(difference, norm, self.problem.epsilon):
-                raise OperatorError(
-                    f"hvp={self.name!r} gets the product of batch {term.index} wrong: it is {difference:.2g} away from "
-                    f"that of plain double backward, of norm {norm:.2g}, as some operation of model or loss has a "
-                    "derivative that PyTorch gets wrong there; use hvp='double_backward'"
-                )
+        found = torch.zeros_like(wanted)
+        term = self.first_term()
+        self._accumulate(term, self.attempt(term, rows), found)
+        difference = float(torch.linalg.vector_norm(found.sub_(wanted)))
+        if not agrees(difference, norm, self.problem.epsilon):
+            raise OperatorError(
+                f"hvp={self.name!r} gets the product of batch {term.index} wrong: it is {difference:.2g} away from "
+                f"that of plain double backward, of norm {norm:.2g}, as some operation of model or loss has a "
+                "derivative that PyTorch gets wrong there; use hvp='double_backward'"
+            )
 
     def attempt(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
         """Yield the products of one batch; an OperatorError names the strategy where PyTorch cannot transform it."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from hesd_fast import kernels
 from hesd_fast.errors import OperatorError
-from hesd_fast.hvp.base import Parts, Strategy, Vectors, stacked, with_row
+from hesd_fast.hvp.base import Parts, Strategy, Vectors, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes, naming_operations
 from hesd_fast.problem import LossTerm
 
@@ -87,6 +88,17 @@ class KeptGraph(ReverseOverReverse):
     name = "kept_graph"
     family = "kept_graph"
 
+    def check(self) -> None:
+        """Raise an OperatorError unless a graph gives its first product, plain double backward's, a second time."""
+        panel = kernels.empty_panel(1, self.problem.size, self.problem.dtype)
+        kernels.fill_probes(panel, 0)
+        rows = vectors_of(self.problem, panel)
+        first = torch.zeros_like(panel)
+        term = self.first_term()
+        self._accumulate(term, self.attempt(term, rows), first)
+        if term.index in self._kept:
+            self.compare(rows, first)
+
     def gradient(self, term: LossTerm) -> tuple[Gradient, bool]:
         """Return the gradient of a batch, and whether its graph is kept."""
         if term.index in self._kept:
@@ -103,6 +115,10 @@ class KeptGraphBatched(DoubleBackwardBatched, KeptGraph):
     """Graphs kept as in :class:`KeptGraph`, all vectors in one batched backward pass."""
 
     name = "kept_graph_batched"
+
+    def check(self) -> None:
+        """Raise an OperatorError unless the strategy multiplies as plain double backward does."""
+        Strategy.check(self)
 
 
 def gradient_to_keep(strategy: ReverseOverReverse, term: LossTerm) -> Gradient:
