@@ -123,6 +123,23 @@ def test_a_trace_that_holds_its_vector_is_refused():
         HessianOperator(problem, hvp="compiled").matvec(torch.ones(problem.size, dtype=torch.float64))
 
 
+def test_a_product_that_is_not_finite_is_named_by_parameter():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.linear(x) + self.linear.weight.abs().pow(1.5).sum()
+
+    model = Root()
+    with torch.no_grad():
+        model.linear.weight[0, 1] = 0.0  # the second derivative of |w|^1.5 is infinite there
+    problem = small_problem(8, model=model)
+    with pytest.raises(OperatorError, match=r"linear\.weight"):
+        HessianOperator(problem, hvp="compiled").matvec(torch.ones(problem.size, dtype=torch.float64))
+
+
 def traced(function, *inputs: Tensor):
     graph = compiled.make_fx(function)(*inputs)
     return compiled._split(graph)
