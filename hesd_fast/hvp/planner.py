@@ -220,13 +220,7 @@ class _Trials:
             return
         before = time.perf_counter()
         strategy.problem = self.problem
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", HESDWarning)  # what cannot be compiled is no candidate
-                strategy.check()
-        except (OperatorError, HESDWarning) as error:
-            strategy.release()
-            self.leave_out((name,), f"refused: {error}")
+        if not self._serves(strategy):
             return
         checked = time.perf_counter() - before
         seconds = self._measure(strategy)
@@ -234,9 +228,6 @@ class _Trials:
         if kind.family:
             size = strategy.kept_bytes
             kept = batches if self.memory_limit is None or size == 0 else min(batches, self.memory_limit // size)
-            if not strategy._kept:
-                self.leave_out((name,), "does not fit: what it keeps of one batch is more than the memory allowed")
-                return
         anew = batches - kept if kind.family else 0
         panel = seconds * (batches - anew) + self.plain_seconds * anew
         once = strategy.once_seconds
@@ -257,14 +248,7 @@ class _Trials:
         plain = self.tried[0]
         strategy = KeptGraph(plain.compensated, self.memory_limit)
         strategy.problem = self.problem
-        try:
-            strategy.check()
-        except OperatorError as error:
-            strategy.release()
-            self.leave_out((strategy.name,), f"refused: {error}")
-            return
-        if not strategy._kept:
-            self.leave_out((strategy.name,), "does not fit: what it keeps of one batch is more than the memory allowed")
+        if not self._serves(strategy):
             return
         share = 6.0 * self.block_size / (3.0 + 6.0 * self.block_size)  # the forward and first backward pass are done
         self.tried.append(strategy)
@@ -277,6 +261,21 @@ class _Trials:
                 "not measured: the run is short",
             )
         )
+
+    def _serves(self, strategy: Strategy) -> bool:
+        """Whether a strategy multiplies as it should on the first batch, and can keep it; if not, note why."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", HESDWarning)  # what cannot be compiled is no candidate
+                strategy.check()
+        except (OperatorError, HESDWarning) as error:
+            strategy.release()
+            self.leave_out((strategy.name,), f"refused: {error}")
+            return False
+        if strategy.family and not strategy._kept:
+            self.leave_out((strategy.name,), "does not fit: what it keeps of one batch is more than the memory allowed")
+            return False
+        return True
 
     def finish(self) -> tuple[Strategy, Trial]:
         """Return the fastest, and release the others."""

@@ -13,7 +13,7 @@ from torch.func import jvp, vmap
 
 from hesd_fast import kernels
 from hesd_fast.errors import OperatorError, ProblemError
-from hesd_fast.hvp.base import Vectors, accumulate, agrees, quiet, stacked, vectors_of, with_row
+from hesd_fast.hvp.base import Vectors, accumulate, agrees, first_line, quiet, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import differentiate, refuse_dead_ends
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.problem import LossTerm, Problem
@@ -140,7 +140,7 @@ class JacobianOperator(ProblemOperator):
             except (torch.cuda.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # what transforms raise at code they cannot take has no common type
-                message = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                message = first_line(error)
                 if self.jvp == "forward":
                     raise OperatorError(
                         f"jvp='forward' cannot differentiate this model; use 'reverse' or 'auto': {message}"
