@@ -23,19 +23,21 @@ from hesd_fast.errors import (
     ProblemError,
 )
 from hesd_fast.estimate import Estimate
+from hesd_fast.groups import analyze_groups
 from hesd_fast.hesd_type import HESDType, TypeEvidence, TypeThresholds, classify
 from hesd_fast.lanczos import LanczosProgress, block_lanczos
 from hesd_fast.operators import (
     CurvatureOperator,
     EmpiricalFisherOperator,
     GaussNewtonOperator,
+    GroupedHessianOperator,
     HessianOperator,
     MatrixOperator,
 )
 from hesd_fast.plan import RunPlan, plan
 from hesd_fast.plotting import plot_densities
 from hesd_fast.problem import Problem
-from hesd_fast.report import Report, load_report
+from hesd_fast.report import Report, load_report, summary
 from hesd_fast.spectrum import SpectralMeasure
 from hesd_fast.tridiagonal import BlockTridiagonal
 
@@ -57,6 +59,7 @@ __all__ = [
     "EngineError",
     "Estimate",
     "GaussNewtonOperator",
+    "GroupedHessianOperator",
     "HESDError",
     "HESDType",
     "HESDWarning",
@@ -74,6 +77,7 @@ __all__ = [
     "TypeThresholds",
     "Verdict",
     "analyze",
+    "analyze_groups",
     "block_lanczos",
     "build_info",
     "classify",
@@ -85,4 +89,5 @@ __all__ = [
     "losses",
     "plan",
     "plot_densities",
+    "summary",
 ]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
 import warnings
 from typing import Any, NamedTuple
@@ -18,10 +16,11 @@ from hesd_fast.basis import BASIS_DTYPES, check_basis
 from hesd_fast.criteria import criteria
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.hesd_type import classify
-from hesd_fast.lanczos import available_memory, block_lanczos, check_options
+from hesd_fast.lanczos import block_lanczos, check_options
+from hesd_fast.memory import available_memory, peak_memory
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
 from hesd_fast.operators.base import ProblemOperator
-from hesd_fast.operators.checked import CheckedOperator
+from hesd_fast.operators.checked import CheckedOperator, Deviations
 from hesd_fast.operators.hessian import check_hvp
 from hesd_fast.parameters import Selection
 from hesd_fast.problem import Loss, Problem, likely_causes
@@ -122,27 +121,25 @@ def analyze(
     ProblemError, OperatorError, PlanError, EngineError
         Before any long work wherever the cause can be known by then. The model is as it was in every case.
     """
-    problem = _as_problem(model, loss, data, parameters, mode)
+    problem = as_problem(model, loss, data, parameters, mode)
     chosen = settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
     check_options(problem.size, chosen.max_steps, chosen.block_size, chosen.reorthogonalization, seed)
     kept_dtype, _, _ = check_basis(basis, basis_dtype, problem.dtype)
     _check_operator(operator, hvp)
     started = time.perf_counter()
     problem.prepare()
-    fingerprint = problem.fingerprint
+    _ = problem.fingerprint  # of the weights as they are now
     with problem.session():
         if operator == "hessian":
             matrix: ProblemOperator = HessianOperator(
                 problem,
                 hvp=hvp,
                 panels=int(chosen.max_steps),
-                memory_limit=memory_for_products(problem, chosen, kept_dtype.itemsize),
+                memory_limit=memory_for_products(problem.size, problem.dtype, chosen, kept_dtype.itemsize),
             )
         else:
             matrix = OPERATORS[operator](problem)
-        expected = chosen.max_steps * chosen.block_size
-        if chosen.reorthogonalization in ORTHOGONAL_MODES:
-            expected = min(expected, problem.size)
+        expected = most_products(problem.size, chosen)
         checked = CheckedOperator(matrix)
         with ProductProgress(expected, enabled=progress) as bar:
             tridiagonal = block_lanczos(
@@ -156,28 +153,15 @@ def analyze(
                 basis_dtype=basis_dtype,
                 on_step=bar.update,
             )
-    facts = ProblemFacts(
-        model=type(problem.model).__name__,
-        size=problem.size,
-        parameters=tuple(problem.parameters),
-        mode=problem.mode,
-        precision=str(problem.dtype).removeprefix("torch."),
-        loss=problem.loss_value,
-        parameter_norm_squared=problem.parameter_norm_squared,
-        batches=problem.batch_count,
-        terms=problem.total_count,
-        fingerprint=fingerprint,
-    )
-    measure = SpectralMeasure.from_tridiagonal(tridiagonal)
-    found = criteria(measure)
-    hesd_type, evidence = classify(
-        measure, found, loss_value=facts.loss, parameter_norm_squared=facts.parameter_norm_squared
-    )
-    checks = _checks(tridiagonal, measure, checked, matrix, problem)
-    for check in checks:
-        if not check.passed:
-            warnings.warn(f"the check of {check.name} failed: {check.detail}", HESDWarning, stacklevel=2)
-    options = {
+    options = run_options(operator, chosen, tridiagonal, hvp, protocol, seed)
+    return report_of(problem, tridiagonal, matrix, (checked.linearity, checked.repetition), options, started)
+
+
+def run_options(
+    operator: str, chosen: Protocol, tridiagonal: BlockTridiagonal, hvp: str, protocol: str | None, seed: int
+) -> dict[str, Any]:
+    """Return the settings of a run as reports keep them."""
+    return {
         "operator": operator,
         "block_size": int(chosen.block_size),
         "max_steps": int(chosen.max_steps),
@@ -188,6 +172,39 @@ def analyze(
         "protocol": protocol,
         "seed": int(seed),
     }
+
+
+def report_of(
+    problem: Problem,
+    tridiagonal: BlockTridiagonal,
+    matrix: ProblemOperator,
+    deviations: Deviations,
+    options: dict[str, Any],
+    started: float,
+) -> Report:
+    """Return what a run has found: measure, criteria, type and checks; a HESDWarning for each check that failed."""
+    facts = ProblemFacts(
+        model=type(problem.model).__name__,
+        size=problem.size,
+        parameters=tuple(problem.parameters),
+        mode=problem.mode,
+        precision=str(problem.dtype).removeprefix("torch."),
+        loss=problem.loss_value,
+        parameter_norm_squared=problem.parameter_norm_squared,
+        batches=problem.batch_count,
+        terms=problem.total_count,
+        fingerprint=problem.fingerprint,
+    )
+    measure = SpectralMeasure.from_tridiagonal(tridiagonal)
+    found = criteria(measure)
+    hesd_type, evidence = classify(
+        measure, found, loss_value=facts.loss, parameter_norm_squared=facts.parameter_norm_squared
+    )
+    checks = _checks(tridiagonal, measure, deviations, matrix, problem)
+    for check in checks:
+        if not check.passed:
+            group = f" of group {options['group']!r}" if "group" in options else ""
+            warnings.warn(f"the check of {check.name}{group} failed: {check.detail}", HESDWarning, stacklevel=3)
     cost = Cost(
         hvps=tridiagonal.products,
         seconds=time.perf_counter() - started,
@@ -209,9 +226,14 @@ def _check_operator(operator: str, hvp: str) -> None:
         )
 
 
-def _as_problem(
-    model: nn.Module | Problem, loss: Loss | None, data: Any, parameters: Selection, mode: str | None
+def as_problem(
+    model: nn.Module | Problem,
+    loss: Loss | None,
+    data: Any,
+    parameters: Selection,
+    mode: str | None,
 ) -> Problem:
+    """Return the problem that was given, as such or in parts; a ProblemError where it is both or neither."""
     if isinstance(model, Problem):
         given = [
             name
@@ -249,22 +271,28 @@ def settings(
     return Protocol(block_size, steps, mode, PROTOCOLS["lla"].window)
 
 
-def memory_for_products(problem: Problem, settings: Protocol, itemsize: int) -> int | None:
+def most_products(size: int, settings: Protocol) -> int:
+    """Return how many vectors of length ``size`` a run multiplies at most."""
+    products = int(settings.max_steps) * int(settings.block_size)
+    return min(products, size) if settings.reorthogonalization in ORTHOGONAL_MODES else products
+
+
+def memory_for_products(size: int, dtype: torch.dtype, settings: Protocol, itemsize: int) -> int | None:
     """Half of the memory that the basis leaves; what one batch needs meanwhile takes of the other half."""
     available = available_memory()
     if available is None:
         return None
     steps, block_size = int(settings.max_steps), int(settings.block_size)
     vectors = (steps + 1) * block_size if settings.reorthogonalization in ORTHOGONAL_MODES else 0
-    basis = min(vectors, problem.size) * problem.size * itemsize
-    working = 4 * block_size * problem.size * problem.dtype.itemsize
+    basis = min(vectors, size) * size * itemsize
+    working = 4 * block_size * size * dtype.itemsize
     return max(available - working - (basis if basis < available else 0), 0) // 2
 
 
 def _checks(
     tridiagonal: BlockTridiagonal,
     measure: SpectralMeasure,
-    checked: CheckedOperator,
+    deviations: Deviations,
     matrix: ProblemOperator,
     problem: Problem,
 ) -> tuple[Check, ...]:
@@ -275,7 +303,7 @@ def _checks(
     allowed = float(np.sqrt(tridiagonal.epsilon))
     strategy = getattr(matrix, "strategy", None)
     products_allowed = max(allowed, 4.0 * getattr(strategy, "error", 0.0))
-    linearity, repetition = checked.linearity or 0.0, checked.repetition or 0.0
+    linearity, repetition = (deviation or 0.0 for deviation in deviations)
     checks = [
         Check(
             "symmetry",
@@ -351,5 +379,4 @@ def _peak_bytes(problem: Problem) -> int:
     """Peak memory of this process so far: on the device of the problem, or resident."""
     if problem.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(problem.device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory()

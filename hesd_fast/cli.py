@@ -22,6 +22,8 @@ from hesd_fast.basis import BASIS_DTYPES
 from hesd_fast.demo import demo_problem
 from hesd_fast.hvp import ALL_STRATEGIES
 from hesd_fast.lanczos import REORTHOGONALIZATIONS
+from hesd_fast.operators.grouped import GROUPINGS, Groups
+from hesd_fast.report import summary
 
 P = ParamSpec("P")
 
@@ -118,6 +120,18 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="How products are made: the fastest exact way, found by trying, or the one named.",
 )
+@click.option(
+    "--groups",
+    type=click.Choice(GROUPINGS),
+    help="One spectrum for each module's own parameters, or for each parameter, of the Hessian's diagonal blocks.",
+)
+@click.option(
+    "--group",
+    "named",
+    multiple=True,
+    metavar="NAME=REGEX",
+    help="The same for a group of parameters: those whose whole name matches. May be given several times.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the probes.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar on a terminal.")
 @_plain_errors
@@ -132,31 +146,58 @@ def analyze(
     basis_dtype: str,
     operator: str,
     hvp: str,
+    groups: str | None,
+    named: tuple[str, ...],
     seed: int,
     progress: bool,
 ) -> None:
     """Analyse the problem that a function returns.
 
     TARGET is `module:function` or `path/to/file.py:function`; the function takes no arguments and returns a
-    hesd_fast.Problem. Writes report.hesd.json and report.png into the folder given by --out.
+    hesd_fast.Problem. Writes report.hesd.json and report.png into the folder given by --out; with groups, one
+    GROUP.hesd.json for each, and groups.png.
     """
+    chosen = _groups(groups, named)
     problem = _load_problem(target)
     _make_folder(out)
-    report = hesd.analyze(
-        problem,
-        block_size="auto" if block_size is None else block_size,
-        max_steps=max_steps,
-        reorthogonalization=reorthogonalization,
-        protocol=protocol,
-        basis=basis,
-        basis_dtype=basis_dtype,
-        operator=operator,
-        hvp=hvp,
-        seed=seed,
-        progress=progress,
-    )
-    click.echo(f"{report}\n")
-    _write({"report": report}, out, "report")
+    options: dict[str, Any] = {
+        "block_size": "auto" if block_size is None else block_size,
+        "max_steps": max_steps,
+        "reorthogonalization": reorthogonalization,
+        "protocol": protocol,
+        "basis": basis,
+        "basis_dtype": basis_dtype,
+        "hvp": hvp,
+        "seed": seed,
+        "progress": progress,
+    }
+    if chosen is None:
+        report = hesd.analyze(problem, operator=operator, **options)
+        click.echo(f"{report}\n")
+        _write({"report": report}, out, "report")
+        return
+    if operator != "hessian":
+        raise hesd.ProblemError(f"--operator {operator} has no groups; leave out --groups and --group, or --operator")
+    reports = hesd.analyze_groups(problem, groups=chosen, **options)
+    click.echo(f"{summary(reports)}\n")
+    _write(reports, out, "groups")
+
+
+def _groups(grouping: str | None, named: tuple[str, ...]) -> Groups | None:
+    """Return the groups that the options ask for, or None."""
+    if not named:
+        return grouping
+    if grouping is not None:
+        raise hesd.ProblemError(f"--groups {grouping} and --group were given; give one of them")
+    chosen = {}
+    for text in named:
+        name, equals, selection = text.partition("=")
+        if not equals or not name or "/" in name or name in (".", ".."):
+            raise hesd.ProblemError(f"--group is {text!r}; wanted NAME=REGEX, NAME being one of a file")
+        if name in chosen:
+            raise hesd.ProblemError(f"--group {name!r} was given twice; call them by different names")
+        chosen[name] = selection
+    return chosen
 
 
 @main.command()

@@ -15,10 +15,13 @@ from torch import Tensor
 from hesd_fast import _engine, kernels
 from hesd_fast.basis import BasisPlan, plan_basis
 from hesd_fast.errors import EngineError, OperatorError, ProblemError
+from hesd_fast.memory import available_memory
 from hesd_fast.operators import as_operator
 from hesd_fast.operators.base import CurvatureOperator
-from hesd_fast.problem import Problem
 from hesd_fast.tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
+
+WORKING_BLOCKS = 3
+"""The block at work, the one before it, and the products."""
 
 REORTHOGONALIZATIONS = ("full", "partial", "window", "none")
 PROBE_KINDS = ("rademacher", "gaussian")
@@ -118,87 +121,163 @@ def block_lanczos(
     Moments and Quadrature with Applications*, 2010, section 4.7.
     """
     operator = as_operator(operator)
-    n = operator.size
-    if probes is not None:
-        _check_probes(probes, n)
-        block_size, probe_kind = probes.shape[0], "given"
-    check_options(n, steps, block_size, reorthogonalization, seed, window, probe_kind)
-    steps, block_size, window, seed = int(steps), int(block_size), int(window), int(seed)
-    if operator.device.type != "cpu":
-        raise EngineError(
-            f"the operator is on {operator.device}; this build has kernels for the CPU only. "
-            "Move the model and data to the CPU"
-        )
-    steps = min(steps, n)
-    plan = plan_blocks(operator, steps, block_size, reorthogonalization, window, basis, basis_dtype)
-    in_place = reorthogonalization in ORTHOGONAL_MODES and plan.place == "memory" and plan.dtype == operator.dtype
-    history = kernels.empty_panel(0, n, plan.dtype) if in_place else plan.allocate()
-    working = kernels.empty_panel((plan.rows if in_place else 0) + 3 * block_size, n, operator.dtype)
-    engine = _engine.BlockLanczos(
-        history,
-        working,
+    run = LanczosRun(
+        operator,
+        steps,
         block_size,
-        max_steps=steps,
-        global_size=n,
+        seed=seed,
         reorthogonalization=reorthogonalization,
-        breakdown_multiple=BREAKDOWN_MULTIPLE,
-        reduce=None,
+        window=window,
+        probe_kind=probe_kind,
+        probes=probes,
+        basis=basis,
+        basis_dtype=basis_dtype,
     )
-    work = working[engine.work_row : engine.work_row + block_size]
-    if probes is None:
-        kernels.fill_probes(work, seed, kind=probe_kind)
-    else:
-        work.copy_(probes.detach())
-    try:
-        engine.start()
-    except EngineError as error:
-        if bool(work.any()):
-            raise ProblemError(f"the probes cannot be used in {operator.dtype}: {error}") from error
-        raise
-    epsilon = max(torch.finfo(operator.dtype).eps, getattr(operator, "epsilon", 0.0))
-    products = 0
-    while not engine.finished:
-        row, work_row, width = engine.current_row, engine.work_row, engine.current_width
-        product = working[work_row : work_row + width]
-        result = operator.matmat(working[row : row + width], out=product)
+    while not run.finished:
+        product = run.product
+        result = operator.matmat(run.panel, out=product)
         if result is not product:  # an operator of the user's own may have made a panel of its own
             product.copy_(result)
-        products += width
-        try:
-            engine.advance()
-        except EngineError as error:
-            _name_non_finite(product, operator, error)
-            raise
-        _check_symmetry(engine.recurrence_error, engine.scale, epsilon)
-        _check_scale(engine.scale)
+        run.advance()
         if on_step is not None:
-            on_step(LanczosProgress(engine.steps, steps, products))
+            on_step(run.progress)
+    return run.result()
 
-    diagonal = tuple(engine.diagonal)
-    vectors_read = engine.vectors_read  # before the measurement, which reads them once more
-    orthogonality = None
-    if reorthogonalization in ORTHOGONAL_MODES:
-        orthogonality = engine.measure_orthogonality()
-    return BlockTridiagonal(
-        size=n,
-        start=engine.start_factor,
-        diagonal=diagonal,
-        offdiagonal=tuple(engine.offdiagonal),
-        epsilon=epsilon,
-        reorthogonalization=reorthogonalization,
-        products=products,
-        orthogonality=orthogonality,
-        breakdown=engine.invariant,
-        probe_kind=probe_kind,
-        recurrence_error=engine.recurrence_error,
-        basis_dtype=str(plan.dtype).removeprefix("torch."),
-        basis_place=plan.place,
-        basis_vectors_read=vectors_read,
-    )
+
+class LanczosRun:
+    """Block Lanczos by reverse communication: multiply ``panel`` into ``product``, then ``advance()``, until finished.
+
+    For those who make the products of several runs together. Parameters and errors are those of :func:`block_lanczos`;
+    the operator says what the matrix is, and is not called.
+
+    Attributes
+    ----------
+    products : int
+        Vectors multiplied so far.
+    """
+
+    def __init__(
+        self,
+        operator: CurvatureOperator,
+        steps: int,
+        block_size: int,
+        *,
+        seed: int = 0,
+        reorthogonalization: str = "full",
+        window: int = 10,
+        probe_kind: str = "rademacher",
+        probes: Tensor | None = None,
+        basis: str | os.PathLike[str] = "auto",
+        basis_dtype: str | torch.dtype = "auto",
+    ) -> None:
+        n = operator.size
+        if probes is not None:
+            _check_probes(probes, n)
+            block_size, probe_kind = probes.shape[0], "given"
+        check_options(n, steps, block_size, reorthogonalization, seed, window, probe_kind)
+        steps, block_size, window, seed = int(steps), int(block_size), int(window), int(seed)
+        if operator.device.type != "cpu":
+            raise EngineError(
+                f"the operator is on {operator.device}; this build has kernels for the CPU only. "
+                "Move the model and data to the CPU"
+            )
+        self._operator = operator
+        self._steps = min(steps, n)
+        self._reorthogonalization = reorthogonalization
+        self._probe_kind = probe_kind
+        self._plan = plan = plan_blocks(
+            n, operator.dtype, steps, block_size, reorthogonalization, window, basis, basis_dtype
+        )
+        in_place = reorthogonalization in ORTHOGONAL_MODES and plan.place == "memory" and plan.dtype == operator.dtype
+        history = kernels.empty_panel(0, n, plan.dtype) if in_place else plan.allocate()
+        rows = (plan.rows if in_place else 0) + WORKING_BLOCKS * block_size
+        self._working = kernels.empty_panel(rows, n, operator.dtype)
+        self._engine = _engine.BlockLanczos(
+            history,
+            self._working,
+            block_size,
+            max_steps=self._steps,
+            global_size=n,
+            reorthogonalization=reorthogonalization,
+            breakdown_multiple=BREAKDOWN_MULTIPLE,
+            reduce=None,
+        )
+        work = self._working[self._engine.work_row : self._engine.work_row + block_size]
+        if probes is None:
+            kernels.fill_probes(work, seed, kind=probe_kind)
+        else:
+            work.copy_(probes.detach())
+        try:
+            self._engine.start()
+        except EngineError as error:
+            if bool(work.any()):
+                raise ProblemError(f"the probes cannot be used in {operator.dtype}: {error}") from error
+            raise
+        self._epsilon = max(torch.finfo(operator.dtype).eps, getattr(operator, "epsilon", 0.0))
+        self.products = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or the Krylov space is invariant."""
+        return bool(self._engine.finished)
+
+    @property
+    def panel(self) -> Tensor:
+        """The vectors to multiply, (width, n)."""
+        row = self._engine.current_row
+        return self._working[row : row + self._engine.current_width]
+
+    @property
+    def product(self) -> Tensor:
+        """Where their products belong, (width, n)."""
+        row = self._engine.work_row
+        return self._working[row : row + self._engine.current_width]
+
+    @property
+    def progress(self) -> LanczosProgress:
+        """How far the run is."""
+        return LanczosProgress(self._engine.steps, self._steps, self.products)
+
+    def advance(self) -> None:
+        """Take the products and make the next panel."""
+        product = self.product
+        self.products += len(product)
+        try:
+            self._engine.advance()
+        except EngineError as error:
+            _name_non_finite(product, self._operator, error)
+            raise
+        _check_symmetry(self._engine.recurrence_error, self._engine.scale, self._epsilon)
+        _check_scale(self._engine.scale)
+
+    def result(self) -> BlockTridiagonal:
+        """Return what the steps so far have found; in an orthogonal mode the basis is read once."""
+        engine = self._engine
+        vectors_read = engine.vectors_read  # before the measurement, which reads them once more
+        orthogonality = None
+        if self._reorthogonalization in ORTHOGONAL_MODES:
+            orthogonality = engine.measure_orthogonality()
+        return BlockTridiagonal(
+            size=self._operator.size,
+            start=engine.start_factor,
+            diagonal=tuple(engine.diagonal),
+            offdiagonal=tuple(engine.offdiagonal),
+            epsilon=self._epsilon,
+            reorthogonalization=self._reorthogonalization,
+            products=self.products,
+            orthogonality=orthogonality,
+            breakdown=engine.invariant,
+            probe_kind=self._probe_kind,
+            recurrence_error=engine.recurrence_error,
+            basis_dtype=str(self._plan.dtype).removeprefix("torch."),
+            basis_place=self._plan.place,
+            basis_vectors_read=vectors_read,
+        )
 
 
 def plan_blocks(
-    operator: CurvatureOperator | Problem,
+    size: int,
+    dtype: torch.dtype,
     steps: int,
     block_size: int,
     reorthogonalization: str,
@@ -207,13 +286,13 @@ def plan_blocks(
     basis_dtype: str | torch.dtype,
 ) -> BasisPlan:
     """Choose where the blocks of a run lie that are not at work, see :func:`~hesd_fast.basis.plan_basis`."""
-    steps = min(steps, operator.size)
+    steps = min(steps, size)
     blocks = {"window": math.ceil(window / block_size), "none": 2}.get(reorthogonalization, steps)
     return plan_basis(
         max(min(blocks, steps) - 2, 0) * block_size,
-        3 * block_size,
-        operator.size,
-        operator.dtype,
+        WORKING_BLOCKS * block_size,
+        size,
+        dtype,
         basis=basis,
         basis_dtype=basis_dtype,
         available=available_memory(),
@@ -253,18 +332,6 @@ def check_options(
         raise ProblemError(f"reorthogonalization is {reorthogonalization!r}; wanted one of {REORTHOGONALIZATIONS}")
     if probe_kind not in (*PROBE_KINDS, "given"):
         raise ProblemError(f"probe_kind is {probe_kind!r}; wanted one of {PROBE_KINDS}")
-
-
-def available_memory() -> int | None:
-    """Return how many bytes can be allocated without swapping, or None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
 
 
 def _check_scale(scale: float) -> None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from hesd_fast.analyze import memory_for_products, settings
+from hesd_fast.analyze import memory_for_products, most_products, settings
 from hesd_fast.basis import BasisPlan
 from hesd_fast.errors import ProblemError
 from hesd_fast.hvp.planner import ProductPlan, choose
-from hesd_fast.lanczos import check_options, plan_blocks
+from hesd_fast.lanczos import WORKING_BLOCKS, check_options, plan_blocks
+from hesd_fast.memory import peak_memory
+from hesd_fast.operators.checked import CHECK_VECTORS
 from hesd_fast.problem import Problem
-from hesd_fast.tridiagonal import ORTHOGONAL_MODES
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,16 @@ class RunPlan:
         Where the Lanczos vectors would lie.
     working_bytes : int
         Of the blocks at work.
+    peak_bytes : int or None
+        Predicted peak of the process's memory, with what the process holds already; None where the system does not say.
+        A basis on disk is not counted: its pages are in memory as long as nothing else needs the space.
     """
 
     products: ProductPlan
     hvps: int
     basis: BasisPlan
     working_bytes: int
+    peak_bytes: int | None
 
     @property
     def seconds(self) -> float:
@@ -44,7 +49,10 @@ class RunPlan:
 
     def __str__(self) -> str:
         basis = f"{self.basis.rows} vectors, {self.basis.bytes / 2**20:.4g} MiB of {self.basis.place}"
-        return f"{self.products}\nbasis: {basis}, and {self.working_bytes / 2**20:.4g} MiB for the blocks at work"
+        lines = [f"{self.products}", f"basis: {basis}, and {self.working_bytes / 2**20:.4g} MiB for the blocks at work"]
+        if self.peak_bytes is not None:
+            lines.append(f"peak memory of the process: about {self.peak_bytes / 2**20:.4g} MiB")
+        return "\n".join(lines)
 
 
 def plan(
@@ -74,12 +82,25 @@ def plan(
     chosen = settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
     check_options(problem.size, chosen.max_steps, chosen.block_size, chosen.reorthogonalization, seed=0)
     steps, block = int(chosen.max_steps), int(chosen.block_size)
-    where = plan_blocks(problem, steps, block, chosen.reorthogonalization, chosen.window, basis, basis_dtype)
+    where = plan_blocks(
+        problem.size, problem.dtype, steps, block, chosen.reorthogonalization, chosen.window, basis, basis_dtype
+    )
     strategy, products = choose(
-        problem, block, steps, memory_limit=memory_for_products(problem, chosen, where.dtype.itemsize)
+        problem,
+        block,
+        steps,
+        memory_limit=memory_for_products(problem.size, problem.dtype, chosen, where.dtype.itemsize),
     )
     strategy.release()
-    hvps = steps * block
-    if chosen.reorthogonalization in ORTHOGONAL_MODES:
-        hvps = min(hvps, problem.size)
-    return RunPlan(products, hvps, where, 3 * block * problem.size * problem.dtype.itemsize)
+    hvps = most_products(problem.size, chosen)
+    working = WORKING_BLOCKS * block * problem.size * problem.dtype.itemsize
+    return RunPlan(products, hvps, where, working, _peak_bytes(products, where, working, problem))
+
+
+def _peak_bytes(products: ProductPlan, basis: BasisPlan, working: int, problem: Problem) -> int | None:
+    """Return the predicted peak: when the basis is full, or before, when strategies are tried and products checked."""
+    if products.peak_bytes is None:
+        return None
+    in_memory = basis.bytes if basis.place == "memory" else 0
+    first = CHECK_VECTORS * problem.size * problem.dtype.itemsize
+    return max(products.peak_bytes + working + max(in_memory, first), peak_memory())

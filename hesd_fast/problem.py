@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,29 @@ class Problem:
         self._facts: _Facts | None = None
         self._versions: list[tuple[str, Tensor, int]] = []
         self._altered: dict[int, str] = {}
+
+    def restricted(self, names: Iterable[str]) -> Problem:
+        """Return the same problem for some of its parameters; what reading the data has found holds for it too.
+
+        Prepares the problem first, so that the data is read for all parts at once.
+
+        Raises
+        ------
+        ProblemError
+            If a name is not that of a selected parameter, or there is none.
+        """
+        chosen = set(names)
+        if strangers := sorted(chosen - self.parameters.keys()):
+            raise ProblemError(f"{strangers[0]!r} is none of the problem's selected parameters")
+        if not chosen:
+            raise ProblemError("no parameter is left; give the name of one at least")
+        self.prepare()
+        part = copy.copy(self)
+        part.__dict__.pop("fingerprint", None)
+        part.parameters = {name: parameter for name, parameter in self.parameters.items() if name in chosen}
+        part._layout = ParameterLayout(part.parameters)
+        part._state = None
+        return part
 
     @property
     def size(self) -> int:

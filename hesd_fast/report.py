@@ -7,7 +7,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,6 +159,11 @@ class Report:
         return str(self.options.get("operator", "hessian"))
 
     @property
+    def group(self) -> str | None:
+        """The group of parameters this is the block of; None where the run was not one of groups."""
+        return self.options.get("group")
+
+    @property
     def trace(self) -> Estimate:
         """The trace of the matrix."""
         return self.measure.trace
@@ -235,12 +240,35 @@ class Report:
             ("products", cost.strategy),
             *[("check", f"{'ok' if check.passed else 'FAILED'}: {check.detail}") for check in self.checks],
         ]
+        group = f", group {self.group!r}" if self.group else ""
         title = (
-            f"{OPERATOR_TITLES[self.operator]} of {problem.model}: {problem.size:,} parameters, "
+            f"{OPERATOR_TITLES[self.operator]} of {problem.model}{group}: {problem.size:,} parameters, "
             f"loss {problem.loss:.4g} over {problem.terms:,.0f} terms in {problem.batches} batches, "
             f"mode {problem.mode}, {problem.precision}"
         )
         return "\n".join([title, *[f"  {name:<12}{text}" for name, text in rows]])
+
+
+def summary(reports: Mapping[str, Report]) -> str:
+    """Return a table of several reports, one a row: size, type, extreme eigenvalues, trace and criteria.
+
+    Each number with the interval that its report gives for it, as in ``print(report)``.
+    """
+    columns: dict[str, Callable[[Report], Any]] = {
+        "parameters": lambda report: f"{report.problem.size:,}",
+        "type": lambda report: report.hesd_type.name,
+        "lambda_max": lambda report: report.lambda_max,
+        "lambda_min": lambda report: report.lambda_min,
+        "trace": lambda report: report.trace,
+        "r_e": lambda report: report.criteria.r_e,
+        "K_Hn": lambda report: report.criteria.k_hn,
+    }
+    rows = [["", *columns]]
+    rows += [[name, *(str(value(report)) for value in columns.values())] for name, report in reports.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def load_report(path: str | os.PathLike[str]) -> Report:

@@ -21,6 +21,9 @@ from hesd_fast.problem import LossTerm, Problem
 Vectors = list[list[Tensor]]
 """One list per vector: a view of its elements for each parameter, in the parameter's shape and dtype."""
 
+BlockVectors = Sequence[Sequence[Tensor | None]]
+"""The same of vectors of blocks of the Hessian, with None for parameters outside of the block."""
+
 Parts = list[tuple[int, Tensor]]
 """Position of a parameter and its part of some products, (rows, *shape); parameters left out have products of zero."""
 

@@ -12,6 +12,7 @@ from hesd_fast.hvp import STRATEGIES
 from hesd_fast.hvp.base import Strategy, Vectors, vectors_of
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph
 from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes
+from hesd_fast.memory import MemoryWatch
 from hesd_fast.problem import Problem
 
 SHARE = 0.05
@@ -31,6 +32,9 @@ TRACING_SECONDS = 1.0, 0.006
 
 COMPILING_SECONDS = 8.0, 0.04
 """The same of compiling a trace."""
+
+CHECKED_PANELS = 3
+"""Panels alive while a strategy is checked: the vectors, the products wanted, and those found."""
 
 ORDER = (
     "kept_graph",
@@ -58,6 +62,9 @@ class Trial:
         What the first panel takes beyond that.
     kept_bytes : int or None
         Predicted bytes kept from one product to the next.
+    peak_bytes : int or None
+        Most memory of the process seen during the trial, without the vectors; None where there was none, or where the
+        system does not say.
     note : str
         Why it was not tried, or what it said; else empty.
     """
@@ -67,6 +74,7 @@ class Trial:
     first_seconds: float | None = None
     kept_bytes: int | None = None
     note: str = ""
+    peak_bytes: int | None = None
 
     def total(self, panels: int) -> float:
         """Return the predicted seconds of so many panels; infinite where not measured."""
@@ -91,6 +99,9 @@ class ProductPlan:
         Predicted seconds of all panels.
     planning_seconds : float
         What planning took.
+    peak_bytes : int or None
+        Predicted peak of the process's memory while products are made, without the vectors that are multiplied and
+        their products; None where the system does not say.
     """
 
     strategy: str
@@ -99,6 +110,7 @@ class ProductPlan:
     panels: int
     seconds: float
     planning_seconds: float
+    peak_bytes: int | None = None
 
     def __str__(self) -> str:
         lines = [f"products: {self.strategy}, {self.panels} panels of {self.block_size}, about {self.seconds:.3g} s"]
@@ -144,10 +156,10 @@ def choose(
     started = time.perf_counter()
     problem.prepare()
     plain = DoubleBackward(compensated, memory_limit)
-    with problem.session():
+    with problem.session(), MemoryWatch() as watch:
         before = time.perf_counter()
         plain.prepare(problem)
-        trials = _Trials(problem, plain, block_size, panels, memory_limit, time.perf_counter() - before)
+        trials = _Trials(problem, plain, block_size, panels, memory_limit, time.perf_counter() - before, watch)
         budget = share * trials.results[0].total(panels)
         if trials.results[0].total(panels) < SHORT_RUN:
             trials.leave_out(ORDER[1:], "not tried: the run is short")
@@ -155,7 +167,8 @@ def choose(
         else:
             for name in ORDER:
                 trials.consider(name, budget - (time.perf_counter() - started))
-    strategy, best = trials.finish()
+        strategy, best = trials.finish()
+        peak_bytes = trials.peak_with(strategy, best)
     plan = ProductPlan(
         strategy.name,
         tuple(trials.results),
@@ -163,6 +176,7 @@ def choose(
         panels,
         best.total(panels),
         time.perf_counter() - started,
+        peak_bytes,
     )
     return strategy, plan
 
@@ -178,8 +192,11 @@ class _Trials:
         panels: int,
         memory_limit: int | None,
         one_product: float,
+        watch: MemoryWatch,
     ) -> None:
         self.problem = problem
+        self.watch = watch
+        self.vector_bytes = problem.size * problem.dtype.itemsize
         self.panels = panels
         self.block_size = block_size
         self.memory_limit = memory_limit
@@ -189,10 +206,12 @@ class _Trials:
         # A forward and two backward passes, the first of their kind, say at least what a panel takes.
         self.plain_seconds = one_product * (3.0 + 6.0 * block_size) / 9.0
         note = "estimated: the run is short"
+        peak = self._peak_without(1)  # of preparing, which multiplies a vector
         if self.plain_seconds * problem.batch_count * panels >= SHORT_RUN:
             self.plain_seconds, note = self._measure(plain), ""
+            peak = self._peak_without(block_size)
         self.tried: list[Strategy] = [plain]
-        self.results = [Trial(plain.name, self.plain_seconds * problem.batch_count, 0.0, 0, note)]
+        self.results = [Trial(plain.name, self.plain_seconds * problem.batch_count, 0.0, 0, note, peak)]
 
     def leave_out(self, names: tuple[str, ...], note: str) -> None:
         self.results += [Trial(name, note=note) for name in names]
@@ -223,7 +242,9 @@ class _Trials:
         if not self._serves(strategy):
             return
         checked = time.perf_counter() - before
+        self.watch.peak()  # from here on
         seconds = self._measure(strategy)
+        peak = self._peak_without(self.block_size)
         batches, kept = self.problem.batch_count, 0
         if kind.family:
             size = strategy.kept_bytes
@@ -234,7 +255,7 @@ class _Trials:
         first = once + max(checked - once - 3.0 * seconds, 0.0) * kept
         note = f"keeps {kept} of {batches} batches" if kind.family and kept < batches else ""
         self.tried.append(strategy)
-        self.results.append(Trial(name, panel, first, strategy.kept_bytes * kept, note))
+        self.results.append(Trial(name, panel, first, strategy.kept_bytes * kept, note, peak))
 
     def keep_graphs(self) -> None:
         """Take kept graphs without a measurement: the operations of plain double backward, some of them done once.
@@ -248,8 +269,10 @@ class _Trials:
         plain = self.tried[0]
         strategy = KeptGraph(plain.compensated, self.memory_limit)
         strategy.problem = self.problem
+        self.watch.peak()
         if not self._serves(strategy):
             return
+        peak = self._peak_without(self.block_size + CHECKED_PANELS * strategy.checked_vectors)
         share = 6.0 * self.block_size / (3.0 + 6.0 * self.block_size)  # the forward and first backward pass are done
         self.tried.append(strategy)
         self.results.append(
@@ -259,6 +282,7 @@ class _Trials:
                 0.0,
                 strategy.kept_bytes * batches,
                 "not measured: the run is short",
+                peak,
             )
         )
 
@@ -285,6 +309,18 @@ class _Trials:
             if strategy.name != best.strategy:
                 strategy.release()
         return by_name[best.strategy], best
+
+    def peak_with(self, strategy: Strategy, best: Trial) -> int | None:
+        """Return the predicted peak of memory while all batches are multiplied, without vectors."""
+        after = self._peak_without(self.block_size)
+        if best.peak_bytes is None or after is None:
+            return None
+        return max(best.peak_bytes, after) + max((best.kept_bytes or 0) - strategy.kept_bytes, 0)
+
+    def _peak_without(self, vectors: int) -> int | None:
+        """Return the most memory since the last call, without so many vectors."""
+        peak = self.watch.peak()
+        return None if peak is None else peak - vectors * self.vector_bytes
 
     def _operations(self) -> int:
         gradient = Gradient.of(self.problem, self.tried[0].first_term().evaluate())

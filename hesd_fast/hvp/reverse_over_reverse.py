@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hesd_fast import kernels
 from hesd_fast.errors import OperatorError
-from hesd_fast.hvp.base import Parts, Strategy, Vectors, stacked, vectors_of, with_row
+from hesd_fast.hvp.base import BlockVectors, Parts, Strategy, Vectors, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes, naming_operations
 from hesd_fast.problem import LossTerm
 
@@ -27,6 +27,13 @@ class ReverseOverReverse(Strategy):
 
     def products(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
         """Yield one product after the other; the last one frees the graph, so only one exists at a time."""
+        yield from self.block_products(term, rows)
+
+    def block_products(self, term: LossTerm, rows: BlockVectors) -> Iterator[tuple[int, Parts]]:
+        """Yield the products of one batch's diagonal blocks, each with a vector of its own, as :meth:`products` does.
+
+        A block's backward pass leaves out what lies before its parameters.
+        """
         with naming_operations(self.problem, term):
             gradient, kept = self.gradient(term)
             for j, row in enumerate(rows):

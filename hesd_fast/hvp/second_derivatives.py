@@ -80,18 +80,26 @@ class Gradient:
             [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
         )
 
-    def multiply(self, vector: list[Tensor], keep_graph: bool, batched: bool = False) -> list[tuple[int, Tensor]]:
-        """Return (position, product) for each parameter on which the gradient depends; batched, of b vectors."""
-        if not self.entries:
+    def multiply(
+        self, vector: Sequence[Tensor | None], keep_graph: bool, batched: bool = False
+    ) -> list[tuple[int, Tensor]]:
+        """Return (position, product) for each parameter on which the gradient depends; batched, of b vectors.
+
+        Parameters whose part of the vector is None take no part: the product is with the block of the others.
+        """
+        pairs = [(entry, vector[i]) for entry, i in zip(self.entries, self.positions, strict=True)]
+        entries = [entry for entry, part in pairs if part is not None]
+        if not entries:
             return []
+        chosen = [i for i, part in enumerate(vector) if part is not None]
         products = differentiate(
-            self.entries,
-            self.parameters,
-            [vector[i] for i in self.positions],
+            entries,
+            [self.parameters[i] for i in chosen],
+            [part for _, part in pairs if part is not None],
             retain_graph=keep_graph,
             is_grads_batched=batched,
         )
-        return [(i, product) for i, product in enumerate(products) if product is not None]
+        return [(i, product) for i, product in zip(chosen, products, strict=True) if product is not None]
 
 
 def check_second_derivatives(problem: Problem, term: LossTerm) -> None:

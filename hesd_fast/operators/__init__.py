@@ -3,6 +3,7 @@
 from hesd_fast.operators.base import CurvatureOperator, OperatorBase
 from hesd_fast.operators.empirical_fisher import EmpiricalFisherOperator
 from hesd_fast.operators.gauss_newton import GaussNewtonOperator
+from hesd_fast.operators.grouped import GroupedHessianOperator
 from hesd_fast.operators.hessian import HessianOperator
 from hesd_fast.operators.matrix import MatrixOperator, as_operator
 
@@ -10,6 +11,7 @@ __all__ = [
     "CurvatureOperator",
     "EmpiricalFisherOperator",
     "GaussNewtonOperator",
+    "GroupedHessianOperator",
     "HessianOperator",
     "MatrixOperator",
     "OperatorBase",

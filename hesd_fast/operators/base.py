@@ -95,6 +95,14 @@ class OperatorBase(ABC):
         OperatorError
             For a panel or out of another shape, dtype, device or stride, and where a product is not finite.
         """
+        out = self._admit(panel, out)
+        if len(panel):
+            self._multiply(panel.detach(), out)
+            self._finish(panel, out)
+        return out
+
+    def _admit(self, panel: Tensor, out: Tensor | None) -> Tensor:
+        """Return where the products belong; an OperatorError for what cannot be multiplied or written to."""
         self._check_panel("panel", panel)
         if panel.ndim != 2:
             raise OperatorError(f"the panel has shape {tuple(panel.shape)}; give (b, {self.size}), or use matvec")
@@ -109,11 +117,12 @@ class OperatorBase(ABC):
                 raise OperatorError("out was made in inference mode and cannot be written to; make it outside")
             if _overlap(panel, out):
                 raise OperatorError("out and the panel share memory; give out memory of its own")
-        if len(panel):
-            self._multiply(panel.detach(), out)
-            self._check_finite(panel, out)
-            self.products += len(panel)
         return out
+
+    def _finish(self, panel: Tensor, out: Tensor) -> None:
+        """Check and count the products."""
+        self._check_finite(panel, out)
+        self.products += len(panel)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return H times one vector (n,), as a vector (n,)."""

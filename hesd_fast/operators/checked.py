@@ -9,6 +9,9 @@ from torch import Tensor
 
 from hesd_fast.operators.base import CurvatureOperator
 
+CHECK_VECTORS = 3
+"""Vectors of memory that a check takes, beside the first panel."""
+
 
 class CheckedOperator:
     """Passes products on; after the first panel, multiplies a combination of its vectors twice.
@@ -60,11 +63,33 @@ class CheckedOperator:
         return out
 
     def _check(self, panel: Tensor, products: Tensor) -> None:
-        coefficients = torch.arange(3, 3 + len(panel), dtype=self.dtype, device=self.device)[None]
-        combination = coefficients @ panel
-        first = self._operator.matmat(combination)
-        norm = float(torch.linalg.vector_norm(first))
-        second = self._operator.matmat(combination)
-        if norm > 0.0:
-            self.repetition = float(torch.linalg.vector_norm(second.sub_(first))) / norm
-            self.linearity = float(torch.linalg.vector_norm(first.addmm_(coefficients, products, alpha=-1.0))) / norm
+        combination = combination_of(panel)
+        first, second = self._operator.matmat(combination), self._operator.matmat(combination)
+        self.linearity, self.repetition = deviations(products, first, second)
+
+
+Deviations = tuple[float | None, float | None]
+"""From linearity and from repetition, see :func:`deviations`."""
+
+
+def combination_of(panel: Tensor) -> Tensor:
+    """Return the sum (1, n) of the vectors of a panel, with coefficients 3, 4, 5 and so on."""
+    return _coefficients(panel) @ panel
+
+
+def deviations(products: Tensor, first: Tensor, second: Tensor) -> Deviations:
+    """Return how far two products of a panel's combination, which are overwritten, are from linear and from each other.
+
+    Both relative to the norm of the first; None where that is zero.
+    """
+    norm = float(torch.linalg.vector_norm(first))
+    if norm == 0.0:
+        return None, None
+    repetition = float(torch.linalg.vector_norm(second.sub_(first))) / norm
+    return float(
+        torch.linalg.vector_norm(first.addmm_(_coefficients(products), products, alpha=-1.0))
+    ) / norm, repetition
+
+
+def _coefficients(panel: Tensor) -> Tensor:
+    return torch.arange(3, 3 + len(panel), dtype=panel.dtype, device=panel.device)[None]

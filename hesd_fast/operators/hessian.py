@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from hesd_fast.hvp import ALL_STRATEGIES, DoubleBackward, Strategy
 from hesd_fast.hvp.planner import ProductPlan, choose
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.problem import Problem
+
+S = TypeVar("S", bound=Strategy)
 
 PANELS = 100
 """Panels that "auto" plans for when nobody says how many there will be."""
@@ -69,21 +73,13 @@ class HessianOperator(ProblemOperator):
         with self.problem.session():
             if not self._is_prepared:
                 self._prepare(len(panel))
-            if self.hvp != "auto" or self.strategy.name == DoubleBackward.name:
-                self.strategy.apply(panel, out)
-                return
-            try:
-                self.strategy.apply(panel, out)
-            except OperatorError as error:
-                # The trials saw the first batch only; whatever is wrong with the problem itself shows again.
-                fallback = DoubleBackward(self.strategy.compensated)
-                fallback.prepare(self.problem)
-                fallback.apply(panel, out)
-                self.strategy.release()
-                warnings.warn(
-                    f"products are made by {fallback.name!r} from here on: {error}", HESDWarning, stacklevel=4
+            if self.hvp == "auto":
+                plain = DoubleBackward(self.strategy.compensated)
+                self.strategy = multiply_or_fall_back(
+                    self.problem, self.strategy, plain, lambda by: by.apply(panel, out)
                 )
-                self.strategy = fallback
+            else:
+                self.strategy.apply(panel, out)
 
     def _prepare(self, block_size: int) -> None:
         if self.hvp == "auto":
@@ -97,6 +93,24 @@ class HessianOperator(ProblemOperator):
         else:
             self.strategy.prepare(self.problem)
         self._is_prepared = True
+
+
+def multiply_or_fall_back(problem: Problem, strategy: S, fallback: S, multiply: Callable[[S], None]) -> S:
+    """Multiply by a strategy, or by plain double backward where it refuses a batch; return the one that served.
+
+    Trials see the first batch only. Whatever is wrong with the problem itself shows again.
+    """
+    try:
+        multiply(strategy)
+        return strategy
+    except OperatorError as error:
+        if strategy.name == fallback.name:
+            raise
+        fallback.prepare(problem)
+        multiply(fallback)
+        strategy.release()
+        warnings.warn(f"products are made by {fallback.name!r} from here on: {error}", HESDWarning, stacklevel=5)
+        return fallback
 
 
 def check_hvp(hvp: str) -> None:
