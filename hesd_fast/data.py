@@ -110,6 +110,11 @@ def leading_dimension(batch: Any) -> int | None:
     return None
 
 
+def size_in_bytes(batch: Any) -> int:
+    """Return the bytes of all tensors of a batch."""
+    return sum(leaf.nbytes for _, leaf in leaves(batch) if isinstance(leaf, torch.Tensor) and not leaf.is_nested)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with every tensor on ``device``; mappings come back as dicts."""
     if isinstance(batch, torch.Tensor):

@@ -92,6 +92,7 @@ class _Facts:
     dtype: torch.dtype
     weights: list[float]
     digests: list[int]
+    sizes: list[int]
     total_count: float
 
 
@@ -233,6 +234,12 @@ class Problem:
     def batch_count(self) -> int:
         """Number of batches in the data."""
         return len(self._prepared().weights)
+
+    @property
+    def batch_bytes(self) -> list[int]:
+        """Bytes of the tensors of each batch that has loss terms."""
+        facts = self._prepared()
+        return [size for size, weight in zip(facts.sizes, facts.weights, strict=True) if weight]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -381,12 +388,14 @@ class Problem:
         values: list[float] = []
         counts: list[float] = []
         digests: list[int] = []
+        sizes: list[int] = []
         is_sum: list[bool] = []
         dtype = self.dtype
         fraction: int | None = None
         for index, batch in self._batches():
             _data.check_batch(batch, index)
             digests.append(_data.digest(batch))
+            sizes.append(_data.size_in_bytes(batch))
             loss, count = self._batch_loss(index, batch)
             counts.append(_term_count(count, batch, index))
             if fraction is None and 0 < counts[-1] < 1 and (_data.leading_dimension(batch) or 0) > 1:
@@ -409,7 +418,7 @@ class Problem:
         if fraction is not None and not is_ready_made(self.loss):
             _warn_of_fraction(fraction, counts[fraction])
         weights = [(1.0 if s and c else c) / total for s, c in zip(is_sum, counts, strict=True)]
-        return _Facts(values, dtype, weights, digests, total)
+        return _Facts(values, dtype, weights, digests, sizes, total)
 
     def _check_first_value(self, loss: Tensor, value: float, index: int, first: bool) -> None:
         if not math.isfinite(value):

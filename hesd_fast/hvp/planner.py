@@ -12,7 +12,7 @@ from hesd_fast.hvp import STRATEGIES
 from hesd_fast.hvp.base import Strategy, Vectors, vectors_of
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph
 from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes
-from hesd_fast.memory import MemoryWatch
+from hesd_fast.memory import MemoryWatch, resident_memory
 from hesd_fast.problem import Problem
 
 SHARE = 0.05
@@ -196,6 +196,7 @@ class _Trials:
     ) -> None:
         self.problem = problem
         self.watch = watch
+        self.resident = resident_memory()
         self.vector_bytes = problem.size * problem.dtype.itemsize
         self.panels = panels
         self.block_size = block_size
@@ -311,11 +312,20 @@ class _Trials:
         return by_name[best.strategy], best
 
     def peak_with(self, strategy: Strategy, best: Trial) -> int | None:
-        """Return the predicted peak of memory while all batches are multiplied, without vectors."""
+        """Return the predicted peak of memory while all batches are multiplied, without vectors.
+
+        Trials saw the first batch: what a product takes for a moment grows with the largest, what is kept with all.
+        """
         after = self._peak_without(self.block_size)
-        if best.peak_bytes is None or after is None:
+        if best.peak_bytes is None or after is None or self.resident is None:
             return None
-        return max(best.peak_bytes, after) + max((best.kept_bytes or 0) - strategy.kept_bytes, 0)
+        peak, sizes = max(best.peak_bytes, after), self.problem.batch_bytes
+        first = max(sizes[0], 1)
+        kept = (best.kept_bytes or 0) * sum(sizes) / (first * len(sizes))
+        if self.memory_limit is not None:
+            kept = min(kept, self.memory_limit)
+        growth = max(peak - self.resident - strategy.kept_bytes, 0) * (max(max(sizes) / first, 1.0) - 1.0)
+        return peak + round(growth + max(kept - strategy.kept_bytes, 0))
 
     def _peak_without(self, vectors: int) -> int | None:
         """Return the most memory since the last call, without so many vectors."""
