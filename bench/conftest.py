@@ -20,6 +20,18 @@ WRITTEN = pytest.StashKey[str]()
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """A contest at equal accuracy: our probes and steps, the peer's, and those of each half of the truth."""
+
+    probes: int
+    steps: int
+    peer_probes: int
+    peer_steps: int
+    truth_probes: int
+    truth_steps: int
+
+
+@dataclass(frozen=True)
 class Sizes:
     """How large the benches are."""
 
@@ -34,6 +46,10 @@ class Sizes:
     strategies_of: tuple[str, ...]
     density_probes: int
     density_steps: int
+    accuracy: dict[str, Accuracy]
+    accuracy_margin: float
+    accuracy_seeds: int
+    accuracy_rounds: int
     diagonal_length: int
     diagonal_steps: int
     short_rounds: int
@@ -56,6 +72,10 @@ SIZES = {
         strategies_of=("mlp", "lenet", "resnet20", "gpt-s"),
         density_probes=4,
         density_steps=10,
+        accuracy={"mlp": Accuracy(8, 20, 10, 80, 20, 40), "lenet": Accuracy(16, 20, 10, 80, 20, 40)},
+        accuracy_margin=0.05,
+        accuracy_seeds=2,
+        accuracy_rounds=2,
         diagonal_length=2_000_000,
         diagonal_steps=40,
         short_rounds=9,
@@ -77,6 +97,10 @@ SIZES = {
         strategies_of=("mlp", "lenet"),  # tracing takes its time however small the others are
         density_probes=2,
         density_steps=4,
+        accuracy={"mlp": Accuracy(8, 10, 2, 10, 16, 12), "lenet": Accuracy(8, 10, 2, 10, 16, 12)},
+        accuracy_margin=1e9,
+        accuracy_seeds=2,
+        accuracy_rounds=1,
         diagonal_length=20_003,
         diagonal_steps=8,
         short_rounds=2,

@@ -54,6 +54,44 @@ def test_analyze_writes_report_and_picture(folder, target):
     assert (folder / "results" / "report.png").stat().st_size > 0
 
 
+def test_groups_are_analysed_by_module_or_by_name(folder):
+    result = run("analyze", "cli_problem:build", "--groups", "parameters", "--out", "a", "--max-steps", "3")
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.output.splitlines()]
+    assert [row[:3] for row in rows[1:3]] == [["weight", "8", "MP"], ["bias", "2", "MP"]]
+    assert rows[0] == ["parameters", "type", "lambda_max", "lambda_min", "trace", "r_e", "K_Hn"]
+    report = hesd.load_report(folder / "a" / "bias.hesd.json")
+    assert report.group == "bias"
+    assert report.problem.parameters == ("bias",)
+    assert (folder / "a" / "groups.png").stat().st_size > 0
+    result = run("analyze", "cli_problem:build", "--group", "both=.*", "--group", "w=weight", "--out", "b")
+    assert result.exit_code == 0, result.output
+    assert hesd.load_report(folder / "b" / "both.hesd.json").problem.size == 10
+    assert hesd.load_report(folder / "b" / "w.hesd.json").problem.size == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--group", "bias"), "--group is 'bias'; wanted NAME=REGEX"),
+        (("--group", "a/b=bias"), "--group is 'a/b=bias'"),
+        (("--group", "a=bias", "--group", "a=weight"), "--group 'a' was given twice"),
+        (("--group", "a=bias", "--groups", "modules"), "--groups modules and --group were given"),
+        (("--groups", "modules", "--operator", "gauss_newton"), "--operator gauss_newton has no groups"),
+    ],
+)
+def test_groups_that_cannot_be_used_are_named(folder, options, message):
+    result = run("analyze", "cli_problem:build", *options, "--out", "c")
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+
+
+def test_plan_says_what_a_run_takes(folder):
+    result = run("plan", "cli_problem:build", "--max-steps", "3")
+    assert result.exit_code == 0, result.output
+    assert "peak memory of the process: about" in result.output
+
+
 def test_analyze_passes_mode_and_protocol_on(folder):
     assert run("analyze", "cli_problem:build", "--reorthogonalization", "none", "--out", "a").exit_code == 0
     assert hesd.load_report(folder / "a" / "report.hesd.json").options["reorthogonalization"] == "none"
