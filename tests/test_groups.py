@@ -259,6 +259,8 @@ def test_options_of_groups_that_cannot_be_used_are_named():
     operator = GroupedHessianOperator(problem, "modules")
     with pytest.raises(OperatorError, match="'5' is no group; the groups are '0', '2', '4'"):
         operator.matmats({"5": torch.zeros(1, 3)})
+    with pytest.raises(OperatorError, match="outs has '2'; give one for each panel, 0"):
+        operator.matmats({"0": torch.zeros(1, 3)}, {"2": torch.zeros(1, 3)})
     with pytest.raises(OperatorError, match=r"panel has shape \(1, 3\)"):
         operator.matmats({"0": torch.zeros(1, 3, dtype=torch.float64)})
 

@@ -92,6 +92,15 @@ def test_a_short_run_keeps_no_graphs_that_do_not_fit_or_are_refused():
     assert "checkpoints" in {trial.strategy: trial.note for trial in plan.trials}["kept_graph"]
 
 
+def test_a_short_run_says_how_much_of_the_graphs_it_can_keep():
+    strategy, _ = choose(small_problem(8, 8, 8), 2, 50)
+    size = strategy.kept_bytes  # of the first batch, so far
+    _, plan = choose(small_problem(8, 8, 8), 2, 50, memory_limit=2 * size + size // 2)
+    plain, kept = plan.trials[0], next(trial for trial in plan.trials if trial.strategy == "kept_graph")
+    assert kept.kept_bytes == 2 * size
+    assert kept.seconds == pytest.approx(plain.seconds * (2 * 12 / 15 + 1) / 3)
+
+
 class Wearing(torch.autograd.Function):
     """x^2 whose second derivative changes with every use of its graph."""
 

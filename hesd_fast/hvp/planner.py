@@ -246,10 +246,7 @@ class _Trials:
         self.watch.peak()  # from here on
         seconds = self._measure(strategy)
         peak = self._peak_without(self.block_size)
-        batches, kept = self.problem.batch_count, 0
-        if kind.family:
-            size = strategy.kept_bytes
-            kept = batches if self.memory_limit is None or size == 0 else min(batches, self.memory_limit // size)
+        batches, kept = self.problem.batch_count, self._batches_kept(strategy) if kind.family else 0
         anew = batches - kept if kind.family else 0
         panel = seconds * (batches - anew) + self.plain_seconds * anew
         once = strategy.once_seconds
@@ -274,18 +271,26 @@ class _Trials:
         if not self._serves(strategy):
             return
         peak = self._peak_without(self.block_size + CHECKED_PANELS * strategy.checked_vectors)
+        kept = self._batches_kept(strategy)
         share = 6.0 * self.block_size / (3.0 + 6.0 * self.block_size)  # the forward and first backward pass are done
         self.tried.append(strategy)
         self.results.append(
             Trial(
                 strategy.name,
-                share * self.plain_seconds * batches,
+                self.plain_seconds * (share * kept + batches - kept),
                 0.0,
-                strategy.kept_bytes * batches,
+                strategy.kept_bytes * kept,
                 "not measured: the run is short",
                 peak,
             )
         )
+
+    def _batches_kept(self, strategy: Strategy) -> int:
+        """Return of how many batches a strategy can keep what it keeps of the first."""
+        batches = self.problem.batch_count
+        if self.memory_limit is None or strategy.kept_bytes == 0:
+            return batches
+        return min(batches, self.memory_limit // strategy.kept_bytes)
 
     def _serves(self, strategy: Strategy) -> bool:
         """Whether a strategy multiplies as it should on the first batch, and can keep it; if not, note why."""

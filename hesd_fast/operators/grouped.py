@@ -133,6 +133,8 @@ class GroupedHessianOperator:
         """
         if strangers := sorted(panels.keys() - self.blocks.keys()):
             raise OperatorError(f"{strangers[0]!r} is no group; the groups are {', '.join(map(repr, self.blocks))}")
+        if outs is not None and outs.keys() != panels.keys():
+            raise OperatorError(f"outs has {', '.join(map(repr, outs))}; give one for each panel, {', '.join(panels)}")
         found = {
             name: self.blocks[name]._admit(panel, None if outs is None else outs[name])
             for name, panel in panels.items()
