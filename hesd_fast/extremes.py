@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 import scipy.stats
 
 from .tridiagonal import Array, BlockTridiagonal
@@ -13,6 +12,9 @@ HIDING_RISK = 0.025
 
 DISTANCES = np.geomspace(1e-14, 1e9, 139)
 """Distances tried, in units of the largest ``|Ritz value|``: six in each decade."""
+
+CHUNK = 32
+"""Distances tried at once."""
 
 
 def reach_beyond(tridiagonal: BlockTridiagonal, values: Array, vectors: Array, side: float) -> float:
@@ -27,7 +29,7 @@ def reach_beyond(tridiagonal: BlockTridiagonal, values: Array, vectors: Array, s
 
     With ``T = S Theta S^T``, ``B = S^T E_m C_{m-1}``, ``D = (Theta - x I)^{-1}``, ``F = L_0 E_1^T S D B`` the mass is
     ``M(x) = F (I + B^T D^2 B)^{-1} F^T``. It falls off like the square of residual norm over distance, so a converged
-    Ritz value has a reach of a few residual norms. Costs ``139 k b^2`` operations, and a bisection.
+    Ritz value has a reach of a few residual norms. Costs up to ``139 k b^2`` operations, and a bisection.
 
     References
     ----------
@@ -46,20 +48,29 @@ def reach_beyond(tridiagonal: BlockTridiagonal, values: Array, vectors: Array, s
     offsets = (values - extreme) / scale
     needed = float(scipy.stats.chi2.ppf(HIDING_RISK, tridiagonal.probes))
 
-    def room(distance: float) -> float:
-        inverse = 1.0 / (offsets - side * distance)
+    def rooms(distances: Array) -> Array:
+        inverse = 1.0 / (offsets - side * distances[:, None])
         # I + B^T D^2 B = R^T R, without forming it: its condition would be that of D B squared.
-        factor = np.linalg.qr(np.vstack((np.eye(coupling.shape[1]), couplings * inverse[:, None])), mode="r")
-        visible = scipy.linalg.solve_triangular(factor, ((seen * inverse) @ couplings).T, trans="T")
-        return float(np.linalg.norm(visible, 2)) ** 2
+        unit = np.broadcast_to(np.eye(coupling.shape[1]), (distances.size, *[coupling.shape[1]] * 2))
+        stacked = np.concatenate((unit, couplings * inverse[:, :, None]), axis=1)
+        factors: Array = np.asarray(np.linalg.qr(stacked, mode="r"))
+        images = (seen * inverse[:, None, :]) @ couplings
+        visible = np.linalg.solve(factors.swapaxes(1, 2), images.swapaxes(1, 2))
+        return np.asarray(np.linalg.norm(visible, 2, axis=(1, 2)) ** 2)
 
-    possible = [index for index, distance in enumerate(DISTANCES) if room(float(distance)) >= needed]
-    if not possible:
+    last = -1
+    for end in range(DISTANCES.size, 0, -CHUNK):  # from far away, where there is no room
+        begin = max(end - CHUNK, 0)
+        possible = np.flatnonzero(rooms(DISTANCES[begin:end]) >= needed)
+        if possible.size:
+            last = begin + int(possible[-1])
+            break
+    if last < 0:
         return 0.0
-    if possible[-1] + 1 == DISTANCES.size:
+    if last + 1 == DISTANCES.size:
         return float("inf")
-    low, high = float(DISTANCES[possible[-1]]), float(DISTANCES[possible[-1] + 1])
+    low, high = float(DISTANCES[last]), float(DISTANCES[last + 1])
     for _ in range(20):
         middle = float(np.sqrt(low * high))
-        low, high = (middle, high) if room(middle) >= needed else (low, middle)
+        low, high = (middle, high) if rooms(np.array([middle]))[0] >= needed else (low, middle)
     return high * scale

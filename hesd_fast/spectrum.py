@@ -89,7 +89,8 @@ class SpectralMeasure:
         self.size = size
         self.tridiagonal: BlockTridiagonal | None = None
         self.settled: Settled | None = None
-        self._reach: dict[float, float] = {}
+        self._ritz: tuple[Array, Array, Array] | None = None
+        self._reaches: dict[float, float] = {}
 
     @classmethod
     def from_tridiagonal(cls, tridiagonal: BlockTridiagonal) -> SpectralMeasure:
@@ -117,8 +118,7 @@ class SpectralMeasure:
         measure.weight_sums = _readonly(sums)
         measure.tridiagonal = tridiagonal
         measure.settled = settle(tridiagonal, values, residuals, (weights / sums[:, None]).mean(axis=0))
-        for side, residual in ((-1.0, float(residuals[0])), (1.0, float(residuals[-1]))):
-            measure._reach[side] = reach_beyond(tridiagonal, values, vectors, side) if measure.random else residual
+        measure._ritz = values, vectors, residuals
         return measure
 
     @property
@@ -265,7 +265,19 @@ class SpectralMeasure:
         method = (
             "room that the moments leave for an eigenvalue the probes have missed" if self.random else "residual norm"
         )
-        return Estimate(value, value - self.noise, value + self._reach[sign] + self.noise, f"{method}, and noise")
+        return Estimate(value, value - self.noise, value + self._reach(sign) + self.noise, f"{method}, and noise")
+
+    def _reach(self, sign: float) -> float:
+        """Return how far beyond the extreme Ritz value an eigenvalue may lie, 0 for a bare measure; kept once found."""
+        if self.tridiagonal is None or self._ritz is None:
+            return 0.0
+        if sign not in self._reaches:
+            values, vectors, residuals = self._ritz
+            if self.random:
+                self._reaches[sign] = reach_beyond(self.tridiagonal, values, vectors, sign)
+            else:
+                self._reaches[sign] = float(residuals[-1 if sign > 0 else 0])
+        return self._reaches[sign]
 
     @property
     def trace(self) -> Estimate:
@@ -340,7 +352,7 @@ class SpectralMeasure:
         weights = np.mean(self.weights, axis=0)[rest]
         fourth = float(weights @ self.nodes[0][rest] ** 4)
         if self.tridiagonal is not None and self.tridiagonal.steps < 3:  # too few for the quadrature of a fourth power
-            most = self.largest_magnitude + max(self._reach.values(), default=0.0)
+            most = self.largest_magnitude + max(self._reach(-1.0), self._reach(1.0))
             fourth = max(fourth, most**2 * max(square, 0.0))
         return max(square, 0.0) + 2.0 * self.sampling_error(fourth) + self.rounding * self._second_moment()
 
