@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hesd_fast import _engine
 from hesd_fast.basis import BASIS_DTYPES, check_basis
@@ -92,7 +92,8 @@ def analyze(
         :class:`~hesd_fast.EmpiricalFisherOperator`, which are positive semi-definite and need a loss that can be taken
         apart.
     block_size : int or "auto"
-        Number of probes b; "auto" takes 4, or n if that is less.
+        Number of probes b; "auto" takes 4, or n if that is less. Where b = n, the unit vectors take the place of random
+        probes.
     max_steps : int, optional
         Block steps m, 100 by default. Fewer are taken only when the Krylov space becomes invariant.
     reorthogonalization : {"full", "partial", "window", "none"}, optional
@@ -147,6 +148,7 @@ def analyze(
                 chosen.max_steps,
                 chosen.block_size,
                 seed=seed,
+                probes=probes_of_all(problem, int(chosen.block_size)),
                 reorthogonalization=chosen.reorthogonalization,
                 window=chosen.window,
                 basis=basis,
@@ -269,6 +271,13 @@ def settings(
     steps = DEFAULT_MAX_STEPS if max_steps is None else max_steps
     mode = "full" if reorthogonalization is None else reorthogonalization
     return Protocol(block_size, steps, mode, PROTOCOLS["lla"].window)
+
+
+def probes_of_all(problem: Problem, block_size: int) -> Tensor | None:
+    """Return unit vectors as long as random ones where there are not more than probes: so few signs often span less."""
+    if problem.size > block_size:
+        return None
+    return torch.eye(problem.size, dtype=problem.dtype).mul_(problem.size**0.5)
 
 
 def most_products(size: int, settings: Protocol) -> int:

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from hesd_fast.analyze import as_problem, memory_for_products, most_products, report_of, run_options, settings
+from hesd_fast.analyze import (
+    as_problem,
+    memory_for_products,
+    most_products,
+    probes_of_all,
+    report_of,
+    run_options,
+    settings,
+)
 from hesd_fast.basis import TILE_COLUMNS
 from hesd_fast.errors import ProblemError
 from hesd_fast.lanczos import LanczosProgress, LanczosRun, check_options, plan_blocks
@@ -56,8 +64,8 @@ def analyze_groups(
     mode
         As in :class:`~hesd_fast.Problem`; not together with one.
     block_size, max_steps, reorthogonalization, basis, basis_dtype, protocol, seed, progress
-        As in :func:`~hesd_fast.analyze`. A group of fewer than ``block_size`` parameters takes as many probes as it
-        has parameters.
+        As in :func:`~hesd_fast.analyze`. A group of no more than ``block_size`` parameters takes the unit vectors
+        as probes, and its spectrum is exact.
     hvp : {"auto", "double_backward", "kept_graph"}
         See :class:`~hesd_fast.GroupedHessianOperator`.
 
@@ -97,6 +105,7 @@ def analyze_groups(
                 steps,
                 chosen_for[name].block_size,
                 seed=seed,
+                probes=probes_of_all(block.problem, chosen_for[name].block_size),
                 reorthogonalization=kind,
                 window=window,
                 # Tiles of a basis on disk are wider than a small group.

@@ -290,3 +290,20 @@ def test_a_part_of_a_problem_shares_what_was_found():
         problem.restricted(["7.bias"])
     with pytest.raises(ProblemError, match="no parameter is left"):
         problem.restricted([])
+
+
+def test_groups_of_few_parameters_are_exact_whatever_the_seed():
+    torch.manual_seed(0)
+    model, data = nn.Linear(4, 2), (torch.randn(30, 4), torch.randn(30, 2))
+    for seed in range(4):
+        report = hesd.analyze_groups(
+            model, losses.supervised(nn.MSELoss()), data, groups={"bias": "bias"}, seed=seed, progress=False
+        )["bias"]
+        assert report.cost.hvps == 2
+        assert all(check.passed for check in report.checks)
+        for estimate in (report.lambda_max, report.lambda_min):  # the mean over two outputs of 2 r^2 / 2
+            assert estimate.low <= 1.0 <= estimate.high
+            assert estimate.high - estimate.low <= 64 * 2.0**-23
+        assert report.trace.value == pytest.approx(2.0, rel=64 * 2.0**-23)
+        assert report.hesd_type is hesd.HESDType.MP
+        assert report.criteria.k_mass.high <= 1e-4
