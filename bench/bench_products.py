@@ -323,7 +323,7 @@ def test_density_of_equal_accuracy(hold, sizes, name):
     """As near to the truth as a peer's density at its defaults, and criteria with narrow intervals, which it lacks.
 
     The truth is a measure from many more probes. Nearness is the Wasserstein distance of the quadratures, in the mean
-    over some seeds, as one alone may be lucky; each seed is timed in its turn.
+    over some seeds, as one alone may be lucky; a further one is timed.
     """
     workload = workloads.build(name, sizes.images[name], sizes.tiny_models)
     plan = sizes.accuracy[name]

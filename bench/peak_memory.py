@@ -43,8 +43,7 @@ def plan(name: str) -> None:
 
 def analyze(name: str) -> None:
     block, steps = RUNS[name]
-    report = hesd.analyze(problem(name), block_size=block, max_steps=steps, progress=False)
-    print(report.cost.strategy, file=sys.stderr)
+    hesd.analyze(problem(name), block_size=block, max_steps=steps, progress=False)
     print(peak_memory())
 
 

@@ -268,16 +268,14 @@ class SpectralMeasure:
         return Estimate(value, value - self.noise, value + self._reach(sign) + self.noise, f"{method}, and noise")
 
     def _reach(self, sign: float) -> float:
-        """Return how far beyond the extreme Ritz value an eigenvalue may lie, 0 for a bare measure; kept once found."""
-        if self.tridiagonal is None or self._ritz is None:
-            return 0.0
-        if sign not in self._reaches:
+        """Return how far beyond the extreme Ritz value an eigenvalue may lie, 0 for a bare measure."""
+        if self.tridiagonal is not None and self._ritz is not None:
             values, vectors, residuals = self._ritz
-            if self.random:
-                self._reaches[sign] = reach_beyond(self.tridiagonal, values, vectors, sign)
-            else:
-                self._reaches[sign] = float(residuals[-1 if sign > 0 else 0])
-        return self._reaches[sign]
+            for side, residual in ((-1.0, float(residuals[0])), (1.0, float(residuals[-1]))):
+                found = reach_beyond(self.tridiagonal, values, vectors, side) if self.random else residual
+                self._reaches[side] = found
+            self._ritz = None  # the vectors may be large
+        return self._reaches.get(sign, 0.0)
 
     @property
     def trace(self) -> Estimate:

@@ -25,14 +25,20 @@ STRATEGIES = ("auto", DoubleBackward.name, KeptGraph.name)
 
 
 class HessianBlock(ProblemOperator):
-    """The block of the Hessian that belongs to one group of parameters; :class:`GroupedHessianOperator` makes them."""
+    """The block of the Hessian that belongs to one group of parameters; :class:`GroupedHessianOperator` makes them.
+
+    Attributes
+    ----------
+    positions : dict of int to int
+        Position of each of its parameters among those of all groups, and among its own, in order.
+    """
 
     def __init__(self, whole: GroupedHessianOperator, name: str, problem: Problem) -> None:
         super().__init__(problem)
         self.name = name
         self.whole = whole
         positions = {parameter: i for i, parameter in enumerate(whole.problem.parameters)}
-        self.positions = [positions[parameter] for parameter in problem.parameters]
+        self.positions = {positions[parameter]: own for own, parameter in enumerate(problem.parameters)}
 
     @property
     def strategy(self) -> ReverseOverReverse:
@@ -191,10 +197,9 @@ class GroupedHessianOperator:
         for term in self.problem.terms():
             for j, parts in strategy.block_products(term, vectors):
                 place = places[j]
-                own = {position: i for i, position in enumerate(place.block.positions)}
                 accumulate(
                     place.block.problem,
-                    [(own[position], part) for position, part in parts],
+                    [(place.block.positions[position], part) for position, part in parts],
                     place.number,
                     term.weight,
                     place.out,
