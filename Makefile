@@ -2,10 +2,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-CXX_FILES := $(shell find csrc tests -name '*.[ch]pp')
-SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.[ch]pp')
+CXX_FILES := $(shell find csrc tests -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(filter csrc/%,$(CXX_FILES))
 
-.PHONY: setup demo test native-test cross-test lint format bench bench-report bench-smoke fashion-mnist clean
+.PHONY: setup demo test emulated native-test cuda-build cuda-test cuda-bench cross-test lint format bench bench-report bench-smoke fashion-mnist clean
 
 setup: $(VENV)/.installed
 
@@ -25,8 +25,23 @@ demo: setup
 	$(BIN)/hesd demo
 
 # Two processes, a file of tests each; every test runs on one thread.
-test: setup
+test: setup emulated
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The engine that runs the CUDA sources on the CPU, for tests.
+emulated: setup
+	$(BIN)/python tests/native/build_engine.py
+
+# What ptxas says of each CUDA kernel, into bench/results/cuda-resources.json; spills and stack are errors.
+cuda-build: setup
+	$(BIN)/python bench/cuda_resources.py
+
+# On a machine with a GPU.
+cuda-test: setup
+	$(BIN)/python -m pytest -rs -m cuda
+
+cuda-bench: setup
+	$(BIN)/python bench/cuda_bench.py
 
 # The engine with sanitizers: addresses and undefined behaviour, then data races.
 native-test: setup

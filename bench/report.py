@@ -193,7 +193,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of files of results")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "performance.md")
     arguments = parser.parse_args(argv)
-    files = [results_file.load(path) for path in sorted(arguments.results.glob("*.json"))]
+    files = [
+        results_file.load(path)
+        for path in sorted(arguments.results.glob("*.json"))
+        if not path.name.startswith("cuda-")
+    ]
     arguments.document.write_text(update(arguments.document.read_text(), render(files)))
     print(f"wrote the tables of {len(files)} files of results into {arguments.document}")
 

@@ -17,6 +17,10 @@
 #include "cpu/parallel.hpp"
 #include "dispatch.hpp"
 #include "dlpack.hpp"
+#include "execution.hpp"
+#if defined(HESD_EMULATION)
+#include "emulation/traffic.hpp"
+#endif
 
 namespace py = pybind11;
 
@@ -67,7 +71,8 @@ class LentPanel {
         }
         py::object capsule;
         try {
-            capsule = object.attr("__dlpack__")();
+            // Kernels run on the stream that is current where they are called, as whatever made the panel does.
+            capsule = on_cuda(object) ? object.attr("__dlpack__")(py::arg("stream") = -1) : object.attr("__dlpack__")();
         } catch (py::error_already_set& error) {
             if (error.matches(PyExc_KeyboardInterrupt)) {
                 throw;
@@ -91,6 +96,10 @@ class LentPanel {
 
     [[nodiscard]] const Panel& panel() const { return panel_; }
     [[nodiscard]] const std::string& name() const { return name_; }
+    // Whether it lies on a CUDA device, and on which.
+    [[nodiscard]] bool cuda() const { return cuda_; }
+    [[nodiscard]] std::int64_t device() const { return device_; }
+    [[nodiscard]] std::string place() const { return cuda_ ? "cuda:" + std::to_string(device_) : "the CPU"; }
 
     [[noreturn]] void fail(const std::string& what) const { throw EngineError("`" + name_ + "` " + what); }
 
@@ -102,11 +111,25 @@ class LentPanel {
     }
 
    private:
+    static bool on_cuda(const py::object& object) {
+        if (!py::hasattr(object, "__dlpack_device__")) {
+            return false;
+        }
+        const py::tuple device = object.attr("__dlpack_device__")();
+        return device[0].cast<int>() == hesd::dlpack::kCuda;
+    }
+
     void check(const hesd::dlpack::Tensor& tensor, bool working) {
-        if (tensor.device.type != hesd::dlpack::kCpu && tensor.device.type != hesd::dlpack::kCudaHost) {
-            fail(tensor.device.type == hesd::dlpack::kCuda
-                     ? "is on a CUDA device; this build has no CUDA kernels. Move it to the CPU"
-                     : "is on a device this build has no kernels for. Move it to the CPU");
+        if (tensor.device.type == hesd::dlpack::kCuda) {
+            try {
+                hesd::cuda_kernels();
+            } catch (const EngineError& error) {
+                fail(std::string("is on a CUDA device; ") + error.what() + ". Move it to the CPU");
+            }
+            cuda_ = true;
+            device_ = tensor.device.id;
+        } else if (tensor.device.type != hesd::dlpack::kCpu && tensor.device.type != hesd::dlpack::kCudaHost) {
+            fail("is on a device this build has no kernels for. Move it to the CPU");
         }
         if (tensor.ndim != 2) {
             fail("has " + std::to_string(tensor.ndim) + " dimensions; wanted 2: (vectors, elements)");
@@ -151,6 +174,75 @@ class LentPanel {
     std::string name_;
     std::shared_ptr<hesd::dlpack::ManagedTensor> managed_;
     Panel panel_{};
+    bool cuda_ = false;
+    std::int64_t device_ = 0;
+};
+
+// The backend that one call's panels belong to, and what it needs to work: for CUDA the stream that is current in
+// Python, and a workspace that PyTorch owns.
+class Backend {
+   public:
+    Backend(const LentPanel& first, std::initializer_list<const LentPanel*> others) : Backend(first) {
+        for (const LentPanel* other : others) {
+            require(*other);
+        }
+    }
+    explicit Backend(const LentPanel& first)
+        : name_(first.name()),
+          place_(first.place()),
+          kernels_(first.cuda() ? &hesd::cuda_kernels() : &hesd::cpu_kernels()) {
+        execution_.device = first.device();
+    }
+
+    void require(const LentPanel& other) const {
+        if (other.place() != place_) {
+            other.fail("is on " + other.place() + " and `" + name_ + "` on " + place_ + "; wanted both on one device");
+        }
+    }
+
+    [[nodiscard]] const hesd::Kernels& kernels() const { return *kernels_; }
+
+    // For panels of up to `rows` rows against `block` rows, and for `parts` parts. With the GIL.
+    const hesd::Execution& prepare(std::int64_t rows, std::int64_t block, std::int64_t parts = 0) {
+        if (kernels_->workspace_bytes == nullptr) {
+            return execution_;
+        }
+        const std::int64_t bytes = kernels_->workspace_bytes(rows, block, parts);
+#if defined(HESD_EMULATION)
+        memory_ = std::vector<std::max_align_t>(static_cast<std::size_t>(bytes) / sizeof(std::max_align_t) + 1);
+        execution_.workspace = memory_.data();
+#else
+        if (bytes > execution_.workspace_bytes) {
+            workspace_ = py::module_::import("hesd_fast.cuda").attr("workspace")(execution_.device, bytes);
+            execution_.workspace = reinterpret_cast<void*>(workspace_.attr("data_ptr")().cast<std::uintptr_t>());
+        }
+        const py::object stream = py::module_::import("hesd_fast.cuda").attr("current_stream")(execution_.device);
+        execution_.stream = reinterpret_cast<void*>(stream.cast<std::uintptr_t>());
+#endif
+        execution_.workspace_bytes = bytes;
+        return execution_;
+    }
+
+   private:
+    std::string name_;
+    std::string place_;
+    const hesd::Kernels* kernels_;
+    hesd::Execution execution_;
+#if defined(HESD_EMULATION)
+    std::vector<std::max_align_t> memory_;
+#else
+    py::object workspace_;
+#endif
+};
+
+// A stretch of work without the GIL.
+class Unlocked {
+   public:
+    explicit Unlocked(const hesd::Execution& execution) : scope_(execution) {}
+
+   private:
+    hesd::ExecutionScope scope_;
+    py::gil_scoped_release unlocked_;
 };
 
 void require_equal_columns(const LentPanel& a, const LentPanel& b) {
@@ -205,11 +297,14 @@ class LentHistory {
         return hesd::TiledPanel(std::move(panels));
     }
 
-    void require_apart_from(const LentPanel& panel) const {
+    // Separate memory from that of `panel`, on the same device.
+    void require_beside(const LentPanel& panel, const Backend& backend) const {
         for (const LentPanel& tile : tiles_) {
+            backend.require(tile);
             require_apart(tile, panel);
         }
     }
+    [[nodiscard]] std::int64_t rows() const { return tiles_.front().panel().rows; }
 
    private:
     std::vector<LentPanel> tiles_;
@@ -261,11 +356,12 @@ Matrix panel_gram(const py::object& v_object, const py::object& w_object) {
     const LentPanel v(v_object, "V", false);
     const LentPanel w(w_object, "W", true);
     require_equal_columns(v, w);
+    Backend backend(w, {&v});
     Matrix gram({v.panel().rows, w.panel().rows});
     double* data = gram.mutable_data();
     {
-        const py::gil_scoped_release unlocked;
-        hesd::cpu_kernels().panel_gram(v.panel(), w.panel(), data);
+        const Unlocked unlocked(backend.prepare(v.panel().rows, w.panel().rows));
+        backend.kernels().panel_gram(v.panel(), w.panel(), data);
     }
     return gram;
 }
@@ -276,6 +372,7 @@ py::tuple panel_project(const py::object& w_object, const py::object& v_object, 
     const LentPanel v(v_object, "V", false);
     require_equal_columns(v, w);
     require_apart(w, v);
+    Backend backend(w, {&v});
     const Matrix c = checked_matrix(c_object, "C", v.panel().rows, w.panel().rows);
     Matrix gram({with_gram ? v.panel().rows : 0, w.panel().rows});
     Matrix self_gram({with_self_gram ? w.panel().rows : 0, w.panel().rows});
@@ -283,8 +380,8 @@ py::tuple panel_project(const py::object& w_object, const py::object& v_object, 
     double* self_data = with_self_gram ? self_gram.mutable_data() : nullptr;
     const double* c_data = c.data();
     {
-        const py::gil_scoped_release unlocked;
-        hesd::cpu_kernels().panel_project(w.panel(), v.panel(), c_data, gram_data, self_data);
+        const Unlocked unlocked(backend.prepare(v.panel().rows, w.panel().rows));
+        backend.kernels().panel_project(w.panel(), v.panel(), c_data, gram_data, self_data);
     }
     return py::make_tuple(gram, self_gram);
 }
@@ -300,6 +397,7 @@ py::tuple panel_orthonormalize(const py::object& w_object, const py::object& out
     if (out.panel().data != w.panel().data || out.panel().stride != w.panel().stride) {
         require_apart(w, out);
     }
+    Backend backend(w, {&out});
     if (!(tolerance >= 0.0)) {
         throw EngineError("`tolerance` is " + std::to_string(tolerance) + "; wanted a number >= 0");
     }
@@ -312,9 +410,9 @@ py::tuple panel_orthonormalize(const py::object& w_object, const py::object& out
     PythonReduction reduction(reduce);
     hesd::OrthonormalizeResult result{};
     {
-        const py::gil_scoped_release unlocked;
-        result = hesd::cpu_kernels().panel_orthonormalize(w.panel(), out.panel(), tolerance, max_rank, reduction.hook(),
-                                                          nullptr, data);
+        const Unlocked unlocked(backend.prepare(b, b));
+        result = backend.kernels().panel_orthonormalize(w.panel(), out.panel(), tolerance, max_rank, reduction.hook(),
+                                                        nullptr, data);
     }
     return py::make_tuple(result.rank, result.weakest, factor);
 }
@@ -326,8 +424,9 @@ void panel_combine(const py::object& s_object, const py::object& v_object, const
     require_apart(x, v);
     const Matrix s = checked_matrix(s_object, "S", x.panel().rows, v.panel().rows);
     const double* data = s.data();
-    const py::gil_scoped_release unlocked;
-    hesd::cpu_kernels().panel_combine(data, v.panel(), x.panel());
+    Backend backend(x, {&v});
+    const Unlocked unlocked(backend.prepare(v.panel().rows, x.panel().rows));
+    backend.kernels().panel_combine(data, v.panel(), x.panel());
 }
 
 void accumulate_hvp(const py::object& out_object, const std::vector<py::object>& part_objects,
@@ -340,6 +439,7 @@ void accumulate_hvp(const py::object& out_object, const std::vector<py::object>&
         throw EngineError("`parts` has " + std::to_string(part_objects.size()) + " tensors and `offsets` " +
                           std::to_string(offsets.size()) + " numbers; wanted one offset for each part");
     }
+    Backend backend(out);
     std::vector<LentPanel> lent;
     std::vector<hesd::HvpPart> parts;
     lent.reserve(part_objects.size());
@@ -356,6 +456,7 @@ void accumulate_hvp(const py::object& out_object, const std::vector<py::object>&
         if (hesd::element_bytes(part.precision) > hesd::element_bytes(out.panel().precision)) {
             lent.back().fail("has a higher precision than `out`; wanted the same or a lower one");
         }
+        backend.require(lent.back());
         require_apart(lent.back(), out);
         parts.push_back({part, offsets[i]});
         if (part.columns > 0) {
@@ -376,14 +477,16 @@ void accumulate_hvp(const py::object& out_object, const std::vector<py::object>&
         if (compensation->panel().precision != out.panel().precision) {
             compensation->fail("has another precision than `out`; wanted the same");
         }
+        backend.require(*compensation);
         require_apart(*compensation, out);
         for (const LentPanel& part : lent) {
             require_apart(part, *compensation);
         }
     }
-    const py::gil_scoped_release unlocked;
-    hesd::cpu_kernels().accumulate_hvp(out.panel(), parts.data(), static_cast<std::int64_t>(parts.size()), alpha,
-                                       compensation ? &compensation->panel() : nullptr);
+    const auto count = static_cast<std::int64_t>(parts.size());
+    const Unlocked unlocked(backend.prepare(0, 0, count));
+    backend.kernels().accumulate_hvp(out.panel(), parts.data(), count, alpha,
+                                     compensation ? &compensation->panel() : nullptr);
 }
 
 void fill_probes(const py::object& out_object, std::uint64_t seed, std::uint32_t first_probe, std::uint64_t first_index,
@@ -393,8 +496,9 @@ void fill_probes(const py::object& out_object, std::uint64_t seed, std::uint32_t
         throw EngineError("`kind` is '" + kind + "'; wanted 'rademacher' or 'gaussian'");
     }
     const auto value = kind == "gaussian" ? hesd::ProbeKind::gaussian : hesd::ProbeKind::rademacher;
-    const py::gil_scoped_release unlocked;
-    hesd::cpu_kernels().fill_probes(out.panel(), seed, first_probe, first_index, value);
+    Backend backend(out);
+    const Unlocked unlocked(backend.prepare(0, 0));
+    backend.kernels().fill_probes(out.panel(), seed, first_probe, first_index, value);
 }
 
 hesd::Reorthogonalization parse_reorthogonalization(const std::string& name) {
@@ -422,26 +526,28 @@ class PythonBlockLanczos {
         : history_(history, "history"),
           working_panel_(working, "working", true),
           reduction_(reduce),
+          backend_(working_panel_),
+          block_size_(block_size),
           lanczos_(
-              hesd::cpu_kernels(), history_.tiled(), working_panel_.panel(),
+              backend_.kernels(), history_.tiled(), working_panel_.panel(),
               {parse_reorthogonalization(reorthogonalization), block_size, max_steps, global_size, breakdown_multiple},
               reduction_.hook()) {
-        history_.require_apart_from(working_panel_);
+        history_.require_beside(working_panel_, backend_);
     }
 
     void start() {
         const Working working(*this);
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked(prepare());
         lanczos_.start();
     }
     void advance() {
         const Working working(*this);
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked(prepare());
         lanczos_.advance();
     }
     double measure_orthogonality() {
         const Working working(*this);
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked(prepare());
         return lanczos_.measure_orthogonality();
     }
     [[nodiscard]] const BlockLanczos& lanczos() const {
@@ -469,6 +575,10 @@ class PythonBlockLanczos {
         PythonBlockLanczos& owner_;
     };
 
+    const hesd::Execution& prepare() {
+        return backend_.prepare(history_.rows() + working_panel_.panel().rows, block_size_);
+    }
+
     [[noreturn]] static void fail_working() {
         throw EngineError("BlockLanczos is in the middle of a step on another thread; wait for it to return");
     }
@@ -477,6 +587,8 @@ class PythonBlockLanczos {
     LentHistory history_;
     LentPanel working_panel_;
     PythonReduction reduction_;
+    Backend backend_;
+    std::int64_t block_size_;
     BlockLanczos lanczos_;
 };
 
@@ -495,7 +607,14 @@ py::dict build_info() {
     info["cpu_target"] = hesd::cpu_kernels().name;
     info["cpu_targets_available"] = hesd::available_targets();
     info["threads"] = hesd::most_threads();
+#if defined(HESD_HAS_CUDA)
+    info["cuda"] = true;
+#else
     info["cuda"] = false;
+#endif
+#if defined(HESD_EMULATION)
+    info["emulated"] = true;
+#endif
     return info;
 }
 
@@ -529,7 +648,15 @@ PYBIND11_MODULE(_engine, module) {
     module.def("fill_probes", &fill_probes, py::arg("out"), py::arg("seed"), py::arg("first_probe"),
                py::arg("first_index"), py::arg("kind"));
 
-    py::class_<PythonBlockLanczos>(module, "BlockLanczos")
+#if defined(HESD_EMULATION)
+    // Bytes of panels that the emulated kernels have moved since the last call: read, read again, written.
+    module.def("take_traffic", [] {
+        const hesd::emulation::Traffic traffic = hesd::emulation::take_traffic();
+        return py::make_tuple(traffic.read, traffic.read_again, traffic.written);
+    });
+#endif
+
+    py::class_<PythonBlockLanczos>(module, "BlockLanczos", py::module_local())
         .def(py::init<const py::object&, const py::object&, std::int64_t, std::int64_t, std::int64_t,
                       const std::string&, double, const py::object&>(),
              py::arg("history"), py::arg("working"), py::arg("block_size"), py::arg("max_steps"),

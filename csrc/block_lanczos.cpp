@@ -509,9 +509,9 @@ void BlockLanczos::keep(std::int64_t width) {
 
 // Rows beyond a block's width may hold an older block: they must not take part in projections.
 void BlockLanczos::clear_rows(std::int64_t first, std::int64_t count) const {
-    for (std::int64_t row = first; row < first + count; ++row) {
-        const Panel rest = working_.slice(row, 1);
-        std::fill_n(static_cast<char*>(rest.data), rest.columns * element_bytes(rest.precision), '\0');
+    if (count > 0) {
+        const Panel nothing{nullptr, working_.precision, 0, working_.columns, working_.columns};
+        kernels_->panel_combine(nullptr, nothing, working_.slice(first, count));
     }
 }
 

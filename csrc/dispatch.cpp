@@ -4,6 +4,9 @@
 #include <cstdlib>
 
 #include "cpu/targets.hpp"
+#if defined(HESD_HAS_CUDA) || defined(HESD_EMULATION)
+#include "cuda/kernels.hpp"
+#endif
 
 namespace hesd {
 namespace {
@@ -20,7 +23,8 @@ struct Target {
      target::panel_gram,            \
      target::panel_project,         \
      target::panel_orthonormalize,  \
-     target::panel_combine}
+     target::panel_combine,         \
+     nullptr}
 
 bool always() { return true; }
 
@@ -35,6 +39,17 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(HESD_HAS_CUDA) || defined(HESD_EMULATION)
+const Kernels kCuda = {
+#if defined(HESD_EMULATION)
+    "emulated",
+#else
+    "cuda",
+#endif
+    cuda::accumulate_hvp, cuda::fill_probes,    cuda::panel_gram, cuda::panel_project, cuda::panel_orthonormalize,
+    cuda::panel_combine,  cuda::workspace_bytes};
+#endif
+
 // Best first.
 const Target kTargets[] = {
 #if defined(HESD_HAS_X86_TARGETS)
@@ -45,6 +60,9 @@ const Target kTargets[] = {
     {HESD_TARGET_KERNELS(neon), always},
 #endif
     {HESD_TARGET_KERNELS(generic), always},
+#if defined(HESD_EMULATION)
+    {kCuda, always},
+#endif
 };
 
 std::atomic<const Kernels*> selected{nullptr};
@@ -82,6 +100,20 @@ const Kernels& cpu_kernels() {
         select_target(wanted != nullptr && *wanted != '\0' ? wanted : available_targets().front());
     }
     return *selected.load();
+}
+
+const Kernels& cuda_kernels() {
+#if defined(HESD_EMULATION)
+    return kCuda;
+#elif defined(HESD_HAS_CUDA)
+    static const std::string missing = cuda::missing();
+    if (!missing.empty()) {
+        throw EngineError("CUDA cannot be used here (" + missing + ")");
+    }
+    return kCuda;
+#else
+    throw EngineError("this build has no CUDA kernels; build it where nvcc is found");
+#endif
 }
 
 }  // namespace hesd

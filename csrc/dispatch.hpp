@@ -22,6 +22,9 @@ struct Kernels {
     PanelProject panel_project;
     PanelOrthonormalize panel_orthonormalize;
     PanelCombine panel_combine;
+    // Bytes that an Execution's workspace must have for panels of up to `rows` rows against `block` rows, and for
+    // `parts` parts. Null: these kernels work where they are called, without an Execution.
+    std::int64_t (*workspace_bytes)(std::int64_t rows, std::int64_t block, std::int64_t parts) = nullptr;
 };
 
 // Names of the CPU targets in this build that this processor can run, best first.
@@ -29,6 +32,9 @@ std::vector<std::string> available_targets();
 
 // The CPU kernels in use. Chosen at first use: the target named by HESD_FAST_TARGET, else the best available.
 const Kernels& cpu_kernels();
+
+// The kernels for panels on CUDA devices; throws EngineError, saying what is missing, where there are none.
+const Kernels& cuda_kernels();
 
 // Switches the CPU target; throws EngineError naming the available ones.
 void select_target(const std::string& name);

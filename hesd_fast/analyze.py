@@ -136,7 +136,9 @@ def analyze(
                 problem,
                 hvp=hvp,
                 panels=int(chosen.max_steps),
-                memory_limit=memory_for_products(problem.size, problem.dtype, chosen, kept_dtype.itemsize),
+                memory_limit=memory_for_products(
+                    problem.size, problem.dtype, problem.device, chosen, kept_dtype.itemsize
+                ),
             )
         else:
             matrix = OPERATORS[operator](problem)
@@ -277,7 +279,7 @@ def probes_of_all(problem: Problem, block_size: int) -> Tensor | None:
     """Return unit vectors as long as random ones where there are not more than probes: so few signs often span less."""
     if problem.size > block_size:
         return None
-    return torch.eye(problem.size, dtype=problem.dtype).mul_(problem.size**0.5)
+    return torch.eye(problem.size, dtype=problem.dtype, device=problem.device).mul_(problem.size**0.5)
 
 
 def most_products(size: int, settings: Protocol) -> int:
@@ -286,9 +288,11 @@ def most_products(size: int, settings: Protocol) -> int:
     return min(products, size) if settings.reorthogonalization in ORTHOGONAL_MODES else products
 
 
-def memory_for_products(size: int, dtype: torch.dtype, settings: Protocol, itemsize: int) -> int | None:
+def memory_for_products(
+    size: int, dtype: torch.dtype, device: torch.device, settings: Protocol, itemsize: int
+) -> int | None:
     """Half of the memory that the basis leaves; what one batch needs meanwhile takes of the other half."""
-    available = available_memory()
+    available = available_memory(device)
     if available is None:
         return None
     steps, block_size = int(settings.max_steps), int(settings.block_size)

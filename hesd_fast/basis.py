@@ -25,6 +25,8 @@ BASIS_DTYPES = {
 }
 PLACES = ("auto", "memory", "disk")
 
+_CPU = torch.device("cpu")
+
 TILE_COLUMNS = 65536
 """Columns of a tile on disk: rows of a tile are read as one piece, so a block is 128 KiB or more of it."""
 
@@ -41,12 +43,15 @@ class BasisPlan:
         Of the vectors kept.
     directory : Path or None
         Where its file will lie; None for memory.
+    device : torch.device
+        Whose memory that is.
     """
 
     rows: int
     columns: int
     dtype: torch.dtype
     directory: Path | None
+    device: torch.device = _CPU
 
     @property
     def place(self) -> str:
@@ -64,7 +69,7 @@ class BasisPlan:
     def allocate(self) -> Tensor | list[Tensor]:
         """Return the panel, or the list of its tiles."""
         if self.directory is None or self.rows == 0:
-            return kernels.empty_panel(self.rows, self.columns, self.dtype)
+            return kernels.empty_panel(self.rows, self.columns, self.dtype, self.device)
         return _file_of_tiles(self)
 
 
@@ -77,6 +82,7 @@ def plan_basis(
     basis: str | os.PathLike[str] = "auto",
     basis_dtype: str | torch.dtype = "auto",
     available: int | None,
+    device: torch.device = _CPU,
 ) -> BasisPlan:
     """Choose dtype and place of a basis, or refuse what cannot fit.
 
@@ -90,7 +96,9 @@ def plan_basis(
     basis_dtype : {"auto", "float64", "float32", "bfloat16", "float16"} or torch.dtype
         "auto" is the working dtype.
     available : int or None
-        Bytes of memory that can be had; None when unknown.
+        Bytes of memory, of the device where it is one, that can be had; None when unknown.
+    device : torch.device
+        Where the vectors are made. A basis on disk is for the CPU.
 
     Raises
     ------
@@ -101,16 +109,23 @@ def plan_basis(
     """
     dtype, place, directory = check_basis(basis, basis_dtype, working_dtype)
     working = working_rows * columns * working_dtype.itemsize
-    in_memory = BasisPlan(rows, columns, dtype, None)
+    in_memory = BasisPlan(rows, columns, dtype, None, device)
     needed = working + in_memory.bytes
     if (place != "disk" or rows == 0) and (available is None or needed <= available):
         return in_memory
     what = f"{rows} vectors of {columns} {_name(dtype)}"
-    if place == "memory" or rows == 0:
+    on_cpu = device.type == "cpu"
+    if place == "disk" and not on_cpu and rows > 0 and (available is None or needed <= available):
+        raise PlanError(
+            f"a basis on disk is for problems on the CPU, and this one is on {device}, whose memory holds it; "
+            'leave basis out or give "memory"'
+        )
+    if place == "memory" or rows == 0 or not on_cpu:
+        where, disk = ("", 'basis="disk", ') if on_cpu else (f" on {device}", "")
         raise PlanError(
             f"the Lanczos basis takes {needed / 2**30:.1f} GiB ({what}, and {working_rows} of {_name(working_dtype)}), "
-            f"but {(available or 0) / 2**30:.1f} GiB are available; take fewer steps, "
-            'basis_dtype="bfloat16", basis="disk", or reorthogonalization="none", which keeps three blocks'
+            f"but {(available or 0) / 2**30:.1f} GiB are available{where}; take fewer steps, "
+            f'basis_dtype="bfloat16", {disk}or reorthogonalization="none", which keeps three blocks'
         )
     if available is not None and working > available:
         raise PlanError(

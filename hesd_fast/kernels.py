@@ -1,8 +1,9 @@
-"""The compiled kernels, on PyTorch tensors or NumPy arrays.
+"""The compiled kernels, on PyTorch tensors, on the CPU or a CUDA device, or NumPy arrays.
 
 A panel is a row-major block of vectors, shape (vectors, elements), contiguous along each vector; the vectors may lie
 further apart than their length (:func:`empty_panel` spaces them to whole cache lines). Kernels fill the panels they are
-given and never copy them. Small matrices come back as float64: a tensor where the first panel is one, else an array.
+given and never copy them; the panels of one call lie on one device. Small matrices are float64, on the CPU: a tensor
+where the first panel is one, else an array. On a CUDA device kernels run on the stream that is current.
 Every kernel gives the same bits for any number of threads and has a twin in plain PyTorch in
 :mod:`hesd_fast.reference`. The contracts are the headers in ``csrc/include/hesd``.
 """
@@ -40,7 +41,9 @@ class OrthonormalFactor(NamedTuple):
     weakest: float
 
 
-def empty_panel(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def empty_panel(
+    rows: int, columns: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Allocate an uninitialized panel whose vectors start on cache lines.
 
     Parameters
@@ -49,6 +52,8 @@ def empty_panel(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> 
         Number of vectors and their length.
     dtype : torch.dtype
         Element type.
+    device : torch.device or str
+        Where it lies.
 
     Returns
     -------
@@ -60,11 +65,12 @@ def empty_panel(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> 
     if rows < 0 or columns < 0:
         raise EngineError(f"a panel of {rows} vectors of {columns} elements was asked for; wanted both >= 0")
     stride = max(math.ceil(columns * dtype.itemsize / _CACHE_LINE), 1) * _CACHE_LINE
-    if stride >= _LONG_VECTOR:
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu and stride >= _LONG_VECTOR:
         stride = math.ceil(stride / _PAGE) * _PAGE + _PAGE // 8
     elements = stride // dtype.itemsize
-    if rows * stride < _LARGE_PANEL or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty((rows, elements), dtype=dtype)[:, :columns]
+    if not on_cpu or rows * stride < _LARGE_PANEL or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty((rows, elements), dtype=dtype, device=device)[:, :columns]
     try:
         memory = mmap.mmap(-1, rows * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -77,12 +83,23 @@ def empty_panel(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> 
     return torch.frombuffer(memory, dtype=dtype).view(rows, elements)[:, :columns]
 
 
+def require_device(device: torch.device) -> None:
+    """Raise an EngineError for a device that this build has no kernels for."""
+    if device.type == "cpu" or (device.type == "cuda" and _engine.build_info()["cuda"]):
+        return
+    have = "the CPU and CUDA devices" if _engine.build_info()["cuda"] else "the CPU only"
+    raise EngineError(
+        f"the problem is on {device}; this build has kernels for {have}. Move the model and data to the CPU"
+        + (", or build where nvcc is found" if device.type == "cuda" else "")
+    )
+
+
 def _like(matrix: npt.NDArray[np.float64], panel: Panel) -> Matrix:
     return torch.from_numpy(matrix) if isinstance(panel, torch.Tensor) else matrix
 
 
 def _as_array(matrix: Matrix) -> npt.NDArray[np.float64]:
-    array = np.asarray(matrix)
+    array = np.asarray(matrix.detach().cpu() if isinstance(matrix, torch.Tensor) else matrix)
     if array.dtype.kind not in "fiu":
         raise EngineError(f"the matrix of coefficients has dtype {array.dtype}; wanted float64")
     return np.ascontiguousarray(array, dtype=np.float64)

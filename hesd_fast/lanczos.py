@@ -176,22 +176,18 @@ class LanczosRun:
             block_size, probe_kind = probes.shape[0], "given"
         check_options(n, steps, block_size, reorthogonalization, seed, window, probe_kind)
         steps, block_size, window, seed = int(steps), int(block_size), int(window), int(seed)
-        if operator.device.type != "cpu":
-            raise EngineError(
-                f"the operator is on {operator.device}; this build has kernels for the CPU only. "
-                "Move the model and data to the CPU"
-            )
+        kernels.require_device(operator.device)
         self._operator = operator
         self._steps = min(steps, n)
         self._reorthogonalization = reorthogonalization
         self._probe_kind = probe_kind
         self._plan = plan = plan_blocks(
-            n, operator.dtype, steps, block_size, reorthogonalization, window, basis, basis_dtype
+            n, operator.dtype, operator.device, steps, block_size, reorthogonalization, window, basis, basis_dtype
         )
         in_place = reorthogonalization in ORTHOGONAL_MODES and plan.place == "memory" and plan.dtype == operator.dtype
-        history = kernels.empty_panel(0, n, plan.dtype) if in_place else plan.allocate()
+        history = kernels.empty_panel(0, n, plan.dtype, operator.device) if in_place else plan.allocate()
         rows = (plan.rows if in_place else 0) + WORKING_BLOCKS * block_size
-        self._working = kernels.empty_panel(rows, n, operator.dtype)
+        self._working = kernels.empty_panel(rows, n, operator.dtype, operator.device)
         self._engine = _engine.BlockLanczos(
             history,
             self._working,
@@ -278,6 +274,7 @@ class LanczosRun:
 def plan_blocks(
     size: int,
     dtype: torch.dtype,
+    device: torch.device,
     steps: int,
     block_size: int,
     reorthogonalization: str,
@@ -295,7 +292,8 @@ def plan_blocks(
         dtype,
         basis=basis,
         basis_dtype=basis_dtype,
-        available=available_memory(),
+        available=available_memory(device),
+        device=device,
     )
 
 

@@ -8,14 +8,20 @@ import sys
 import threading
 from types import TracebackType
 
+import torch
+
+from hesd_fast.cuda import free_memory
+
 SAMPLING_SECONDS = 0.002
 """Between two looks at the memory of a process; a look takes some microseconds."""
 
 _PAGE = resource.getpagesize()
 
 
-def available_memory() -> int | None:
-    """Return how many bytes can be allocated without swapping, or None where the system does not say."""
+def available_memory(device: torch.device | None = None) -> int | None:
+    """Return how many bytes of memory, or of a device's, can be had without swapping; None where nobody says."""
+    if device is not None and device.type == "cuda":
+        return free_memory(device)
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:

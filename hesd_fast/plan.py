@@ -83,13 +83,21 @@ def plan(
     check_options(problem.size, chosen.max_steps, chosen.block_size, chosen.reorthogonalization, seed=0)
     steps, block = int(chosen.max_steps), int(chosen.block_size)
     where = plan_blocks(
-        problem.size, problem.dtype, steps, block, chosen.reorthogonalization, chosen.window, basis, basis_dtype
+        problem.size,
+        problem.dtype,
+        problem.device,
+        steps,
+        block,
+        chosen.reorthogonalization,
+        chosen.window,
+        basis,
+        basis_dtype,
     )
     strategy, products = choose(
         problem,
         block,
         steps,
-        memory_limit=memory_for_products(problem.size, problem.dtype, chosen, where.dtype.itemsize),
+        memory_limit=memory_for_products(problem.size, problem.dtype, problem.device, chosen, where.dtype.itemsize),
     )
     strategy.release()
     hvps = most_products(problem.size, chosen)

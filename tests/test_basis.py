@@ -341,7 +341,7 @@ def test_analyze_refuses_a_basis_before_any_product(monkeypatch):
 
 def test_analyze_goes_to_the_disk_by_itself_when_memory_is_short(scratch, monkeypatch):
     short = 3 * 2 * problem().size * 4 + 100
-    monkeypatch.setattr(lanczos_module, "available_memory", lambda: short)
+    monkeypatch.setattr(lanczos_module, "available_memory", lambda device: short)
     report = hesd.analyze(problem(), max_steps=6, block_size=2, progress=False)
     assert report.options["basis"] == "disk"
 

@@ -351,7 +351,7 @@ def test_bad_options_are_refused_before_any_product(options, error, message):
 
 
 def test_a_basis_that_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(lanczos_module, "available_memory", lambda: 1000)
+    monkeypatch.setattr(lanczos_module, "available_memory", lambda device: 1000)
     with pytest.raises(PlanError, match="GiB are available"):
         block_lanczos(torch.eye(20), 10, 2, basis="memory")
 

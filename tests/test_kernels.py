@@ -1,10 +1,14 @@
-"""Every kernel against its twin, at awkward sizes, on every instruction set of this machine."""
+"""Every kernel against its twin, at awkward sizes, on every instruction set of this machine, as CUDA sources emulated
+on the CPU, and on a GPU where there is one (`pytest -m cuda`)."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from emulation import use_emulated_engine
 
 from hesd_fast import _engine, kernels, reference
 from hesd_fast.errors import EngineError
@@ -16,12 +20,52 @@ LENGTHS = [1, 2, 7, 8, 9, 63, 64, 65, 4095, 4096, 4097, 13_001]
 SHAPES = [(1, 1), (3, 1), (4, 2), (5, 3), (9, 8), (17, 5)]
 
 
-@pytest.fixture(params=_engine.build_info()["cpu_targets_available"])
-def target(request):
-    before = _engine.build_info()["cpu_target"]
-    kernels.select_target(request.param)
-    yield request.param
-    kernels.select_target(before)
+class Target:
+    """The kernels; on a GPU they get copies of the panels, and what they did to those is copied back."""
+
+    def __init__(self, device=None):
+        self._device = device
+
+    def __getattr__(self, name):
+        kernel = getattr(kernels, name)
+        return kernel if self._device is None else partial(self._run, kernel)
+
+    def _run(self, kernel, *arguments, **options):
+        moved = {}
+
+        def move(argument):
+            if isinstance(argument, list):
+                return [move(part) for part in argument]
+            if not isinstance(argument, torch.Tensor):
+                return argument
+            if id(argument) not in moved:
+                copy = kernels.empty_panel(*argument.shape, argument.dtype, self._device)
+                moved[id(argument)] = argument, copy.copy_(argument)
+            return moved[id(argument)][1]
+
+        found = kernel(*map(move, arguments), **{name: move(option) for name, option in options.items()})
+        for original, copy in moved.values():
+            original.copy_(copy)
+        return found
+
+
+CPU_TARGETS = _engine.build_info()["cpu_targets_available"]
+
+
+@pytest.fixture(params=[*CPU_TARGETS, "emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+def target(request, monkeypatch):
+    if request.param == "cuda":
+        if not (_engine.build_info()["cuda"] and torch.cuda.is_available()):
+            pytest.skip("no GPU, or a build without CUDA kernels")
+        yield Target("cuda")
+    elif request.param == "emulated":
+        use_emulated_engine(monkeypatch)
+        yield Target()
+    else:
+        before = _engine.build_info()["cpu_target"]
+        kernels.select_target(request.param)
+        yield Target()
+        kernels.select_target(before)
 
 
 def panel(rows, columns, dtype, seed=0, padded=True):
@@ -67,7 +111,7 @@ def rounding(storage, working, terms):
 def test_panel_gram_matches_its_twin(target, n, storage, working):
     for k, b in SHAPES:
         v, w = panel(k, n, storage), panel(b, n, working, seed=1)
-        gram = kernels.panel_gram(v, w)
+        gram = target.panel_gram(v, w)
         scale = v.double().norm(dim=1)[:, None] * w.double().norm(dim=1)[None, :]
         assert gram.shape == (k, b)
         # runs of 64 products and a few more sums
@@ -84,7 +128,7 @@ def test_panel_project_matches_its_twin(target, n, storage, working):
         expected = w.clone()
         reference.panel_project(expected, v, c)
         before = v.clone()
-        gram, self_gram = kernels.panel_project(w, v, c)
+        gram, self_gram = target.panel_project(w, v, c)
         size = w.double().abs() + c.T.abs() @ v.double().abs()
         assert ((w.double() - expected.double()).abs() <= rounding(storage, working, k) * size).all()
         # the Gram matrices are those of the W that was stored
@@ -105,7 +149,7 @@ def test_panel_combine_matches_its_twin(target, n, storage, working):
         s = torch.randn(r, k, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
         expected = torch.empty_like(x)
         reference.panel_combine(s, v, expected)
-        kernels.panel_combine(s, v, x)
+        target.panel_combine(s, v, x)
         size = s.abs() @ v.double().abs()
         tiny = 2.0**-24 if working == torch.float16 else 0.0  # the step of its subnormal numbers
         assert ((x.double() - expected.double()).abs() <= rounding(storage, working, k) * size + tiny).all()
@@ -123,7 +167,7 @@ def test_accumulate_hvp_matches_its_twin_bit_for_bit(target, working, compensate
         parts = [panel(b, length, dtypes[i % len(dtypes)], seed=i) for i, length in enumerate(lengths)]
         expected, errors = out.clone(), None if compensation is None else compensation.clone()
         for _ in range(3):
-            kernels.accumulate_hvp(out, parts, offsets, 0.3, compensation)
+            target.accumulate_hvp(out, parts, offsets, 0.3, compensation)
             reference.accumulate_hvp(expected, parts, offsets, 0.3, errors)
         assert torch.equal(out, expected)
         if compensation is not None:
@@ -131,17 +175,17 @@ def test_accumulate_hvp_matches_its_twin_bit_for_bit(target, working, compensate
             assert compensation.abs().sum() > 0
 
 
-def test_compensation_recovers_what_float32_loses():
+def test_compensation_recovers_what_float32_loses(target):
     out, compensation = torch.ones(1, 1), torch.zeros(1, 1)
     for _ in range(1000):
-        kernels.accumulate_hvp(out, [torch.ones(1, 1)], [0], 2.0**-26, compensation)
+        target.accumulate_hvp(out, [torch.ones(1, 1)], [0], 2.0**-26, compensation)
     assert out.item() == 1.0  # 2**-26 is below float32's spacing at 1
     assert (out.double() + compensation.double()).item() == 1.0 + 1000 * 2.0**-26
 
 
-def test_accumulate_hvp_without_parts_is_a_no_op():
+def test_accumulate_hvp_without_parts_is_a_no_op(target):
     out = torch.ones(2, 3)
-    kernels.accumulate_hvp(out, [], [])
+    target.accumulate_hvp(out, [], [])
     assert torch.equal(out, torch.ones(2, 3))
 
 
@@ -152,7 +196,7 @@ def test_panel_orthonormalize_gives_an_orthonormal_factorization(target, n, work
         w = panel(b, n, working)
         original = w.clone()
         out = torch.full_like(w, 7.0)
-        factor, rank, weakest = kernels.panel_orthonormalize(w, out)
+        factor, rank, weakest = target.panel_orthonormalize(w, out)
         q = out[:rank].double()
         assert rank == b
         assert loss_of_orthogonality(q) <= orthogonality_bound(working, n)
@@ -168,7 +212,7 @@ def test_panel_orthonormalize_drops_dependent_and_zero_vectors(target, working):
     w[3] = 0
     w[5] = w[4]
     original = w.clone()
-    factor, rank, _ = kernels.panel_orthonormalize(w)
+    factor, rank, _ = target.panel_orthonormalize(w)
     assert rank == 3
     q = w[:rank].double()
     assert loss_of_orthogonality(q) <= orthogonality_bound(working, 500)
@@ -182,7 +226,7 @@ def test_panel_orthonormalize_keeps_weak_directions_above_the_tolerance(target, 
     w = panel(4, 1000, working)
     w[3] = w[0] + ratio * w[3]
     original = w.clone()
-    factor, rank, weakest = kernels.panel_orthonormalize(w)
+    factor, rank, weakest = target.panel_orthonormalize(w)
     assert rank == 4
     q = w.double()
     assert loss_of_orthogonality(q) <= orthogonality_bound(working, 1000)
@@ -195,30 +239,30 @@ def test_panel_orthonormalize_keeps_weak_directions_above_the_tolerance(target, 
 def test_panel_orthonormalize_is_indifferent_to_row_scaling(target, scales):
     w = panel(4, 300, torch.float64) * torch.tensor(scales, dtype=torch.float64)[:, None]
     w = w.contiguous()
-    factor, rank, _ = kernels.panel_orthonormalize(w, tolerance=0.0)
+    factor, rank, _ = target.panel_orthonormalize(w, tolerance=0.0)
     assert rank == 4
     assert loss_of_orthogonality(w) <= orthogonality_bound(torch.float64, 300)
     assert np.allclose(np.asarray(factor.norm(dim=1)), np.asarray(scales) * 300**0.5, rtol=0.3)
 
 
-def test_panel_orthonormalize_keeps_at_most_max_rank_directions():
+def test_panel_orthonormalize_keeps_at_most_max_rank_directions(target):
     w = panel(4, 50, torch.float64)
     original = w.clone()
-    factor, rank, _ = kernels.panel_orthonormalize(w, max_rank=2)
+    factor, rank, _ = target.panel_orthonormalize(w, max_rank=2)
     assert rank == 2
     # what is kept is the projection onto the kept directions
     torch.testing.assert_close(factor, original @ w[:2].T, rtol=0, atol=1e-13)
 
 
-def test_panel_orthonormalize_names_non_finite_input():
+def test_panel_orthonormalize_names_non_finite_input(target):
     for bad in (float("nan"), float("inf")):
         w = panel(3, 40, torch.float32)
         w[1, 7] = bad
         with pytest.raises(EngineError, match="non-finite"):
-            kernels.panel_orthonormalize(w)
+            target.panel_orthonormalize(w)
         w[1, 7] = bad
         with pytest.raises(EngineError, match="non-finite"):
-            kernels.panel_orthonormalize(w, tolerance=0.0)
+            target.panel_orthonormalize(w, tolerance=0.0)
 
 
 # Known answers of Philox 4x32-10, from the kat_vectors file of Random123 1.14.
@@ -245,7 +289,7 @@ def test_philox_known_answers(counter, key, answer):
 def test_fill_probes_first_known_answer(target):
     # counter (0, 0, 0, 0), key (0, 0): the first 128 signs are the bits of the first known answer
     out = torch.empty(1, 128)
-    kernels.fill_probes(out, seed=0)
+    target.fill_probes(out, seed=0)
     words = [sum(int(out[0, 32 * w + bit] > 0) << bit for bit in range(32)) for w in range(4)]
     assert words == PHILOX_ANSWERS[0][2]
 
@@ -255,30 +299,30 @@ def test_fill_probes_first_known_answer(target):
 def test_fill_probes_matches_its_twin_bit_for_bit(target, kind, working):
     for seed, probe, index, n in [(0, 0, 0, 1), (7, 3, 5, 1000), (2**64 - 1, 2**32 - 3, 2**40 + 77, 17_000)]:
         out, expected = torch.empty(2, n, dtype=working), torch.empty(2, n, dtype=working)
-        kernels.fill_probes(out, seed, first_probe=probe, first_index=index, kind=kind)
+        target.fill_probes(out, seed, first_probe=probe, first_index=index, kind=kind)
         reference.fill_probes(expected, seed, probe, index, kind)
         assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
-def test_fill_probes_is_the_same_for_any_split(kind):
+def test_fill_probes_is_the_same_for_any_split(target, kind):
     whole = torch.empty(3, 5000)
-    kernels.fill_probes(whole, 11, kind=kind)
+    target.fill_probes(whole, 11, kind=kind)
     for cut in (1, 127, 128, 129, 3333):
         left, right = torch.empty(3, cut), torch.empty(3, 5000 - cut)
-        kernels.fill_probes(left, 11, kind=kind)
-        kernels.fill_probes(right, 11, first_index=cut, kind=kind)
+        target.fill_probes(left, 11, kind=kind)
+        target.fill_probes(right, 11, first_index=cut, kind=kind)
         assert torch.equal(torch.cat((left, right), 1), whole)
     row = torch.empty(1, 5000)
-    kernels.fill_probes(row, 11, first_probe=2, kind=kind)
+    target.fill_probes(row, 11, first_probe=2, kind=kind)
     assert torch.equal(row[0], whole[2])
 
 
-def test_probes_have_the_moments_they_should():
+def test_probes_have_the_moments_they_should(target):
     n = 400_000
     signs, normals = torch.empty(2, n, dtype=torch.float64), torch.empty(2, n, dtype=torch.float64)
-    kernels.fill_probes(signs, 3)
-    kernels.fill_probes(normals, 3, kind="gaussian")
+    target.fill_probes(signs, 3)
+    target.fill_probes(normals, 3, kind="gaussian")
     six_sigma = 6 / n**0.5
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     assert (signs.mean(1).abs() < six_sigma).all()
@@ -327,12 +371,12 @@ def test_float16_subnormals_and_extremes_convert_exactly(target):
     bits = np.arange(0, 0x7C00, dtype=np.uint16)
     values = np.concatenate([bits, bits | 0x8000]).view(np.float16)[None, :]
     out = np.empty(values.shape, dtype=np.float32)
-    kernels.panel_combine(np.ones((1, 1)), values, out)
+    target.panel_combine(np.ones((1, 1)), values, out)
     assert np.array_equal(out, values.astype(np.float32))
     for special in (np.inf, -np.inf, np.nan):
         row = np.full((1, 19), special, dtype=np.float16)
         out = np.empty((1, 19), dtype=np.float32)
-        kernels.panel_combine(np.ones((1, 1)), row, out)
+        target.panel_combine(np.ones((1, 1)), row, out)
         assert np.array_equal(out, row.astype(np.float32), equal_nan=True)
 
 
@@ -379,7 +423,7 @@ def test_overlapping_panels_are_refused():
 
 @pytest.mark.parametrize("working", WORKING)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_panel_orthonormalize_finds_the_rank_of_every_small_panel(working, seed):
+def test_panel_orthonormalize_finds_the_rank_of_every_small_panel(target, working, seed):
     # few columns and exact rank 2: nothing but rounding is left of the other rows, in every possible way
     generator = torch.Generator().manual_seed(seed)
     for _ in range(1500):
@@ -390,7 +434,7 @@ def test_panel_orthonormalize_finds_the_rank_of_every_small_panel(working, seed)
         w = (factors @ torch.randn(2, n, dtype=torch.float64, generator=generator)).to(working).contiguous()
         original = w.double().clone()
         tolerance = 64 * epsilon(working) * float(original.norm(dim=1).max())
-        factor, rank, weakest = kernels.panel_orthonormalize(w, tolerance=tolerance)
+        factor, rank, weakest = target.panel_orthonormalize(w, tolerance=tolerance)
         assert rank <= 2
         assert weakest > tolerance
         q = w[:rank].double()
@@ -400,37 +444,37 @@ def test_panel_orthonormalize_finds_the_rank_of_every_small_panel(working, seed)
 
 @pytest.mark.parametrize("rows", [11, 12, 16])
 @pytest.mark.parametrize("condition", [33.0, 1e4])
-def test_panel_orthonormalize_is_not_fooled_by_many_small_overlaps(rows, condition):
+def test_panel_orthonormalize_is_not_fooled_by_many_small_overlaps(target, rows, condition):
     # unit vectors whose overlaps are all about -1 / (rows - 1): small entries, an almost singular Gram matrix
     gram = torch.eye(rows, dtype=torch.float64) * (1 + 1 / (rows - 1)) - 1 / (rows - 1)
     values, vectors = torch.linalg.eigh(gram)
     values[0] = values[-1] / condition**2
     basis, _ = torch.linalg.qr(torch.randn(200, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     w = ((vectors * values.sqrt()) @ vectors.T @ basis.T).contiguous()
-    _, rank, _ = kernels.panel_orthonormalize(w)
+    _, rank, _ = target.panel_orthonormalize(w)
     assert rank == rows
     assert loss_of_orthogonality(w) <= 2 * orthogonality_bound(torch.float64, 200)
 
 
 @pytest.mark.parametrize("ratio", [3e-2, 3e-4, 3e-5])
-def test_a_binding_max_rank_keeps_the_coefficients_accurate(ratio):
+def test_a_binding_max_rank_keeps_the_coefficients_accurate(target, ratio):
     generator = torch.Generator().manual_seed(5)
     plane = torch.randn(2, 300, dtype=torch.float64, generator=generator)
     coefficients = torch.randn(5, 2, dtype=torch.float64, generator=generator)
     coefficients[:, 1] *= ratio
     original = coefficients @ plane
     w = original.clone()
-    factor, rank, _ = kernels.panel_orthonormalize(w, max_rank=2)
+    factor, rank, _ = target.panel_orthonormalize(w, max_rank=2)
     assert rank == 2
     assert (original - factor @ w[:2]).norm() <= 16 * epsilon(torch.float64) * original.norm()
 
 
-def test_a_binding_max_rank_keeps_the_largest_directions():
+def test_a_binding_max_rank_keeps_the_largest_directions(target):
     w = torch.zeros(3, 50, dtype=torch.float64)
     w[0, 0] = 1.0
     w[1, 0], w[1, 1] = 1.0, 1e-6
     w[2, 2] = 1e-9
-    factor, rank, weakest = kernels.panel_orthonormalize(w, max_rank=2)
+    factor, rank, weakest = target.panel_orthonormalize(w, max_rank=2)
     assert rank == 2
     assert abs(w[:2, 1]).max() == pytest.approx(1.0)
     assert weakest == pytest.approx(1e-6, rel=1e-6)
@@ -438,9 +482,9 @@ def test_a_binding_max_rank_keeps_the_largest_directions():
 
 
 @pytest.mark.parametrize("working", WORKING)
-def test_more_vectors_than_columns_end_without_a_tolerance(working):
+def test_more_vectors_than_columns_end_without_a_tolerance(target, working):
     for seed in range(12):
         w = torch.randn(6, 3, dtype=working, generator=torch.Generator().manual_seed(seed))
-        _, rank, _ = kernels.panel_orthonormalize(w, tolerance=0.0, max_rank=3)
+        _, rank, _ = target.panel_orthonormalize(w, tolerance=0.0, max_rank=3)
         assert rank == 3
         assert loss_of_orthogonality(w[:3].double()) <= orthogonality_bound(working, 3)

@@ -99,7 +99,7 @@ class Strategy(ABC):
 
     def check(self) -> None:
         """Raise an OperatorError unless the strategy multiplies as plain double backward does."""
-        panel = kernels.empty_panel(self.checked_vectors, self.problem.size, self.problem.dtype)
+        panel = kernels.empty_panel(self.checked_vectors, self.problem.size, self.problem.dtype, self.problem.device)
         kernels.fill_probes(panel, 0)
         rows = vectors_of(self.problem, panel)
         wanted = torch.zeros_like(panel)

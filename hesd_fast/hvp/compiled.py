@@ -75,7 +75,7 @@ class Compiled(ReverseOverReverse):
             if not gradient.entries:
                 nothing = self._kept[term.index] = _LinearMap(lambda: (), [], [], [])
                 return nothing
-            panel = kernels.empty_panel(2, self.problem.size, self.problem.dtype)
+            panel = kernels.empty_panel(2, self.problem.size, self.problem.dtype, self.problem.device)
             kernels.fill_probes(panel, 1)
             traced, other = vectors_of(self.problem, panel)
             graph, outputs = _trace(gradient, traced)

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 from hesd_fast import kernels
+from hesd_fast.cuda import synchronize
 from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import STRATEGIES
 from hesd_fast.hvp.base import Strategy, Vectors, vectors_of
@@ -159,6 +160,7 @@ def choose(
     with problem.session(), MemoryWatch() as watch:
         before = time.perf_counter()
         plain.prepare(problem)
+        synchronize(problem.device)
         trials = _Trials(problem, plain, block_size, panels, memory_limit, time.perf_counter() - before, watch)
         budget = share * trials.results[0].total(panels)
         if trials.results[0].total(panels) < SHORT_RUN:
@@ -168,7 +170,8 @@ def choose(
             for name in ORDER:
                 trials.consider(name, budget - (time.perf_counter() - started))
         strategy, best = trials.finish()
-        peak_bytes = trials.peak_with(strategy, best)
+        # what was watched is the memory of the process, not that of another device
+        peak_bytes = trials.peak_with(strategy, best) if problem.device.type == "cpu" else None
     plan = ProductPlan(
         strategy.name,
         tuple(trials.results),
@@ -201,7 +204,7 @@ class _Trials:
         self.panels = panels
         self.block_size = block_size
         self.memory_limit = memory_limit
-        panel = kernels.empty_panel(block_size, problem.size, problem.dtype)
+        panel = kernels.empty_panel(block_size, problem.size, problem.dtype, problem.device)
         kernels.fill_probes(panel, 0)
         self.rows: Vectors = vectors_of(problem, panel)
         # A forward and two backward passes, the first of their kind, say at least what a panel takes.
@@ -346,8 +349,10 @@ class _Trials:
         seconds: list[float] = []
         while len(seconds) < 3 and sum(seconds) < SHORT_PANEL:
             term = strategy.first_term()
+            synchronize(self.problem.device)
             before = time.perf_counter()
             for _ in strategy.attempt(term, self.rows):
                 pass
+            synchronize(self.problem.device)
             seconds.append(time.perf_counter() - before)
         return min(seconds)

@@ -97,7 +97,7 @@ class KeptGraph(ReverseOverReverse):
 
     def check(self) -> None:
         """Raise an OperatorError unless a graph gives its first product, plain double backward's, a second time."""
-        panel = kernels.empty_panel(1, self.problem.size, self.problem.dtype)
+        panel = kernels.empty_panel(1, self.problem.size, self.problem.dtype, self.problem.device)
         kernels.fill_probes(panel, 0)
         rows = vectors_of(self.problem, panel)
         first = torch.zeros_like(panel)

@@ -171,9 +171,9 @@ class JacobianOperator(ProblemOperator):
 
         They differ where PyTorch defines a derivative in one way only, as that of an embedding at ``padding_idx``.
         """
-        probe = kernels.empty_panel(1, self.problem.size, self.problem.dtype)
+        probe = kernels.empty_panel(1, self.problem.size, self.problem.dtype, self.problem.device)
         kernels.fill_probes(probe, 0)
-        (row,) = vectors_of(self.problem, probe.to(self.device))
+        (row,) = vectors_of(self.problem, probe)
         found = self._forward(term, [row])[0]
         wanted = Jacobian(values, list(self.problem.parameters.values())).times(row)
         difference, norm = float(torch.linalg.vector_norm(found - wanted)), float(torch.linalg.vector_norm(wanted))

@@ -73,6 +73,7 @@ class Lender:
         bits: int | None = None,
         lanes: int = 1,
         device: int = CPU,
+        device_number: int = 0,
         byte_offset: int = 0,
         name: bytes = b"dltensor",
     ):
@@ -80,12 +81,13 @@ class Lender:
         self.returned = 0
         self._memory = memory
         self._name = name
+        self._device = (device, device_number)
         dimensions = len(shape)
         self._shape = (ctypes.c_int64 * dimensions)(*shape)
         self._strides = None if strides is None else (ctypes.c_int64 * dimensions)(*strides)
         tensor = _Tensor(
             memory.ctypes.data,
-            _Device(device, 0),
+            _Device(device, device_number),
             dimensions,
             _DataType(code, memory.itemsize * 8 if bits is None else bits, lanes),
             ctypes.cast(self._shape, ctypes.POINTER(ctypes.c_int64)),
@@ -102,7 +104,7 @@ class Lender:
         return _new_capsule(ctypes.addressof(self._managed), self._name, None)
 
     def __dlpack_device__(self):
-        return (CPU, 0)
+        return self._device
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -12,8 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from build_engine import ROOT, build
+
 NATIVE = Path(__file__).resolve().parent
-ROOT = NATIVE.parents[1]
 
 OPTIONS = {
     "address": {
@@ -34,25 +35,6 @@ OPTIONS = {
 # A Python that was not built with the sanitizer needs its runtime loaded first. The address sanitizer looks for the
 # C++ library's functions when it starts, long before an extension brings them.
 RUNTIMES = {"address": ("libasan.so", "libstdc++.so.6"), "thread": ("libtsan.so",)}
-
-
-def build(sanitizer: str) -> Path:
-    """Compile what is out of date and return the folder with the engine."""
-    import pybind11  # here: what else this file does needs no packages
-
-    folder = ROOT / "build" / "native" / sanitizer
-    cmake = shutil.which("cmake", path=os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"])))
-    if cmake is None:
-        sys.exit("sanitize.py: no cmake; install the `test` extra: pip install -e '.[test]'")
-    configure = [
-        *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Unix Makefiles"),
-        *(f"-DHESD_SANITIZE={sanitizer}", "-DCMAKE_BUILD_TYPE=Release"),
-        *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
-    ]
-    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    jobs = str(len(os.sched_getaffinity(0)))
-    subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
-    return folder
 
 
 def compiler_of(folder: Path) -> str:
@@ -89,7 +71,7 @@ def main() -> int:
     parser.add_argument("sanitizer", choices=sorted(OPTIONS))
     arguments, for_pytest = parser.parse_known_args()
     sanitizer: str = arguments.sanitizer
-    folder = build(sanitizer)
+    folder = build(ROOT / "build" / "native" / sanitizer, f"-DHESD_SANITIZE={sanitizer}")
     compiler = compiler_of(folder)
     environment = {
         **os.environ,

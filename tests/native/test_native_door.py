@@ -13,6 +13,8 @@ from native_panels import BFLOAT, CPU, CUDA, CUDA_HOST, FLOAT, METAL, Lender, Pa
 from hesd_fast.errors import EngineError
 
 engine = native_engine.load()
+EMULATED = engine.build_info().get("emulated", False)
+"""Whether what is lent as memory of a CUDA device is taken, and worked on by the emulated kernels."""
 
 
 def ones(rows, columns, dtype="float64"):
@@ -63,7 +65,7 @@ PANELS = [
     (lambda: np.array(1.0), "has 0 dimensions"),
     (lambda: [[1.0, 2.0, 3.0]], "is a list"),
     (lambda: None, "is a NoneType"),
-    (lambda: lender(device=CUDA), "is on a CUDA device"),
+    *([] if EMULATED else [(lambda: lender(device=CUDA), "is on a CUDA device")]),
     (lambda: lender(device=METAL), "is on a device this build has no kernels for"),
     (lambda: lender(name=b"another"), "gave no DLPack capsule named 'dltensor'"),
 ]
@@ -130,7 +132,7 @@ def test_every_panel_comes_back_once_also_after_a_refusal():
     kernels(v, w)
     assert (v.lent, v.returned) == (4, 4)
     assert (w.lent, w.returned) == (6, 6)
-    for bad in (new(columns=4), new(device=CUDA), new(code=BFLOAT)):
+    for bad in (new(columns=4), new(device=METAL), new(code=BFLOAT)):
         v = new()
         with pytest.raises(EngineError):
             engine.panel_gram(v, bad)
@@ -140,6 +142,34 @@ def test_every_panel_comes_back_once_also_after_a_refusal():
         engine.accumulate_hvp(out, [v], [], 1.0, None)
     assert out.lent == out.returned
     assert v.lent == v.returned
+
+
+@pytest.mark.skipif(not EMULATED, reason="this build has no emulated CUDA kernels")
+def test_panels_of_a_device_go_to_its_kernels_together():
+    def of(device, fill=1.0, number=0):
+        return Lender(np.full(64, fill), (2, 3), None, device=device, device_number=number)
+
+    engine.take_traffic()
+    assert np.array_equal(engine.panel_gram(of(CUDA), of(CUDA, 2.0)), np.full((2, 2), 6.0))
+    assert engine.take_traffic() == (96, 0, 0)  # the emulated kernels did it
+    assert np.array_equal(engine.panel_gram(of(CPU), of(CUDA_HOST, 2.0)), np.full((2, 2), 6.0))
+    assert engine.take_traffic() == (0, 0, 0)
+    mixed = [
+        lambda: engine.panel_gram(of(CPU), of(CUDA)),
+        lambda: engine.panel_project(of(CUDA), of(CPU), np.ones((2, 2))),
+        lambda: engine.panel_combine(np.ones((2, 2)), of(CPU), of(CUDA)),
+        lambda: engine.panel_orthonormalize(of(CUDA), of(CPU), 0.0, 2, None),
+        lambda: engine.accumulate_hvp(of(CUDA), [of(CPU)], [0], 1.0, None),
+        lambda: engine.accumulate_hvp(of(CUDA), [], [], 1.0, of(CPU)),
+        lambda: engine.BlockLanczos(
+            of(CPU), Lender(np.zeros(9), (3, 3), None, device=CUDA), 1, 3, 3, "full", 8.0, None
+        ),
+    ]
+    for call in mixed:
+        with pytest.raises(EngineError, match=r"is on (the CPU|cuda:0) and `.*` on (the CPU|cuda:0); wanted both"):
+            call()
+    with pytest.raises(EngineError, match=r"`V` is on cuda:1 and `W` on cuda:0; wanted both on one device"):
+        engine.panel_gram(of(CUDA, number=1), of(CUDA))
 
 
 def test_calls_keep_no_reference():

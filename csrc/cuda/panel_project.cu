@@ -1,0 +1,10 @@
+#include "cuda/kernels.hpp"
+#include "cuda/sweep.hpp"
+
+namespace hesd::cuda {
+
+void panel_project(const Panel& w, const Panel& v, const double* coefficients, double* gram, double* self_gram) {
+    sweep(w, v, coefficients, gram, self_gram);
+}
+
+}  // namespace hesd::cuda

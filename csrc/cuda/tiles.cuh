@@ -1,0 +1,155 @@
+// Tiles of the kernels that pass over a panel V (k, n) together with a few rows of W (b, n) or X (r, n).
+//
+// A block of 256 threads takes a piece of the columns: `subpieces` times 32 lanes times one 16-byte load. Rows of W
+// come in tiles of B = 1, 4 or 8 (wider blocks in several passes over V).
+//
+//     S (V)        columns of a    products of a lane to       rows of V in a register tile
+//                  subpiece        one float32 sum             B = 1    B = 4    B = 8
+//     float64        64              -                           8        8        4
+//     float32       128              at most 64 (B = 8: 32)      8        8        4
+//     16 bits       256              at most 64 (B = 8: 32)      4        4        4
+//
+// Linear combinations of V's rows (a projection, Ritz vectors): the 8 warps share the rows, each lane keeps B sums for
+// its columns in registers, and the warps' sums meet in shared memory. Inner products: the piece of W lies in shared
+// memory, each warp takes `rows` rows of V at a time, and each lane keeps rows * B sums, which then are summed over the
+// lanes. Where there are fewer such groups of rows than warps, several warps share one, each with its subpieces.
+#pragma once
+
+#include "cuda/elements.cuh"
+
+namespace hesd::cuda {
+
+template <typename S, typename C, int B>
+struct Tile {
+    static constexpr int load = Vector<S>::length;            // columns of a lane in a subpiece
+    static constexpr int columns = kWarp * load;              // of a subpiece
+    static constexpr int quad = Vector<C>::length;            // sums in 16 bytes of shared memory
+    static constexpr int rows = B == 8 || load == 8 ? 4 : 8;  // of V in a register tile
+    // The registers of a multiprocessor hold two blocks, or one that has as many loads in flight.
+    static constexpr int blocks_per_multiprocessor = sizeof(C) == 4 && load * B < 64 ? 2 : 1;
+    static constexpr int ahead = load == 8 && blocks_per_multiprocessor == 2 ? 2 : 4;  // rows loaded at once, combining
+    static constexpr int row_bytes = columns * static_cast<int>(sizeof(C));
+    static constexpr int most_by_memory = 32 * 1024 / (B * row_bytes);
+    static constexpr int most_by_run = 64 / load;
+    static constexpr int most_subpieces = most_by_memory < most_by_run ? most_by_memory : most_by_run;
+    static constexpr int scratch_bytes = kWarps / 2 * B * row_bytes;
+
+    static_assert(B == 1 || B == 4 || B == 8, "rows of W come in tiles of 1, 4 or 8");
+    static_assert(rows * B <= kWarp, "a lane's sums are summed over the warp at one value for each lane");
+    static_assert(load % quad == 0, "a lane's columns fill whole 16 bytes of shared memory");
+    static_assert(most_subpieces >= 1 && (most_subpieces & (most_subpieces - 1)) == 0, "halved until they fit");
+    static_assert(sizeof(C) == 8 || most_subpieces * load <= 64, "products that one float32 sum takes");
+    static_assert(most_subpieces * B * row_bytes + scratch_bytes + 32 * 1024 <= 160 * 1024,
+                  "shared memory of a multiprocessor of compute capability 8.0");
+
+    // Where a lane's e-th column of a subpiece lies in shared memory, so that 16-byte accesses of the lanes follow each
+    // other.
+    HESD_DEVICE static int place(int lane, int e) { return e / quad * kWarp * quad + lane * quad + e % quad; }
+    HESD_DEVICE static int place(int column) { return place(column / load, column % load); }
+};
+
+// x[j][e] += sum over i of coefficients[i][j] * V[i][column + e] for every eighth row i, from first + warp on.
+template <typename S, typename C, int B>
+HESD_DEVICE void combine_rows(const Rows<const S>& v, std::int64_t first, std::int64_t k, std::int64_t column,
+                              std::int64_t n, const C* coefficients, int warp, C (&x)[B][Vector<S>::length],
+                              bool again = false) {
+    constexpr int ahead = Tile<S, C, B>::ahead;
+    for (std::int64_t i = first + warp; i < k; i += kWarps * ahead) {
+        Vector<S> rows[ahead];
+#pragma unroll
+        for (int u = 0; u < ahead; ++u) {
+            const std::int64_t row = i + kWarps * u;
+            rows[u] = load(v.at(row, column), row < k ? n - column : 0, v.aligned, again);
+        }
+#pragma unroll
+        for (int u = 0; u < ahead; ++u) {
+            const std::int64_t row = i + kWarps * u;
+            if (row < k) {
+                const C* factors = coefficients + row * B;
+#pragma unroll
+                for (int j = 0; j < B; ++j) {
+#pragma unroll
+                    for (int e = 0; e < Vector<S>::length; ++e) {
+                        x[j][e] += factors[j] * widen<C>(rows[u].values[e]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Leaves in scratch [4][B][columns] the sums of x over pairs of warps; combined_sum adds them up. All threads call it,
+// and may read scratch when it returns.
+template <typename S, typename C, int B>
+HESD_DEVICE void share_sums(const C (&x)[B][Vector<S>::length], C* scratch, int warp, int lane) {
+    using Shape = Tile<S, C, B>;
+    C* mine = scratch + warp % (kWarps / 2) * B * Shape::columns;
+    __syncthreads();
+#pragma unroll
+    for (int half = 1; half >= 0; --half) {
+        if (warp / (kWarps / 2) == half) {
+#pragma unroll
+            for (int j = 0; j < B; ++j) {
+#pragma unroll
+                for (int e = 0; e < Shape::load; e += Shape::quad) {
+                    auto* place = reinterpret_cast<Vector<C>*>(mine + j * Shape::columns + Shape::place(lane, e));
+                    Vector<C> sums;
+#pragma unroll
+                    for (int q = 0; q < Shape::quad; ++q) {
+                        sums.values[q] = half == 1 ? x[j][e + q] : x[j][e + q] + place->values[q];
+                    }
+                    *place = sums;
+                }
+            }
+        }
+        __syncthreads();
+    }
+}
+
+template <typename S, typename C, int B>
+HESD_DEVICE C combined_sum(const C* scratch, int j, int column) {
+    using Shape = Tile<S, C, B>;
+    const C* sums = scratch + j * Shape::columns + Shape::place(column);
+    return (sums[0] + sums[B * Shape::columns]) + (sums[2 * B * Shape::columns] + sums[3 * B * Shape::columns]);
+}
+
+// The p-th pair (i, j), i <= j, of an upper triangle by rows of j.
+struct Pair {
+    int i;
+    int j;
+};
+HESD_DEVICE Pair pair_of(int p) {
+    int j = 0;
+    while ((j + 1) * (j + 2) / 2 <= p) {
+        ++j;
+    }
+    return {p - j * (j + 1) / 2, j};
+}
+
+// sums[p] += the inner product, in float64, of rows i and j of a piece in shared memory, for all pairs of b rows.
+// The warp p % 8 owns pair p.
+template <typename C>
+HESD_DEVICE void add_self_products(const C* rows, int stride, int b, int columns, double* sums, int warp, int lane) {
+    for (int p = warp; p < b * (b + 1) / 2; p += kWarps) {
+        const Pair pair = pair_of(p);
+        double sum[1] = {0.0};
+        for (int c = lane; c < columns; c += kWarp) {
+            sum[0] += static_cast<double>(rows[pair.i * stride + c]) * static_cast<double>(rows[pair.j * stride + c]);
+        }
+        const double total = sum_over_warp(sum, lane);
+        if (lane == 0) {
+            sums[p] += total;
+        }
+    }
+}
+
+// Device memory for `size` sums of each of `blocks` blocks.
+double* take_sums(Workspace& workspace, std::int64_t blocks, std::int64_t size);
+
+// Adds them up over the blocks in a fixed order, into the host's memory. Waits for the device.
+void sum_partials(double* partial, std::int64_t blocks, std::int64_t size, double* host);
+
+// Writes sums of pairs, as add_self_products orders them, as a symmetric matrix (b, b).
+void unpack_pairs(const double* pairs, std::int64_t b, double* gram);
+
+}  // namespace hesd::cuda

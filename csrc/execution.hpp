@@ -1,0 +1,35 @@
+// Where kernels with a device of their own work: the caller's stream, and memory on the device that the caller owns.
+#pragma once
+
+#include <cstdint>
+
+namespace hesd {
+
+struct Execution {
+    std::int64_t device = 0;
+    void* stream = nullptr;     // cudaStream_t
+    void* workspace = nullptr;  // device memory, 256-byte aligned
+    std::int64_t workspace_bytes = 0;
+};
+
+// The execution of this thread.
+inline Execution& current_execution() {
+    thread_local Execution execution;
+    return execution;
+}
+
+// Sets it for a scope.
+class ExecutionScope {
+   public:
+    explicit ExecutionScope(const Execution& execution) : before_(current_execution()) {
+        current_execution() = execution;
+    }
+    ~ExecutionScope() { current_execution() = before_; }
+    ExecutionScope(const ExecutionScope&) = delete;
+    ExecutionScope& operator=(const ExecutionScope&) = delete;
+
+   private:
+    Execution before_;
+};
+
+}  // namespace hesd

@@ -1,0 +1,192 @@
+"""The CUDA sources on the CPU: the whole corridor, the bytes they move, and faults that must be seen."""
+
+from __future__ import annotations
+
+import ctypes
+
+import emulation
+import numpy as np
+import pytest
+import torch
+
+import hesd_fast as hesd
+from hesd_fast import kernels
+
+THREADS = 256
+FAULTS = emulation.FOLDER / "planted_faults.so"
+
+
+# The corridor
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("mode", ["full", "partial", "window", "none"])
+def test_block_lanczos_finds_what_the_cpu_kernels_find(monkeypatch, mode, dtype):
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(700, 700, dtype=torch.float64, generator=generator)
+    matrix = ((matrix + matrix.T) / 60).to(dtype)
+    for block, steps in [(1, 12), (3, 8), (9, 4)]:
+        wanted = hesd.block_lanczos(matrix, steps, block, reorthogonalization=mode)
+        with monkeypatch.context() as patch:
+            emulation.use_emulated_engine(patch)
+            found = hesd.block_lanczos(matrix, steps, block, reorthogonalization=mode)
+        tolerance = 1e3 * torch.finfo(dtype).eps
+        for one, other in zip(wanted.diagonal, found.diagonal, strict=True):
+            assert np.abs(one - other).max() <= tolerance
+        for one, other in zip(wanted.offdiagonal, found.offdiagonal, strict=True):
+            assert np.abs(one - other).max() <= tolerance
+        assert found.orthogonality is None or found.orthogonality <= 100 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("basis_dtype", ["auto", "bfloat16", "float16"])
+def test_analyze_gives_the_report_of_the_cpu_kernels(monkeypatch, basis_dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3))
+    data = [(torch.randn(20, 8), torch.randint(3, (20,))) for _ in range(2)]
+    loss = hesd.losses.supervised(torch.nn.functional.cross_entropy)
+    options = {"max_steps": 12, "basis_dtype": basis_dtype, "progress": False, "hvp": "double_backward"}
+    wanted = hesd.analyze(model, loss, data, **options)
+    emulation.use_emulated_engine(monkeypatch)
+    emulation.engine().take_traffic()
+    found = hesd.analyze(model, loss, data, **options)
+    assert sum(emulation.engine().take_traffic()) > 0  # it did the work
+    assert found.hesd_type == wanted.hesd_type
+    assert all(check.passed for check in found.checks)
+    for name in ("lambda_max", "lambda_min", "trace"):
+        one, other = getattr(wanted, name), getattr(found, name)
+        assert other.value == pytest.approx(one.value, rel=1e-3, abs=1e-4 * wanted.lambda_max.value)
+    assert found.criteria.r_e.value == pytest.approx(wanted.criteria.r_e.value, rel=1e-3)
+
+
+# Bytes. What is ideal is in the contracts; docs/cuda.md has the formulas.
+
+BYTES = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+STORAGE = [*BYTES]
+COLUMNS = 8192
+
+
+def panel(rows, dtype, columns=COLUMNS):
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    return kernels.empty_panel(rows, columns, dtype).copy_(values)
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """Read, read again from the cache, written: in bytes, since the last call."""
+    emulation.use_emulated_engine(monkeypatch)
+    emulation.engine().take_traffic()
+    return emulation.engine().take_traffic
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("working", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("k", "b"), [(1, 1), (7, 2), (40, 4), (40, 8), (5, 9)])
+def test_panels_are_read_once(traffic, storage, working, k, b):
+    v, w = panel(k, storage), panel(b, working)
+    of_v, of_w = v.numel() * BYTES[storage], w.numel() * BYTES[working]
+    passes = -(-b // 8)  # wider blocks are worked on eight rows at a time
+    kernels.panel_gram(v, w)
+    assert traffic() == (passes * of_v + of_w, 0, 0)
+    kernels.panel_project(w, v, torch.ones(k, b, dtype=torch.float64))
+    squared = of_w if b > 8 else 0
+    assert traffic() == (passes * of_v + of_w + squared, passes * of_v, of_w)
+    kernels.panel_project(w, v, torch.ones(k, b, dtype=torch.float64), gram=False, self_gram=False)
+    assert traffic() == (passes * of_v + of_w, 0, of_w)
+    # The first rows of V that nothing is taken of are read for the Gram matrix alone.
+    c = torch.ones(k, b, dtype=torch.float64)
+    c[: k // 2] = 0.0
+    kernels.panel_project(w, v, c)
+    read, again, _ = traffic()
+    assert read == passes * of_v + of_w + squared
+    assert again == passes * of_v * (k - k // 2) // k
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("made", STORAGE)
+@pytest.mark.parametrize(("k", "r"), [(1, 1), (20, 4), (20, 8), (5, 9)])
+def test_combinations_read_the_panel_once_and_write_once(traffic, storage, made, k, r):
+    v, x = panel(k, storage), panel(r, made)
+    kernels.panel_combine(torch.ones(r, k, dtype=torch.float64), v, x)
+    of_v = v.numel() * BYTES[storage]
+    assert traffic() == (of_v, of_v * (-(-r // 8) - 1), x.numel() * BYTES[made])
+
+
+@pytest.mark.parametrize("working", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_round_of_orthonormalization_reads_and_writes_once(traffic, working, rounds):
+    w = panel(4, working)
+    if (
+        rounds == 2
+    ):  # rows that lean on each other: a first factor brings them near, a second one makes them orthonormal
+        w[1:] += w[0]
+    of_w = w.numel() * BYTES[working]
+    kernels.panel_orthonormalize(w, tolerance=0.0)
+    assert traffic() == ((1 + rounds) * of_w, 0, rounds * of_w)  # the Gram matrix is one more reading
+
+
+@pytest.mark.parametrize("working", [torch.float64, torch.float32])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_accumulation_reads_parts_once_and_moves_out_twice(traffic, working, compensated):
+    out = panel(2, working)
+    compensation = torch.zeros_like(out) if compensated else None
+    parts = [panel(2, torch.bfloat16, length) for length in (3000, 1, 5000)]
+    kernels.accumulate_hvp(out, parts, [1, 3001, 3003], 0.5, compensation)
+    length = 2 * 8001
+    moved = length * BYTES[working] * (2 if compensated else 1)
+    assert traffic() == (length * 2 + moved, 0, moved)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("working", [torch.float64, torch.float32])
+def test_probes_are_written_once(traffic, working, kind):
+    out = panel(3, working, 1001)
+    kernels.fill_probes(out, 1, first_index=3, kind=kind)
+    assert traffic() == (0, 0, out.numel() * BYTES[working])
+
+
+# Faults. With sanitizers, tests/native sees more of them.
+
+
+def run_planted(name, argument=0):
+    library = ctypes.CDLL(str(FAULTS))
+    library.run_planted_kernel.restype = ctypes.c_char_p
+    out, given = np.full(THREADS, -1.0, dtype=np.float32), np.arange(2 * THREADS, dtype=np.float32)
+    offset = (-given.ctypes.data // 4) % 4  # elements up to the next 16 bytes
+    message = library.run_planted_kernel(
+        name.encode(),
+        ctypes.c_void_p(out.ctypes.data),
+        ctypes.c_void_p(given.ctypes.data + 4 * offset),
+        ctypes.c_int64(argument),
+    )
+    return message.decode(), out
+
+
+def test_a_missing_barrier_shows():
+    handed_over = np.roll(np.arange(THREADS, dtype=np.float32), -(THREADS // 2))
+    message, out = run_planted("hand_over", 1)
+    assert message == ""
+    assert np.array_equal(out, handed_over)
+    message, out = run_planted("hand_over", 0)
+    assert message == ""
+    assert np.isnan(out).any()  # shared memory that nobody had written yet
+
+
+@pytest.mark.parametrize(
+    ("name", "fine", "faulty", "message"),
+    [
+        ("barrier_for_some", 256, 7, "a __syncthreads that not all threads of the block reach"),
+        ("exchange_for_some", 32, 31, "a warp exchange that not all lanes of the warp take part in"),
+        ("load_vector", 4, 1, "a 16-byte access of an address that is not a multiple of 16"),
+        ("too_much_shared", 163 * 1024, 163 * 1024 + 1, "too_much_shared: invalid value"),
+    ],
+)
+def test_what_the_hardware_would_not_do_ends_the_launch(name, fine, faulty, message):
+    assert run_planted(name, fine)[0] == ""
+    assert message in run_planted(name, faulty)[0]
+    assert run_planted(name, fine)[0] == ""  # the next launch is whole
+
+
+def test_warp_functions_give_what_they_should():
+    assert np.array_equal(run_planted("warp_functions")[1], np.ones(THREADS))
+    sums = 31 * 32 / 2 * (1 + np.arange(8))
+    assert np.array_equal(run_planted("warp_sums")[1], np.tile(np.repeat(sums, 4), THREADS // 32))
