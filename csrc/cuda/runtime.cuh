@@ -111,8 +111,10 @@ void launch(const char* name, void (*kernel)(Parameters...), std::int64_t blocks
     emulation::launch(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<std::size_t>(shared),
                       [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
-    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<std::size_t>(shared),
-             stream()> > >(static_cast<Parameters>(arguments)...);
+    // clang-format off
+    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<std::size_t>(shared), stream()>>>(
+        static_cast<Parameters>(arguments)...);
+    // clang-format on
 #endif
     check(cudaGetLastError(), name);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -23,6 +24,11 @@ def address(array, beyond=0):
 def integer(value):
     return ctypes.c_int64(value)
 short, long = np.ones(7), np.ones(5000)
+out, seven = np.ones(256, dtype=np.float32), np.ones(7, dtype=np.float32)
+faults.run_planted_kernel.restype = ctypes.c_char_p
+def kernel(name, argument):  # of CUDA, emulated
+    message = faults.run_planted_kernel(name, address(out), address(seven), integer(argument))
+    assert message == b"", message
 """
 
 FAULTS = {
@@ -33,8 +39,14 @@ FAULTS = {
         ("faults.read_after_free()", "heap-use-after-free"),
         ("faults.overflow(integer(2**63 - 1))", "signed integer overflow"),
         ("faults.read_misaligned(address(short))", "misaligned address"),
+        ("kernel(b'copy', 8)", "heap-buffer-overflow"),
+        ("kernel(b'write_shared', 101)", "heap-buffer-overflow"),
     ],
-    "thread": [("faults.race()", "ThreadSanitizer: data race")],
+    "thread": [
+        ("faults.race()", "ThreadSanitizer: data race"),
+        ("kernel(b'hand_over', 0)", "ThreadSanitizer: data race"),  # no __syncthreads
+        ("kernel(b'add_from_all_blocks', 0)", "ThreadSanitizer: data race"),
+    ],
 }
 INNOCENT = {
     "address": [
@@ -42,8 +54,14 @@ INNOCENT = {
         "faults.write_before_the_start(address(short, 8))",
         "faults.overflow(integer(2**63 - 2))",
         "faults.read_misaligned(address(short, 3))",
+        "kernel(b'copy', 7)",
+        "kernel(b'write_shared', 100)",
     ],
-    "thread": ["faults.no_race(address(long), integer(5000))"],
+    "thread": [
+        "faults.no_race(address(long), integer(5000))",
+        "kernel(b'hand_over', 1)",
+        "kernel(b'add_from_all_blocks', 1)",
+    ],
 }
 
 pytestmark = pytest.mark.skipif(SANITIZER is None, reason="the engine under test has no sanitizer: `make native-test`")
@@ -60,7 +78,7 @@ def test_a_planted_fault_ends_the_process_with_a_report(call, report):
     ended = run(call)
     assert ended.returncode != 0, call
     assert report in ended.stderr
-    assert "planted_faults.cpp" in ended.stderr  # the report names the line
+    assert re.search(r"planted_(faults\.cpp|cuda_faults\.cu):\d+", ended.stderr)  # the report names the line
 
 
 @pytest.mark.parametrize("call", INNOCENT.get(SANITIZER or "", []))
