@@ -113,7 +113,7 @@ def test_combinations_read_the_panel_once_and_write_once(traffic, storage, made,
 
 @pytest.mark.parametrize("working", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_a_round_of_orthonormalization_reads_and_writes_once(traffic, working, rounds):
+def test_a_round_of_orthonormalization_reads_once(traffic, working, rounds):
     w = panel(4, working)
     if (
         rounds == 2
@@ -121,7 +121,8 @@ def test_a_round_of_orthonormalization_reads_and_writes_once(traffic, working, r
         w[1:] += w[0]
     of_w = w.numel() * BYTES[working]
     kernels.panel_orthonormalize(w, tolerance=0.0)
-    assert traffic() == ((1 + rounds) * of_w, 0, rounds * of_w)  # the Gram matrix is one more reading
+    written = rounds if working == torch.float64 else 1  # float64 rows go back to memory in between
+    assert traffic() == ((1 + rounds) * of_w, 0, written * of_w)  # the Gram matrix is one more reading
 
 
 @pytest.mark.parametrize("working", [torch.float64, torch.float32])

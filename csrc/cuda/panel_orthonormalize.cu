@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "cuda/kernels.hpp"
@@ -27,16 +28,16 @@ static_assert(2 * kMostRows * piece_columns(kMostRows) * 8 <= kPieceBytes, "the 
 template <typename T>
 struct RowsArguments {
     Rows<const T> source;
-    Rows<T> target;
-    const double* transform;  // (b, b); null: the rows are only squared
+    Rows<T> target;           // no data: what the transform makes is only squared, and not rounded
+    const double* transform;  // (b, b); null: the rows are squared as they are
     double* partial;          // b (b + 1) / 2 sums for each block; null: none wanted
     std::int64_t n;
     int b;
     int columns;
 };
 
-// target <- transform times source, rounded to T, and the inner products of the rounded rows. Each piece is read before
-// it is written, so that the target may be the source.
+// target <- transform times source, rounded to T, and the inner products of the rows it makes. Each piece is read
+// before it is written, so that the target may be the source.
 template <typename T>
 HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) rows_kernel(const RowsArguments<T> a) {
     const int thread = static_cast<int>(threadIdx.x);
@@ -82,12 +83,13 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) rows_kernel(const RowsArguments<T> a
 #pragma unroll
                 for (int q = 0; q < kOutputs; ++q) {
                     if (row + q < a.b) {
-                        after[(row + q) * a.columns + c] = static_cast<double>(static_cast<T>(made[q]));
+                        after[(row + q) * a.columns + c] =
+                            a.target.data != nullptr ? static_cast<double>(static_cast<T>(made[q])) : made[q];
                     }
                 }
             }
             __syncthreads();
-            for (int item = thread; item < a.b * steps; item += kThreads) {
+            for (int item = thread; a.target.data != nullptr && item < a.b * steps; item += kThreads) {
                 const int row = item / steps;
                 const int c = item % steps * step;
                 Vector<T> values;
@@ -149,6 +151,22 @@ void run_rows(const Panel& source, const double* transform, const Panel& target,
     }
 }
 
+// No place to write to.
+Panel nothing_of(const Panel& w) { return {nullptr, w.precision, w.rows, w.columns, w.stride}; }
+
+std::vector<double> product(const std::vector<double>& left, const std::vector<double>& right, std::int64_t b) {
+    std::vector<double> result(static_cast<std::size_t>(b * b));
+    for (std::int64_t i = 0; i < b; ++i) {
+        for (std::int64_t k = 0; k < b; ++k) {
+            for (std::int64_t j = 0; j < b; ++j) {
+                result[static_cast<std::size_t>(i * b + j)] +=
+                    left[static_cast<std::size_t>(i * b + k)] * right[static_cast<std::size_t>(k * b + j)];
+            }
+        }
+    }
+    return result;
+}
+
 }  // namespace
 
 void self_gram(const Panel& w, double* gram) { run_rows(w, nullptr, w, gram); }
@@ -164,12 +182,30 @@ OrthonormalizeResult panel_orthonormalize(const Panel& w, const Panel& out, doub
         reduction(current.data(), b * b);
     }
     OrthonormalizePlan plan(b, tolerance, max_rank);
-    while (!plan.next(current.data())) {
-        run_rows(w, plan.transform(), w, current.data());
+    // The usual two rounds on float32 rows take one writing: the first transform's rows are squared in float64 and not
+    // kept, and the second one takes both transforms to the rows that were given. What float64 loses to the first one's
+    // condition, at most 1e5, float32 does not see.
+    const bool once = w.precision == Precision::float32;
+    std::vector<double> first;
+    for (int round = 0;; ++round) {
+        const bool last = plan.next(current.data());
+        std::vector<double> transform(plan.transform(), plan.transform() + b * b);
+        if (!first.empty()) {
+            transform = product(transform, first, b);
+            first.clear();
+        }
+        if (last) {
+            run_rows(w, transform.data(), out, nullptr);
+            return plan.finish(factor);
+        }
+        if (once && round == 0) {
+            run_rows(w, transform.data(), nothing_of(w), current.data());
+            first = std::move(transform);
+        } else {
+            run_rows(w, transform.data(), w, current.data());
+        }
         reduction(current.data(), b * b);
     }
-    run_rows(w, plan.transform(), out, nullptr);
-    return plan.finish(factor);
 }
 
 }  // namespace hesd::cuda

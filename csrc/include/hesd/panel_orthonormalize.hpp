@@ -19,7 +19,8 @@
 //
 // Gram matrices pass through `reduction`. Non-finite W throws EngineError, and so does a panel whose rows cannot be
 // squared in float64 (norms outside about 1e-140 ... 1e150). Same bits for any thread count. Traffic when well
-// conditioned: W read twice and written once, out written once; one reading less where the Gram matrix is given.
+// conditioned: W read three times and written once, out written once; one reading less where the Gram matrix is given.
+// On CUDA devices float32 W is not written in between.
 #pragma once
 
 #include "hesd/panel.hpp"
