@@ -43,8 +43,11 @@ cuda-test: setup
 cuda-bench: setup
 	$(BIN)/python bench/cuda_bench.py
 
-# The engine with sanitizers: addresses and undefined behaviour, then data races.
-native-test: setup
+# The emulated kernels and block Lanczos on them; then the engine with sanitizers: addresses and undefined behaviour,
+# then data races.
+native-test: setup emulated
+	HESD_NATIVE_ENGINE=$(CURDIR)/build/native/emulated $(BIN)/python -m pytest tests/native -q -k emulated \
+		--confcutdir=tests/native -p no:benchmark
 	$(BIN)/python tests/native/sanitize.py address -q
 	$(BIN)/python tests/native/sanitize.py thread -q
 

@@ -203,23 +203,28 @@ class Backend {
     [[nodiscard]] const hesd::Kernels& kernels() const { return *kernels_; }
 
     // For panels of up to `rows` rows against `block` rows, and for `parts` parts. With the GIL.
-    const hesd::Execution& prepare(std::int64_t rows, std::int64_t block, std::int64_t parts = 0) {
+    const hesd::Execution& prepare(std::int64_t rows, std::int64_t block, std::int64_t parts = 0,
+                                   std::int64_t staging_bytes = 0) {
         if (kernels_->workspace_bytes == nullptr) {
             return execution_;
         }
-        const std::int64_t bytes = kernels_->workspace_bytes(rows, block, parts);
+        const std::int64_t bytes = (kernels_->workspace_bytes(rows, block, parts) + 255) / 256 * 256;
 #if defined(HESD_EMULATION)
-        memory_ = std::vector<std::max_align_t>(static_cast<std::size_t>(bytes) / sizeof(std::max_align_t) + 1);
+        memory_ = std::vector<std::max_align_t>(
+            static_cast<std::size_t>(bytes + staging_bytes) / sizeof(std::max_align_t) + 1);
         execution_.workspace = memory_.data();
 #else
-        if (bytes > execution_.workspace_bytes) {
-            workspace_ = py::module_::import("hesd_fast.cuda").attr("workspace")(execution_.device, bytes);
+        if (workspace_.is_none() || bytes > execution_.workspace_bytes || staging_bytes > execution_.staging_bytes) {
+            workspace_ =
+                py::module_::import("hesd_fast.cuda").attr("workspace")(execution_.device, bytes + staging_bytes);
             execution_.workspace = reinterpret_cast<void*>(workspace_.attr("data_ptr")().cast<std::uintptr_t>());
         }
         const py::object stream = py::module_::import("hesd_fast.cuda").attr("current_stream")(execution_.device);
         execution_.stream = reinterpret_cast<void*>(stream.cast<std::uintptr_t>());
 #endif
         execution_.workspace_bytes = bytes;
+        execution_.staging = static_cast<char*>(execution_.workspace) + bytes;
+        execution_.staging_bytes = staging_bytes;
         return execution_;
     }
 
@@ -231,7 +236,7 @@ class Backend {
 #if defined(HESD_EMULATION)
     std::vector<std::max_align_t> memory_;
 #else
-    py::object workspace_;
+    py::object workspace_ = py::none();
 #endif
 };
 
@@ -272,8 +277,8 @@ void require_apart(const LentPanel& a, const LentPanel& b) {
 // The history of BlockLanczos: one panel, or a list of panels that hold its columns one after another.
 class LentHistory {
    public:
-    LentHistory(const py::object& object, const std::string& name) {
-        if (py::isinstance<py::list>(object)) {
+    LentHistory(const py::object& object, const std::string& name) : is_list_(py::isinstance<py::list>(object)) {
+        if (is_list_) {
             for (const py::handle tile : object.cast<py::list>()) {
                 tiles_.emplace_back(tile.cast<py::object>(), name + "[" + std::to_string(tiles_.size()) + "]", false);
                 if (tiles_.back().panel().rows != tiles_.front().panel().rows ||
@@ -289,24 +294,46 @@ class LentHistory {
         }
     }
 
-    [[nodiscard]] hesd::TiledPanel tiled() const {
+    // Whether its tiles lie in the host's memory while `backend` works on a device.
+    [[nodiscard]] bool far(const Backend& backend) const {
+        return is_list_ && backend.kernels().staging != nullptr && !tiles_.front().cuda();
+    }
+
+    // Staging memory that `backend` needs for it.
+    [[nodiscard]] std::int64_t staging_bytes(const Backend& backend) const {
+        if (!far(backend)) {
+            return 0;
+        }
+        std::int64_t columns = 0;
+        for (const LentPanel& tile : tiles_) {
+            columns = std::max(columns, tile.panel().columns);
+        }
+        return backend.kernels().staging_bytes(rows(), columns, tiles_.front().panel().precision);
+    }
+
+    [[nodiscard]] hesd::TiledPanel tiled(bool far) const {
         std::vector<Panel> panels;
         for (const LentPanel& tile : tiles_) {
             panels.push_back(tile.panel());
         }
-        return hesd::TiledPanel(std::move(panels));
+        return hesd::TiledPanel(std::move(panels), far);
     }
 
-    // Separate memory from that of `panel`, on the same device.
+    // Separate memory from that of `panel`, on the same device or, in tiles, all in the host's memory.
     void require_beside(const LentPanel& panel, const Backend& backend) const {
         for (const LentPanel& tile : tiles_) {
-            backend.require(tile);
+            if (far(backend)) {
+                Backend(tiles_.front()).require(tile);
+            } else {
+                backend.require(tile);
+            }
             require_apart(tile, panel);
         }
     }
     [[nodiscard]] std::int64_t rows() const { return tiles_.front().panel().rows; }
 
    private:
+    bool is_list_;
     std::vector<LentPanel> tiles_;
 };
 
@@ -529,7 +556,7 @@ class PythonBlockLanczos {
           backend_(working_panel_),
           block_size_(block_size),
           lanczos_(
-              backend_.kernels(), history_.tiled(), working_panel_.panel(),
+              backend_.kernels(), history_.tiled(history_.far(backend_)), working_panel_.panel(),
               {parse_reorthogonalization(reorthogonalization), block_size, max_steps, global_size, breakdown_multiple},
               reduction_.hook()) {
         history_.require_beside(working_panel_, backend_);
@@ -576,7 +603,8 @@ class PythonBlockLanczos {
     };
 
     const hesd::Execution& prepare() {
-        return backend_.prepare(history_.rows() + working_panel_.panel().rows, block_size_);
+        return backend_.prepare(history_.rows() + working_panel_.panel().rows, block_size_, 0,
+                                history_.staging_bytes(backend_));
     }
 
     [[noreturn]] static void fail_working() {

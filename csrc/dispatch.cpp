@@ -24,6 +24,8 @@ struct Target {
      target::panel_project,         \
      target::panel_orthonormalize,  \
      target::panel_combine,         \
+     nullptr,                       \
+     nullptr,                       \
      nullptr}
 
 bool always() { return true; }
@@ -46,8 +48,8 @@ const Kernels kCuda = {
 #else
     "cuda",
 #endif
-    cuda::accumulate_hvp, cuda::fill_probes,    cuda::panel_gram, cuda::panel_project, cuda::panel_orthonormalize,
-    cuda::panel_combine,  cuda::workspace_bytes};
+    cuda::accumulate_hvp, cuda::fill_probes,     cuda::panel_gram, cuda::panel_project, cuda::panel_orthonormalize,
+    cuda::panel_combine,  cuda::workspace_bytes, &cuda::kStaging,  cuda::staging_bytes};
 #endif
 
 // Best first.

@@ -10,6 +10,8 @@ struct Execution {
     void* stream = nullptr;     // cudaStream_t
     void* workspace = nullptr;  // device memory, 256-byte aligned
     std::int64_t workspace_bytes = 0;
+    void* staging = nullptr;  // more of it, for two tiles of a basis in the host's memory
+    std::int64_t staging_bytes = 0;
 };
 
 // The execution of this thread.

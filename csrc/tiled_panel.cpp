@@ -23,39 +23,55 @@ void read_ahead(const Panel& panel) {
 #endif
 }
 
+// Columns [first, first + count).
+Panel columns_of(Panel panel, std::int64_t first, std::int64_t count) {
+    panel.columns = count;
+    panel.data = static_cast<char*>(panel.data) + first * element_bytes(panel.precision);
+    return panel;
+}
+
 }  // namespace
 
-TiledPanel::TiledPanel(std::vector<Panel> tiles) : tiles_(std::move(tiles)) {
+TiledPanel::TiledPanel(std::vector<Panel> tiles, bool far) : tiles_(std::move(tiles)), far_(far) {
     for (const Panel& tile : tiles_) {
         columns_ += tile.columns;
     }
 }
 
 template <typename Body>
-void TiledPanel::for_each_tile(std::int64_t first, std::int64_t count, const Panel& w, Body body) const {
-    std::int64_t column = 0;
-    for (std::size_t t = 0; t < tiles_.size(); ++t) {
-        if (t + 1 < tiles_.size() && count > 0) {
-            read_ahead(tiles_[t + 1].slice(first, count));
+void TiledPanel::for_each_tile(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
+                               Body body) const {
+    const auto come = [&](std::size_t t) {
+        if (count == 0 || t >= tiles_.size()) {
+            return;
         }
-        Panel part = w;
-        part.columns = tiles_[t].columns;
-        part.data = static_cast<char*>(w.data) + column * element_bytes(w.precision);
-        body(tiles_[t].slice(first, count), part);
-        column += tiles_[t].columns;
+        if (far_) {
+            kernels.staging->fetch(tiles_[t].slice(first, count), static_cast<int>(t % 2));
+        } else if (t > 0) {
+            read_ahead(tiles_[t].slice(first, count));
+        }
+    };
+    std::int64_t column = 0;
+    come(0);
+    for (std::size_t t = 0; t < tiles_.size(); ++t) {
+        come(t + 1);
+        const Panel rows = tiles_[t].slice(first, count);
+        body(far_ && count > 0 ? kernels.staging->arrived(rows, static_cast<int>(t % 2)) : rows,
+             columns_of(w, column, rows.columns));
+        column += rows.columns;
     }
 }
 
 void TiledPanel::gram(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
                       double* gram) const {
-    if (tiles_.size() == 1) {
+    if (tiles_.size() == 1 && !far_) {
         kernels.panel_gram(tiles_.front().slice(first, count), w, gram);
         return;
     }
     const std::int64_t size = count * w.rows;
     std::vector<double> part(static_cast<std::size_t>(size));
     std::fill_n(gram, size, 0.0);
-    for_each_tile(first, count, w, [&](const Panel& rows, const Panel& columns) {
+    for_each_tile(kernels, first, count, w, [&](const Panel& rows, const Panel& columns) {
         kernels.panel_gram(rows, columns, part.data());
         for (std::int64_t i = 0; i < size; ++i) {
             gram[i] += part[static_cast<std::size_t>(i)];
@@ -65,7 +81,7 @@ void TiledPanel::gram(const Kernels& kernels, std::int64_t first, std::int64_t c
 
 void TiledPanel::project(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
                          const double* coefficients, double* gram, double* self_gram) const {
-    if (tiles_.size() == 1) {
+    if (tiles_.size() == 1 && !far_) {
         kernels.panel_project(w, tiles_.front().slice(first, count), coefficients, gram, self_gram);
         return;
     }
@@ -74,7 +90,7 @@ void TiledPanel::project(const Kernels& kernels, std::int64_t first, std::int64_
     std::vector<double> part(static_cast<std::size_t>(gram_size + self_size));
     std::fill_n(gram, gram_size, 0.0);
     std::fill_n(self_gram, self_size, 0.0);
-    for_each_tile(first, count, w, [&](const Panel& rows, const Panel& columns) {
+    for_each_tile(kernels, first, count, w, [&](const Panel& rows, const Panel& columns) {
         kernels.panel_project(columns, rows, coefficients, gram != nullptr ? part.data() : nullptr,
                               self_gram != nullptr ? part.data() + gram_size : nullptr);
         for (std::int64_t i = 0; i < gram_size; ++i) {
@@ -91,9 +107,17 @@ void TiledPanel::store(const Kernels& kernels, std::int64_t first, const Panel& 
     for (std::int64_t i = 0; i < source.rows; ++i) {
         identity[static_cast<std::size_t>(i * source.rows + i)] = 1.0;
     }
-    for_each_tile(first, source.rows, source, [&](const Panel& rows, const Panel& columns) {
-        kernels.panel_combine(identity.data(), columns, rows);
-    });
+    std::int64_t column = 0;
+    for (const Panel& tile : tiles_) {
+        const Panel part = columns_of(source, column, tile.columns);
+        const Panel rows = tile.slice(first, source.rows);
+        if (far_) {
+            kernels.staging->send(part, identity.data(), rows);
+        } else {
+            kernels.panel_combine(identity.data(), part, rows);
+        }
+        column += tile.columns;
+    }
 }
 
 }  // namespace hesd

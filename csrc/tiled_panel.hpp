@@ -2,7 +2,8 @@
 //
 // Tile t holds columns [t * L, (t + 1) * L) of every row, contiguous, so that rows [first, first + count) of a tile are
 // one piece of memory. A panel in memory is one tile. Kernels run tile by tile; sums over the tiles have a fixed order.
-// While one tile is used the operating system is asked to read the next one ahead.
+// While one tile is used the operating system is asked to read the next one ahead; tiles in the host's memory come to a
+// device that works on them in the same way.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,9 @@ namespace hesd {
 
 class TiledPanel {
    public:
-    // `tiles` have equal rows and precision; their columns follow each other.
-    explicit TiledPanel(std::vector<Panel> tiles);
+    // `tiles` have equal rows and precision; their columns follow each other. `far`: they lie in the host's memory, and
+    // the kernels work on a device.
+    explicit TiledPanel(std::vector<Panel> tiles, bool far = false);
 
     [[nodiscard]] std::int64_t rows() const { return tiles_.front().rows; }
     [[nodiscard]] std::int64_t columns() const { return columns_; }
@@ -34,10 +36,11 @@ class TiledPanel {
    private:
     // Calls body(rows of a tile, the same columns of w) for each tile in order.
     template <typename Body>
-    void for_each_tile(std::int64_t first, std::int64_t count, const Panel& w, Body body) const;
+    void for_each_tile(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w, Body body) const;
 
     std::vector<Panel> tiles_;
     std::int64_t columns_ = 0;
+    bool far_;
 };
 
 }  // namespace hesd

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hesd_fast import kernels
 from hesd_fast.errors import PlanError, ProblemError
+from hesd_fast.memory import available_memory
 
 BASIS_DTYPES = {
     "float64": torch.float64,
@@ -23,7 +24,7 @@ BASIS_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-PLACES = ("auto", "memory", "disk")
+PLACES = ("auto", "memory", "host", "disk")
 
 _CPU = torch.device("cpu")
 
@@ -44,7 +45,9 @@ class BasisPlan:
     directory : Path or None
         Where its file will lie; None for memory.
     device : torch.device
-        Whose memory that is.
+        Where the vectors are worked on, and whose memory that is.
+    host : bool
+        In the memory of the host instead, pinned, when the device is another; read to the device tile by tile.
     """
 
     rows: int
@@ -52,22 +55,25 @@ class BasisPlan:
     dtype: torch.dtype
     directory: Path | None
     device: torch.device = _CPU
+    host: bool = False
 
     @property
     def place(self) -> str:
-        """``"memory"`` or ``"disk"``."""
-        return "memory" if self.directory is None else "disk"
+        """``"memory"``, ``"host"`` or ``"disk"``."""
+        return "disk" if self.directory is not None else "host" if self.host else "memory"
 
     @property
     def bytes(self) -> int:
-        """Memory or disk space that it takes."""
+        """Memory or disk space that it takes, in its place."""
         columns = self.columns
-        if self.directory is not None:
+        if self.place != "memory":
             columns = -(-columns // TILE_COLUMNS) * TILE_COLUMNS
         return self.rows * columns * self.dtype.itemsize
 
     def allocate(self) -> Tensor | list[Tensor]:
         """Return the panel, or the list of its tiles."""
+        if self.host and self.rows > 0:
+            return _tiles(self, _pinned(self))
         if self.directory is None or self.rows == 0:
             return kernels.empty_panel(self.rows, self.columns, self.dtype, self.device)
         return _file_of_tiles(self)
@@ -90,15 +96,16 @@ def plan_basis(
     ----------
     rows, working_rows, columns : int
         Vectors to keep, vectors of ``working_dtype`` beside them, and their length.
-    basis : {"auto", "memory", "disk"} or path
-        A path is a directory on disk. "disk" takes ``HESD_FAST_SCRATCH``, else ``/var/tmp``, else the system's
-        directory of temporary files. "auto" takes memory where the basis fits and else the disk.
+    basis : {"auto", "memory", "host", "disk"} or path
+        "memory" is the device's, "host" that of the host of a CUDA device, from where tiles are read as they are
+        needed. A path is a directory on disk. "disk" takes ``HESD_FAST_SCRATCH``, else ``/var/tmp``, else the system's
+        directory of temporary files. "auto" takes memory where the basis fits, then the host's, and else the disk.
     basis_dtype : {"auto", "float64", "float32", "bfloat16", "float16"} or torch.dtype
         "auto" is the working dtype.
     available : int or None
         Bytes of memory, of the device where it is one, that can be had; None when unknown.
     device : torch.device
-        Where the vectors are made. A basis on disk is for the CPU.
+        Where the vectors are worked on.
 
     Raises
     ------
@@ -108,31 +115,38 @@ def plan_basis(
         When memory or disk space does not suffice.
     """
     dtype, place, directory = check_basis(basis, basis_dtype, working_dtype)
+    on_cpu = device.type == "cpu"
+    if place == "host" and on_cpu:
+        raise ProblemError("basis is 'host', which is for problems on a CUDA device; on the CPU give 'memory'")
     working = working_rows * columns * working_dtype.itemsize
     in_memory = BasisPlan(rows, columns, dtype, None, device)
     needed = working + in_memory.bytes
-    if (place != "disk" or rows == 0) and (available is None or needed <= available):
+    if (place not in ("disk", "host") or rows == 0) and (available is None or needed <= available):
         return in_memory
     what = f"{rows} vectors of {columns} {_name(dtype)}"
-    on_cpu = device.type == "cpu"
-    if place == "disk" and not on_cpu and rows > 0 and (available is None or needed <= available):
-        raise PlanError(
-            f"a basis on disk is for problems on the CPU, and this one is on {device}, whose memory holds it; "
-            'leave basis out or give "memory"'
-        )
-    if place == "memory" or rows == 0 or not on_cpu:
-        where, disk = ("", 'basis="disk", ') if on_cpu else (f" on {device}", "")
+    if place == "memory" or rows == 0:
+        where, other = ("", 'basis="disk"') if on_cpu else (f" on {device}", 'basis="host"')
         raise PlanError(
             f"the Lanczos basis takes {needed / 2**30:.1f} GiB ({what}, and {working_rows} of {_name(working_dtype)}), "
             f"but {(available or 0) / 2**30:.1f} GiB are available{where}; take fewer steps, "
-            f'basis_dtype="bfloat16", {disk}or reorthogonalization="none", which keeps three blocks'
+            f'basis_dtype="bfloat16", {other}, or reorthogonalization="none", which keeps three blocks'
         )
     if available is not None and working > available:
         raise PlanError(
             f"three blocks of {working_rows // 3} vectors of {columns} {_name(working_dtype)} take "
             f"{working / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of memory are available; take a smaller block"
         )
-    on_disk = BasisPlan(rows, columns, dtype, directory)
+    if place in ("auto", "host") and not on_cpu:
+        in_host = BasisPlan(rows, columns, dtype, None, device, host=True)
+        room = available_memory()
+        if room is None or in_host.bytes <= room:
+            return in_host
+        if place == "host":
+            raise PlanError(
+                f"the Lanczos basis takes {in_host.bytes / 2**30:.1f} GiB of the host's memory ({what}), but "
+                f'{room / 2**30:.1f} GiB are available; take fewer steps, basis_dtype="bfloat16", or basis="disk"'
+            )
+    on_disk = BasisPlan(rows, columns, dtype, directory, device)
     free = shutil.disk_usage(directory).free
     if on_disk.bytes > free:
         raise PlanError(
@@ -216,7 +230,6 @@ def _in_memory(directory: Path) -> bool:
 
 def _file_of_tiles(plan: BasisPlan) -> list[Tensor]:
     """Map a file that has no name: it is gone when the last tile is, and with the process however that ends."""
-    count = math.ceil(plan.columns / TILE_COLUMNS)
     try:
         with tempfile.TemporaryFile(dir=plan.directory) as file:
             # Space is taken now: a full disk is an error here, and not a fault in the middle of a step.
@@ -230,6 +243,22 @@ def _file_of_tiles(plan: BasisPlan) -> list[Tensor]:
             f"a file of {plan.bytes / 2**30:.1f} GiB for the Lanczos basis cannot be made in {plan.directory}: "
             f"{error}; give another directory as basis"
         ) from error
-    whole = torch.frombuffer(mapping, dtype=plan.dtype).view(count, plan.rows, TILE_COLUMNS)
+    return _tiles(plan, torch.frombuffer(mapping, dtype=plan.dtype))
+
+
+def _pinned(plan: BasisPlan) -> Tensor:
+    """Return memory of the host that copies to a device can read while the host does something else."""
+    try:
+        return torch.empty(plan.bytes // plan.dtype.itemsize, dtype=plan.dtype, pin_memory=torch.cuda.is_available())
+    except RuntimeError as error:
+        raise PlanError(
+            f"{plan.bytes / 2**30:.1f} GiB of pinned memory for the Lanczos basis are not to be had: {error}; "
+            'give basis="disk"'
+        ) from error
+
+
+def _tiles(plan: BasisPlan, memory: Tensor) -> list[Tensor]:
+    count = math.ceil(plan.columns / TILE_COLUMNS)
+    whole = memory.view(count, plan.rows, TILE_COLUMNS)
     last = plan.columns - (count - 1) * TILE_COLUMNS
     return [whole[tile, :, : TILE_COLUMNS if tile + 1 < count else last] for tile in range(count)]

@@ -89,10 +89,11 @@ def block_lanczos(
     probes : tensor (b, n), optional
         Probes to use instead of random ones; ``block_size``, ``seed`` and ``probe_kind`` then have no say. Results
         carry no sampling error.
-    basis : {"auto", "memory", "disk"} or path of a directory
+    basis : {"auto", "memory", "host", "disk"} or path of a directory
         Where the vectors are kept that are not at work: in memory, or in a file without a name, which the system
         removes when the run ends, however it ends. "auto" takes memory where it suffices. "disk" takes the directory
-        ``HESD_FAST_SCRATCH``, else ``/var/tmp``.
+        ``HESD_FAST_SCRATCH``, else ``/var/tmp``. On a CUDA device memory is the device's, and "host" the pinned memory
+        of its host, from where the vectors are read piece by piece while others are at work.
     basis_dtype : {"auto", "float64", "float32", "bfloat16", "float16"} or torch.dtype
         What they are kept in; "auto" is the dtype of the products. The block at work and the one before it always have
         that dtype.

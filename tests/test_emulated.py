@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import hesd_fast as hesd
+from hesd_fast import basis as hesd_basis
 from hesd_fast import kernels
+from hesd_fast.errors import PlanError, ProblemError
 
 THREADS = 256
 FAULTS = emulation.FOLDER / "planted_faults.so"
@@ -36,6 +38,47 @@ def test_block_lanczos_finds_what_the_cpu_kernels_find(monkeypatch, mode, dtype)
         for one, other in zip(wanted.offdiagonal, found.offdiagonal, strict=True):
             assert np.abs(one - other).max() <= tolerance
         assert found.orthogonality is None or found.orthogonality <= 100 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("basis_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["full", "partial", "window"])
+def test_a_basis_that_stays_off_the_device_is_read_tile_by_tile(monkeypatch, tmp_path, mode, basis_dtype):
+    generator = torch.Generator().manual_seed(2)
+    matrix = torch.randn(700, 700, generator=generator)
+    matrix = (matrix + matrix.T) / 60
+    options = {"reorthogonalization": mode, "basis_dtype": basis_dtype}
+    emulation.use_emulated_engine(monkeypatch)
+    near = hesd.block_lanczos(matrix, 9, 3, basis="memory", **options)
+    monkeypatch.setattr(hesd_basis, "TILE_COLUMNS", 128)
+    far = hesd.block_lanczos(matrix, 9, 3, basis=tmp_path, **options)  # tiles count as the host's for the emulation
+    assert far.basis_place == "disk"
+    for one, other in zip(near.diagonal + near.offdiagonal, far.diagonal + far.offdiagonal, strict=True):
+        assert np.abs(one - other).max() <= (1e-4 if basis_dtype == "float32" else 1e-2)
+    if mode != "window":
+        # partial mode keeps it to the root of epsilon; a stored vector in bfloat16 is off by 2^-8 / sqrt(n)
+        assert far.orthogonality <= (1e-5 if (mode, basis_dtype) == ("full", "float32") else 1e-3)
+
+
+def test_a_basis_on_a_device_goes_to_its_host_where_it_does_not_fit(monkeypatch, tmp_path):
+    def planned(available, basis="auto", **options):
+        return hesd_basis.plan_basis(
+            100, 12, 10**5, torch.float32, basis=basis, available=available, device=torch.device("cuda"), **options
+        )
+
+    assert planned(10**9).place == "memory"
+    assert planned(10**7).place == "host"
+    assert planned(10**9, "host").place == "host"
+    assert planned(10**9, tmp_path).place == "disk"
+    tiles = planned(10**9, "host").allocate()
+    assert [tuple(tile.shape) for tile in tiles] == [(100, 65536), (100, 10**5 - 65536)]
+    assert all(tile.device.type == "cpu" for tile in tiles)
+    monkeypatch.setattr(hesd_basis, "available_memory", lambda: 10**6)
+    with pytest.raises(PlanError, match=r"of the host's memory .* are available; take fewer steps"):
+        planned(10**9, "host")
+    with pytest.raises(PlanError, match=r"are available on cuda; take fewer steps, .* basis=\"host\""):
+        planned(10**7, "memory")
+    with pytest.raises(ProblemError, match="'host', which is for problems on a CUDA device"):
+        hesd_basis.plan_basis(0, 3, 10, torch.float32, basis="host", available=None)
 
 
 @pytest.mark.parametrize("basis_dtype", ["auto", "bfloat16", "float16"])

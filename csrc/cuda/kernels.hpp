@@ -18,6 +18,9 @@ OrthonormalizeResult panel_orthonormalize(const Panel& w, const Panel& out, doub
                                           const Reduction& reduction, const double* gram, double* factor);
 void panel_combine(const double* s, const Panel& v, const Panel& x);
 
+extern const Staging kStaging;
+std::int64_t staging_bytes(std::int64_t rows, std::int64_t columns, Precision precision);
+
 // Why no device can be used; empty if one can.
 std::string missing();
 

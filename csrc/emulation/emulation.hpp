@@ -154,6 +154,9 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDefault = 4 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = void*;
+using cudaEvent_t = void*;
+constexpr unsigned cudaEventDisableTiming = 2;
+constexpr unsigned cudaStreamNonBlocking = 1;
 
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid value"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -170,7 +173,28 @@ inline cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t
     std::memcpy(target, source, bytes);
     return cudaSuccess;
 }
+inline cudaError_t cudaMemcpy2DAsync(void* target, std::size_t target_pitch, const void* source,
+                                     std::size_t source_pitch, std::size_t width, std::size_t height, cudaMemcpyKind,
+                                     cudaStream_t) {
+    for (std::size_t row = 0; row < height; ++row) {
+        std::memcpy(static_cast<char*>(target) + row * target_pitch,
+                    static_cast<const char*>(source) + row * source_pitch, width);
+    }
+    return cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+// Work is done when it is put on a stream, so streams and events are only names.
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+    static char name;
+    *stream = &name;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+    *event = nullptr;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 // What a block may have on devices of compute capability 8.0.
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
     return bytes <= 163 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
