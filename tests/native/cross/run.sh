@@ -14,7 +14,7 @@ cmake=$(PATH="$(dirname "$python"):$PATH" command -v cmake)
 check() {
     local folder=build/native/cross/$1 emulator=$2
     shift 2
-    "$cmake" -S . -B "$folder" -G "Unix Makefiles" -DPython_EXECUTABLE="$python" \
+    "$cmake" -S . -B "$folder" -DHESD_CUDA=OFF -G "Unix Makefiles" -DPython_EXECUTABLE="$python" \
         -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" "$@" > /dev/null
     "$cmake" --build "$folder" --target check_kernels --parallel "$(nproc)" > /dev/null
     $emulator "$folder/check_kernels"
