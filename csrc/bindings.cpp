@@ -72,7 +72,7 @@ class LentPanel {
         py::object capsule;
         try {
             // Kernels run on the stream that is current where they are called, as whatever made the panel does.
-            capsule = on_cuda(object) ? object.attr("__dlpack__")(py::arg("stream") = -1) : object.attr("__dlpack__")();
+            capsule = on_cuda(object) ? lend_by_cuda(object) : object.attr("__dlpack__")();
         } catch (py::error_already_set& error) {
             if (error.matches(PyExc_KeyboardInterrupt)) {
                 throw;
@@ -117,6 +117,14 @@ class LentPanel {
         }
         const py::tuple device = object.attr("__dlpack_device__")();
         return device[0].cast<int>() == hesd::dlpack::kCuda;
+    }
+
+    static py::object lend_by_cuda(const py::object& object) {
+#if defined(HESD_EMULATION)
+        return object.attr("__dlpack__")(py::arg("stream") = -1);
+#else
+        return py::module_::import("hesd_fast.cuda").attr("lend")(object);
+#endif
     }
 
     void check(const hesd::dlpack::Tensor& tensor, bool working) {
@@ -201,6 +209,8 @@ class Backend {
     }
 
     [[nodiscard]] const hesd::Kernels& kernels() const { return *kernels_; }
+    // As it was last prepared.
+    [[nodiscard]] const hesd::Execution& execution() const { return execution_; }
 
     // For panels of up to `rows` rows against `block` rows, and for `parts` parts. With the GIL.
     const hesd::Execution& prepare(std::int64_t rows, std::int64_t block, std::int64_t parts = 0,
@@ -561,6 +571,18 @@ class PythonBlockLanczos {
               reduction_.hook()) {
         history_.require_beside(working_panel_, backend_);
     }
+    // Copies may still be under way to or from memory that is given back now.
+    ~PythonBlockLanczos() {
+        if (history_.far(backend_)) {
+            const hesd::ExecutionScope scope(backend_.execution());
+            try {
+                backend_.kernels().staging->finish();
+            } catch (const EngineError&) {  // a device that has failed copies nothing more
+            }
+        }
+    }
+    PythonBlockLanczos(const PythonBlockLanczos&) = delete;
+    PythonBlockLanczos& operator=(const PythonBlockLanczos&) = delete;
 
     void start() {
         const Working working(*this);

@@ -22,6 +22,8 @@ struct Staging {
     Panel (*arrived)(const Panel& rows, int place);
     // Rounds device rows into a tile; `identity` is the matrix of that name.
     void (*send)(const Panel& source, const double* identity, const Panel& rows);
+    // Waits until nothing is under way.
+    void (*finish)();
 };
 
 // One backend's kernels, by their contracts.

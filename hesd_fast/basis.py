@@ -139,11 +139,12 @@ def plan_basis(
     if place in ("auto", "host") and not on_cpu:
         in_host = BasisPlan(rows, columns, dtype, None, device, host=True)
         room = available_memory()
-        if room is None or in_host.bytes <= room:
+        pinned = 1 << max(in_host.bytes - 1, 0).bit_length()  # PyTorch rounds pinned memory up to a power of two
+        if room is None or pinned <= room:
             return in_host
         if place == "host":
             raise PlanError(
-                f"the Lanczos basis takes {in_host.bytes / 2**30:.1f} GiB of the host's memory ({what}), but "
+                f"the Lanczos basis takes {pinned / 2**30:.1f} GiB of the host's memory ({what}), but "
                 f'{room / 2**30:.1f} GiB are available; take fewer steps, basis_dtype="bfloat16", or basis="disk"'
             )
     on_disk = BasisPlan(rows, columns, dtype, directory, device)
@@ -249,7 +250,8 @@ def _file_of_tiles(plan: BasisPlan) -> list[Tensor]:
 def _pinned(plan: BasisPlan) -> Tensor:
     """Return memory of the host that copies to a device can read while the host does something else."""
     try:
-        return torch.empty(plan.bytes // plan.dtype.itemsize, dtype=plan.dtype, pin_memory=torch.cuda.is_available())
+        count, pin = plan.bytes // plan.dtype.itemsize, torch.cuda.is_available()
+        return torch.empty(count, dtype=plan.dtype, device="cpu", pin_memory=pin)
     except RuntimeError as error:
         raise PlanError(
             f"{plan.bytes / 2**30:.1f} GiB of pinned memory for the Lanczos basis are not to be had: {error}; "

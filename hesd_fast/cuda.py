@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,17 @@ from torch import Tensor
 def current_stream(device: int) -> int:
     """Return the handle of the stream that is current on a device; called by the compiled engine."""
     return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def lend(panel: Any) -> Any:
+    """Return the DLPack capsule of a panel on a device, without waiting for it; called by the compiled engine.
+
+    PyTorch lends tensors of the current device alone.
+    """
+    if not isinstance(panel, Tensor):
+        return panel.__dlpack__(stream=-1)
+    with torch.cuda.device(panel.device):
+        return panel.__dlpack__(stream=-1)
 
 
 def workspace(device: int, size: int) -> Tensor:

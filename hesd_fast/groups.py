@@ -111,7 +111,7 @@ def analyze_groups(
                 reorthogonalization=kind,
                 window=window,
                 # Tiles of a basis on disk are wider than a small group.
-                basis="memory" if where.directory is None or block.size < TILE_COLUMNS else where.directory,
+                basis="memory" if block.size < TILE_COLUMNS else where.directory or where.place,
                 basis_dtype=basis_dtype,
             )
             for name, block in blocks.items()

@@ -23,6 +23,9 @@ from hesd_fast.tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
 WORKING_BLOCKS = 3
 """The block at work, the one before it, and the products."""
 
+BASIS_SHARE = 0.75
+"""Part of a CUDA device's free memory that vectors may take; products need some, and nothing is swapped there."""
+
 REORTHOGONALIZATIONS = ("full", "partial", "window", "none")
 PROBE_KINDS = ("rademacher", "gaussian")
 
@@ -285,6 +288,9 @@ def plan_blocks(
 ) -> BasisPlan:
     """Choose where the blocks of a run lie that are not at work, see :func:`~hesd_fast.basis.plan_basis`."""
     steps = min(steps, size)
+    available = available_memory(device)
+    if device.type == "cuda" and available is not None:
+        available = int(available * BASIS_SHARE)
     blocks = {"window": math.ceil(window / block_size), "none": 2}.get(reorthogonalization, steps)
     return plan_basis(
         max(min(blocks, steps) - 2, 0) * block_size,
@@ -293,7 +299,7 @@ def plan_blocks(
         dtype,
         basis=basis,
         basis_dtype=basis_dtype,
-        available=available_memory(device),
+        available=available,
         device=device,
     )
 

@@ -176,6 +176,26 @@ def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
+def _exact_cudnn(model: nn.Module) -> Iterator[None]:
+    """On a CUDA device: convolutions without TF32, whose 10 bits the checks of products would refuse.
+
+    And recurrent layers without cuDNN, whose ones have no second derivative, nor a first one in eval mode.
+    """
+    if not any(parameter.is_cuda for parameter in model.parameters()):
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with cudnn.flags(
+        enabled=bool(cudnn.enabled) and not recurrent,
+        benchmark=bool(cudnn.benchmark),
+        deterministic=bool(cudnn.deterministic),
+        allow_tf32=False,
+    ):
+        yield
+
+
+@contextmanager
 def borrowed(
     model: nn.Module, selected: Sequence[nn.Parameter], mode: str, streams: RandomStreams
 ) -> Iterator[ModelState]:
@@ -197,7 +217,7 @@ def borrowed(
             state.set_training(mode == "train")
         state.set_selected(selected)
         state.refresh_buffers()
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _exact_cudnn(model):
             yield state
     finally:
         state.restore()

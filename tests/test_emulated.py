@@ -101,6 +101,25 @@ def test_analyze_gives_the_report_of_the_cpu_kernels(monkeypatch, basis_dtype):
     assert found.criteria.r_e.value == pytest.approx(wanted.criteria.r_e.value, rel=1e-3)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not (hesd.build_info()["cuda"] and torch.cuda.is_available()), reason="no GPU, or no CUDA kernels")
+@pytest.mark.parametrize("basis", ["memory", "host"])
+@pytest.mark.parametrize("mode", ["full", "partial", "window", "none"])
+def test_a_problem_on_a_gpu_has_the_spectrum_that_it_has_on_the_cpu(mode, basis):
+    reports = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3)).double().to(device)
+        inputs, labels = torch.randn(40, 8, dtype=torch.float64), torch.randint(3, (40,))
+        loss = hesd.losses.supervised(torch.nn.functional.cross_entropy)
+        options = {"max_steps": 12, "reorthogonalization": mode, "basis": "memory" if device == "cpu" else basis}
+        reports.append(hesd.analyze(model, loss, [(inputs, labels)], progress=False, **options))
+    on_cpu, on_gpu = reports
+    assert on_gpu.hesd_type == on_cpu.hesd_type
+    assert on_gpu.lambda_max.value == pytest.approx(on_cpu.lambda_max.value, rel=1e-6)
+    assert on_gpu.trace.value == pytest.approx(on_cpu.trace.value, rel=1e-6)
+
+
 # Bytes. What is ideal is in the contracts; docs/cuda.md has the formulas.
 
 BYTES = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
@@ -221,7 +240,12 @@ def test_a_missing_barrier_shows():
         ("barrier_for_some", 256, 7, "a __syncthreads that not all threads of the block reach"),
         ("exchange_for_some", 32, 31, "a warp exchange that not all lanes of the warp take part in"),
         ("load_vector", 4, 1, "a 16-byte access of an address that is not a multiple of 16"),
-        ("too_much_shared", 163 * 1024, 163 * 1024 + 1, "too_much_shared: invalid value"),
+        (
+            "too_much_shared",
+            163 * 1024,
+            163 * 1024 + 1,
+            "too_much_shared needs 166913 bytes of shared memory for a block, and this device has 166912",
+        ),
     ],
 )
 def test_what_the_hardware_would_not_do_ends_the_launch(name, fine, faulty, message):

@@ -170,6 +170,37 @@ def test_what_is_refused_is_said(patient):
     assert refused["forward_over_reverse"].startswith("refused: hvp='forward_over_reverse' gets the product")
 
 
+def out_of_memory(*arguments, **options):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB")
+
+
+def test_a_strategy_that_runs_out_of_a_devices_memory_is_refused(patient, monkeypatch):
+    monkeypatch.setattr(STRATEGIES["double_backward_batched"], "check", out_of_memory)
+    measure = planner._Trials._measure
+    monkeypatch.setattr(
+        planner._Trials,
+        "_measure",
+        lambda self, strategy: out_of_memory() if strategy.name == "forward_over_reverse" else measure(self, strategy),
+    )
+    _, plan = choose(small_problem(), 3, 100, share=1e6)
+    notes = {trial.strategy: trial.note for trial in plan.trials}
+    for name in ("double_backward_batched", "forward_over_reverse"):
+        assert notes[name].startswith("refused: CUDA out of memory")
+
+
+def test_a_batch_that_does_not_fit_a_devices_memory_is_multiplied_plainly(monkeypatch):
+    problem = small_problem(8, 8)
+    panel = torch.randn(2, problem.size, dtype=torch.float64)
+    wanted = HessianOperator(problem, hvp="double_backward").matmat(panel)
+    operator = HessianOperator(problem, hvp="auto", panels=100)
+    assert torch.equal(operator.matmat(panel), wanted)
+    assert operator.strategy.name == "kept_graph"
+    monkeypatch.setattr(STRATEGIES["kept_graph"], "apply", out_of_memory)
+    with pytest.warns(HESDWarning, match=r"'double_backward' from here on: CUDA out of memory"):
+        assert torch.equal(operator.matmat(panel), wanted)
+    assert operator.strategy.name == "double_backward"
+
+
 @pytest.mark.parametrize("name", ["kept_graph", "kept_graph_batched", "linearized", "linearized_batched", "compiled"])
 def test_batches_beyond_the_memory_limit_are_done_anew(name):
     problem = small_problem(8, 8, 8)

@@ -56,7 +56,11 @@ class DeviceScope {
             check(cudaSetDevice(wanted), "the panels' device cannot be used");
         }
     }
-    ~DeviceScope() { cudaSetDevice(before_); }
+    ~DeviceScope() {
+        if (before_ != static_cast<int>(current_execution().device)) {
+            cudaSetDevice(before_);
+        }
+    }
     DeviceScope(const DeviceScope&) = delete;
     DeviceScope& operator=(const DeviceScope&) = delete;
 
@@ -82,13 +86,22 @@ class Workspace {
     std::int64_t used_ = 0;
 };
 
-// Copies of small matrices. A copy from the host is staged before the call returns; one to the host waits for the
-// stream: the only places where the host waits for the device.
+inline int attribute(cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, static_cast<int>(current_execution().device)), "an attribute");
+    return value;
+}
+
+// Copies of small matrices. A copy from the host is staged before the call returns, except where the device reads the
+// host's memory by itself; one to the host waits for the stream.
 template <typename T>
 void to_device(T* target, const T* source, std::int64_t count) {
     check(
         cudaMemcpyAsync(target, source, static_cast<std::size_t>(count) * sizeof(T), cudaMemcpyHostToDevice, stream()),
         "copy to the device");
+    if (attribute(cudaDevAttrPageableMemoryAccess) != 0) {
+        check(cudaStreamSynchronize(stream()), "copy to the device");
+    }
 }
 template <typename T>
 void to_host(T* target, const T* source, std::int64_t count) {
@@ -103,8 +116,14 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::int64_t shared,
             const Arguments&... arguments) {
     if (shared > 48 * 1024) {
+        const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        if (shared > most) {
+            throw EngineError(std::string("CUDA: ") + name + " needs " + std::to_string(shared) +
+                              " bytes of shared memory for a block, and this device has " + std::to_string(most));
+        }
+        // Always the most, so that two threads do not set it against each other.
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared)),
+                                   most),
               name);
     }
 #if defined(HESD_EMULATION)

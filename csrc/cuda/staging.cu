@@ -74,9 +74,15 @@ void send(const Panel& source, const double* identity, const Panel& rows) {
     copy(rows, rounded, cudaMemcpyDeviceToHost, stream());
 }
 
+void finish() {
+    const DeviceScope scope;
+    check(cudaStreamSynchronize(copies().stream), "to wait for copies");
+    check(cudaStreamSynchronize(stream()), "to wait for kernels");
+}
+
 }  // namespace
 
-const Staging kStaging{fetch, arrived, send};
+const Staging kStaging{fetch, arrived, send, finish};
 
 std::int64_t staging_bytes(std::int64_t rows, std::int64_t columns, Precision precision) {
     return 2 * (rows * ((columns + 15) / 16 * 16) * element_bytes(precision) + 256);

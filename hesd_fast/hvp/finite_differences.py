@@ -55,7 +55,8 @@ class FiniteDifferences(Strategy):
             generator = torch.Generator().manual_seed(0)
             # An arbitrary direction has next to no curvature; that of the gradient has much, and differences see it.
             gradient = Gradient.first_order(problem, term.evaluate())
-            noise = torch.randn(problem.size, dtype=problem.dtype, generator=generator).to(problem.device)
+            noise = torch.randn(problem.size, dtype=problem.dtype, generator=generator, device="cpu")
+            noise = noise.to(problem.device)
             direction = gradient / _norm(gradient) + noise / _norm(noise) if _norm(gradient) > 0 else noise
             exact = self._exact(term, direction)
             previous: Tensor | None = None

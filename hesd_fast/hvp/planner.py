@@ -6,11 +6,13 @@ import time
 import warnings
 from dataclasses import dataclass
 
+import torch
+
 from hesd_fast import kernels
 from hesd_fast.cuda import synchronize
 from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import STRATEGIES
-from hesd_fast.hvp.base import Strategy, Vectors, vectors_of
+from hesd_fast.hvp.base import Strategy, Vectors, first_line, vectors_of
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph
 from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes
 from hesd_fast.memory import MemoryWatch, resident_memory
@@ -184,6 +186,13 @@ def choose(
     return strategy, plan
 
 
+def give_up(strategy: Strategy) -> None:
+    """Release what a strategy holds, also to the device: it may lie in pieces that another one cannot use."""
+    strategy.release()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
 class _Trials:
     """Trials on one batch, and the fastest strategy so far."""
 
@@ -247,7 +256,12 @@ class _Trials:
             return
         checked = time.perf_counter() - before
         self.watch.peak()  # from here on
-        seconds = self._measure(strategy)
+        try:
+            seconds = self._measure(strategy)
+        except torch.cuda.OutOfMemoryError as error:
+            give_up(strategy)
+            self.leave_out((name,), f"refused: {first_line(error)}")
+            return
         peak = self._peak_without(self.block_size)
         batches, kept = self.problem.batch_count, self._batches_kept(strategy) if kind.family else 0
         anew = batches - kept if kind.family else 0
@@ -301,8 +315,8 @@ class _Trials:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", HESDWarning)  # what cannot be compiled is no candidate
                 strategy.check()
-        except (OperatorError, HESDWarning) as error:
-            strategy.release()
+        except (OperatorError, HESDWarning, torch.cuda.OutOfMemoryError) as error:
+            give_up(strategy)
             self.leave_out((strategy.name,), f"refused: {error}")
             return False
         if strategy.family and not strategy._kept:

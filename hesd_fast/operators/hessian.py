@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import ALL_STRATEGIES, DoubleBackward, Strategy
-from hesd_fast.hvp.planner import ProductPlan, choose
+from hesd_fast.hvp.planner import ProductPlan, choose, give_up
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.problem import Problem
 
@@ -103,9 +104,11 @@ def multiply_or_fall_back(problem: Problem, strategy: S, fallback: S, multiply: 
     try:
         multiply(strategy)
         return strategy
-    except OperatorError as error:
+    except (OperatorError, torch.cuda.OutOfMemoryError) as error:
         if strategy.name == fallback.name:
             raise
+        if not isinstance(error, OperatorError):
+            give_up(strategy)
         fallback.prepare(problem)
         multiply(fallback)
         strategy.release()

@@ -75,7 +75,7 @@ class MatrixOperator(OperatorBase):
 
     def _check_linear_operator(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        u, v = torch.randn(2, self.size, dtype=self.dtype, generator=generator).to(self.device)
+        u, v = torch.randn(2, self.size, dtype=self.dtype, generator=generator, device="cpu").to(self.device)
         image_u, image_v = self.matvec(u), self.matvec(v)
         self.products = 0
         scale = float(torch.linalg.vector_norm(u) * torch.linalg.vector_norm(image_v))
