@@ -224,12 +224,12 @@ class Backend {
             static_cast<std::size_t>(bytes + staging_bytes) / sizeof(std::max_align_t) + 1);
         execution_.workspace = memory_.data();
 #else
+        const py::module_ python = py::module_::import("hesd_fast.cuda");
         if (workspace_.is_none() || bytes > execution_.workspace_bytes || staging_bytes > execution_.staging_bytes) {
-            workspace_ =
-                py::module_::import("hesd_fast.cuda").attr("workspace")(execution_.device, bytes + staging_bytes);
+            workspace_ = python.attr("workspace")(execution_.device, bytes + staging_bytes);
             execution_.workspace = reinterpret_cast<void*>(workspace_.attr("data_ptr")().cast<std::uintptr_t>());
         }
-        const py::object stream = py::module_::import("hesd_fast.cuda").attr("current_stream")(execution_.device);
+        const py::object stream = python.attr("current_stream")(execution_.device);
         execution_.stream = reinterpret_cast<void*>(stream.cast<std::uintptr_t>());
 #endif
         execution_.workspace_bytes = bytes;

@@ -33,12 +33,6 @@ SmallMatrix leading_columns(const std::vector<double>& values, std::int64_t rows
     return matrix;
 }
 
-SmallMatrix product(const SmallMatrix& left, const SmallMatrix& right) {
-    SmallMatrix result(left.rows, right.columns);
-    add_product(result, 1.0, left, false, right, false);
-    return result;
-}
-
 double largest_row_norm(const std::vector<double>& self_gram, std::int64_t width) {
     double largest = 0.0;
     for (std::int64_t i = 0; i < width; ++i) {

@@ -26,6 +26,12 @@ void add_product(SmallMatrix& target, double factor, const SmallMatrix& left, bo
     }
 }
 
+SmallMatrix product(const SmallMatrix& left, const SmallMatrix& right) {
+    SmallMatrix result(left.rows, right.columns);
+    add_product(result, 1.0, left, false, right, false);
+    return result;
+}
+
 SmallMatrix least_squares(const SmallMatrix& matrix, const SmallMatrix& right) {
     const std::int64_t rows = matrix.rows;
     const std::int64_t columns = matrix.columns;

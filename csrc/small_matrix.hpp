@@ -28,6 +28,8 @@ struct SmallMatrix {
 void add_product(SmallMatrix& target, double factor, const SmallMatrix& left, bool transpose_left,
                  const SmallMatrix& right, bool transpose_right);
 
+SmallMatrix product(const SmallMatrix& left, const SmallMatrix& right);
+
 // X that minimizes ||matrix X - right||, by modified Gram-Schmidt done twice. A column of the matrix that depends on
 // those before it to rounding gets zeros.
 SmallMatrix least_squares(const SmallMatrix& matrix, const SmallMatrix& right);

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/runtime.cuh"
+#include "element_types.hpp"
 
 namespace hesd::cuda {
 
@@ -17,29 +18,15 @@ struct Rows {
     HESD_DEVICE S* at(std::int64_t row, std::int64_t column) const { return data + row * stride + column; }
 };
 
-template <typename S>
-Rows<S> rows_of(const Panel& panel) {
-    const bool aligned = reinterpret_cast<std::uintptr_t>(panel.data) % 16 == 0 && panel.stride * sizeof(S) % 16 == 0;
-    return {static_cast<S*>(panel.data), panel.stride, aligned};
+inline bool aligned(const Panel& panel) {
+    return reinterpret_cast<std::uintptr_t>(panel.data) % 16 == 0 &&
+           panel.stride * element_bytes(panel.precision) % 16 == 0;
 }
 
-// float32 where both can be held in it, else float64.
-template <typename S, typename T>
-struct Common {
-    using type = float;
-};
-template <typename T>
-struct Common<double, T> {
-    using type = double;
-};
 template <typename S>
-struct Common<S, double> {
-    using type = double;
-};
-template <>
-struct Common<double, double> {
-    using type = double;
-};
+Rows<S> rows_of(const Panel& panel) {
+    return {static_cast<S*>(panel.data), panel.stride, aligned(panel)};
+}
 
 template <typename C>
 HESD_DEVICE C widen(double value) {
@@ -146,33 +133,6 @@ HESD_DEVICE C sum_over_warp(C (&values)[Count], int lane) {
         }
     }
     return sum;
-}
-
-// Calls `body` with a typed null pointer of the precision's element type.
-template <typename Body>
-void with_storage(Precision precision, Body body) {
-    switch (precision) {
-        case Precision::float64:
-            body(static_cast<double*>(nullptr));
-            return;
-        case Precision::float32:
-            body(static_cast<float*>(nullptr));
-            return;
-        case Precision::bfloat16:
-            body(static_cast<BFloat16*>(nullptr));
-            return;
-        case Precision::float16:
-            body(static_cast<Float16*>(nullptr));
-            return;
-    }
-}
-template <typename Body>
-void with_working(Precision precision, Body body) {
-    if (precision == Precision::float64) {
-        body(static_cast<double*>(nullptr));
-    } else {
-        body(static_cast<float*>(nullptr));
-    }
 }
 
 }  // namespace hesd::cuda

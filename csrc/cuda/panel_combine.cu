@@ -95,11 +95,11 @@ void combine(const double* s, const Panel& v, const Panel& x) {
         to_device(coefficients, padded.data(), tiles * k * B);
     }
     CombineArguments<S, C, B> a{};
-    a.v = {static_cast<const S*>(v.data), v.stride, rows_of<S>(v).aligned};
+    a.v = rows_of<const S>(v);
     a.x = x.data;
     a.x_stride = x.stride;
     a.x_precision = x.precision;
-    a.x_aligned = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride * element_bytes(x.precision) % 16 == 0;
+    a.x_aligned = aligned(x);
     a.k = k;
     a.r = r;
     a.n = x.columns;

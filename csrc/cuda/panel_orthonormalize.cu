@@ -1,11 +1,11 @@
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 #include "cuda/kernels.hpp"
 #include "cuda/sweep.hpp"
 #include "cuda/tiles.cuh"
 #include "orthonormalize_plan.hpp"
+#include "small_matrix.hpp"
 
 namespace hesd::cuda {
 namespace {
@@ -121,7 +121,7 @@ void run_rows(const Panel& source, const double* transform, const Panel& target,
     const DeviceScope scope;
     Workspace workspace;
     RowsArguments<T> a{};
-    a.source = {static_cast<const T*>(source.data), source.stride, rows_of<T>(source).aligned};
+    a.source = rows_of<const T>(source);
     a.target = rows_of<T>(target);
     a.n = source.columns;
     a.b = static_cast<int>(b);
@@ -154,19 +154,6 @@ void run_rows(const Panel& source, const double* transform, const Panel& target,
 // No place to write to.
 Panel nothing_of(const Panel& w) { return {nullptr, w.precision, w.rows, w.columns, w.stride}; }
 
-std::vector<double> product(const std::vector<double>& left, const std::vector<double>& right, std::int64_t b) {
-    std::vector<double> result(static_cast<std::size_t>(b * b));
-    for (std::int64_t i = 0; i < b; ++i) {
-        for (std::int64_t k = 0; k < b; ++k) {
-            for (std::int64_t j = 0; j < b; ++j) {
-                result[static_cast<std::size_t>(i * b + j)] +=
-                    left[static_cast<std::size_t>(i * b + k)] * right[static_cast<std::size_t>(k * b + j)];
-            }
-        }
-    }
-    return result;
-}
-
 }  // namespace
 
 void self_gram(const Panel& w, double* gram) { run_rows(w, nullptr, w, gram); }
@@ -186,24 +173,19 @@ OrthonormalizeResult panel_orthonormalize(const Panel& w, const Panel& out, doub
     // kept, and the second one takes both transforms to the rows that were given. What float64 loses to the first one's
     // condition, at most 1e5, float32 does not see.
     const bool once = w.precision == Precision::float32;
-    std::vector<double> first;
+    SmallMatrix transform(b, b);
     for (int round = 0;; ++round) {
+        const SmallMatrix before = transform;
         const bool last = plan.next(current.data());
-        std::vector<double> transform(plan.transform(), plan.transform() + b * b);
-        if (!first.empty()) {
-            transform = product(transform, first, b);
-            first.clear();
+        std::copy_n(plan.transform(), b * b, transform.values.data());
+        if (once && round == 1) {
+            transform = product(transform, before);
         }
         if (last) {
-            run_rows(w, transform.data(), out, nullptr);
+            run_rows(w, transform.values.data(), out, nullptr);
             return plan.finish(factor);
         }
-        if (once && round == 0) {
-            run_rows(w, transform.data(), nothing_of(w), current.data());
-            first = std::move(transform);
-        } else {
-            run_rows(w, transform.data(), w, current.data());
-        }
+        run_rows(w, transform.values.data(), once && round == 0 ? nothing_of(w) : w, current.data());
         reduction(current.data(), b * b);
     }
 }

@@ -49,9 +49,9 @@ void unpack_pairs(const double* pairs, std::int64_t b, double* gram) {
 }
 
 std::int64_t workspace_bytes(std::int64_t rows, std::int64_t block, std::int64_t parts) {
-    const std::int64_t narrow = std::min<std::int64_t>(block, 8);
+    const std::int64_t narrow = std::min(block, kWidestTile);
     const std::int64_t sums = std::max(rows * narrow + narrow * (narrow + 1) / 2, block * (block + 1) / 2);
-    const std::int64_t coefficients = std::max((rows + 8) * (block + 8), block * block);
+    const std::int64_t coefficients = std::max((rows + kWidestTile) * (block + kWidestTile), block * block);
     constexpr std::int64_t most_part_bytes = 64;
     return 8 * (coefficients + (2 * kBlocks + 1) * sums) + most_part_bytes * (2 * parts + 1) + 1024;
 }

@@ -158,7 +158,7 @@ void sweep_tile(const Panel& w, const Panel& v, const double* coefficients, std:
     const std::int64_t b = w.rows;
     Workspace workspace;
     Arguments a{};
-    a.v = {static_cast<const S*>(v.data), v.stride, rows_of<S>(v).aligned};
+    a.v = rows_of<const S>(v);
     a.w = rows_of<T>(w);
     a.k = k;
     a.n = w.columns;
@@ -228,10 +228,9 @@ void sweep(const Panel& w, const Panel& v, const double* coefficients, double* g
     }
     coefficients = v.rows > 0 ? coefficients : nullptr;
     const DeviceScope scope;
-    constexpr std::int64_t widest = 8;
-    const bool fused = w.rows <= widest;  // wider blocks are swept in parts, and squared by themselves
-    for (std::int64_t first = 0; first < w.rows && (v.rows > 0 || fused); first += widest) {
-        const Panel rows = w.slice(first, std::min(widest, w.rows - first));
+    const bool fused = w.rows <= kWidestTile;  // wider blocks are swept in parts, and squared by themselves
+    for (std::int64_t first = 0; first < w.rows && (v.rows > 0 || fused); first += kWidestTile) {
+        const Panel rows = w.slice(first, std::min(kWidestTile, w.rows - first));
         with_storage(v.precision, [&](auto* storage) {
             with_working(w.precision, [&](auto* working) {
                 using S = std::remove_pointer_t<decltype(storage)>;

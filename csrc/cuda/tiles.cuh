@@ -19,6 +19,8 @@
 
 namespace hesd::cuda {
 
+constexpr std::int64_t kWidestTile = 8;  // rows of W
+
 template <typename S, typename C, int B>
 struct Tile {
     static constexpr int load = Vector<S>::length;            // columns of a lane in a subpiece
@@ -34,7 +36,7 @@ struct Tile {
     static constexpr int most_subpieces = most_by_memory < most_by_run ? most_by_memory : most_by_run;
     static constexpr int scratch_bytes = kWarps / 2 * B * row_bytes;
 
-    static_assert(B == 1 || B == 4 || B == 8, "rows of W come in tiles of 1, 4 or 8");
+    static_assert(B == 1 || B == 4 || B == kWidestTile, "rows of W come in tiles of 1, 4 or 8");
     static_assert(rows * B <= kWarp, "a lane's sums are summed over the warp at one value for each lane");
     static_assert(load % quad == 0, "a lane's columns fill whole 16 bytes of shared memory");
     static_assert(most_subpieces >= 1 && (most_subpieces & (most_subpieces - 1)) == 0, "halved until they fit");

@@ -330,20 +330,19 @@ void wait_for_warp() {
     acquire(token);
 }
 
-// An exchange orders no other memory, as on the hardware.
-std::uint64_t exchange(std::uint64_t bits, int source) {
+// What the lanes of a warp gave, one of them `bits`. An exchange orders no other memory, as on the hardware.
+static const std::uint64_t* exchanged(std::uint64_t bits) {
     Fiber& self = *machine.current;
     std::uint64_t* slots = machine.block->warps[self.warp()].slots[self.exchanges++ % 2];
     slots[self.lane()] = bits;
     wait(State::in_warp);
-    return slots[source];
+    return slots;
 }
 
+std::uint64_t exchange(std::uint64_t bits, int source) { return exchanged(bits)[source]; }
+
 unsigned ballot(bool vote) {
-    Fiber& self = *machine.current;
-    std::uint64_t* slots = machine.block->warps[self.warp()].slots[self.exchanges++ % 2];
-    slots[self.lane()] = vote ? 1 : 0;
-    wait(State::in_warp);
+    const std::uint64_t* slots = exchanged(vote ? 1 : 0);
     unsigned votes = 0;
     for (int i = 0; i < kWarp; ++i) {
         votes |= static_cast<unsigned>(slots[i]) << i;

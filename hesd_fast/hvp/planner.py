@@ -256,11 +256,13 @@ class _Trials:
             return
         checked = time.perf_counter() - before
         self.watch.peak()  # from here on
+        refusal = None
         try:
             seconds = self._measure(strategy)
         except torch.cuda.OutOfMemoryError as error:
-            give_up(strategy)
-            self.leave_out((name,), f"refused: {first_line(error)}")
+            refusal = first_line(error)
+        if refusal is not None:
+            self._refuse(strategy, refusal)
             return
         peak = self._peak_without(self.block_size)
         batches, kept = self.problem.batch_count, self._batches_kept(strategy) if kind.family else 0
@@ -311,18 +313,25 @@ class _Trials:
 
     def _serves(self, strategy: Strategy) -> bool:
         """Whether a strategy multiplies as it should on the first batch, and can keep it; if not, note why."""
+        refusal = None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", HESDWarning)  # what cannot be compiled is no candidate
                 strategy.check()
         except (OperatorError, HESDWarning, torch.cuda.OutOfMemoryError) as error:
-            give_up(strategy)
-            self.leave_out((strategy.name,), f"refused: {error}")
+            refusal = str(error)
+        if refusal is not None:
+            self._refuse(strategy, refusal)
             return False
         if strategy.family and not strategy._kept:
             self.leave_out((strategy.name,), "does not fit: what it keeps of one batch is more than the memory allowed")
             return False
         return True
+
+    def _refuse(self, strategy: Strategy, reason: str) -> None:
+        """Note why a strategy does not serve; called after the error, whose frames hold what it had made."""
+        give_up(strategy)
+        self.leave_out((strategy.name,), f"refused: {reason}")
 
     def finish(self) -> tuple[Strategy, Trial]:
         """Return the fastest, and release the others."""

@@ -107,13 +107,12 @@ def multiply_or_fall_back(problem: Problem, strategy: S, fallback: S, multiply: 
     except (OperatorError, torch.cuda.OutOfMemoryError) as error:
         if strategy.name == fallback.name:
             raise
-        if not isinstance(error, OperatorError):
-            give_up(strategy)
-        fallback.prepare(problem)
-        multiply(fallback)
-        strategy.release()
-        warnings.warn(f"products are made by {fallback.name!r} from here on: {error}", HESDWarning, stacklevel=5)
-        return fallback
+        reason = str(error)
+    give_up(strategy)  # after the error, whose frames hold what the product had made
+    fallback.prepare(problem)
+    multiply(fallback)
+    warnings.warn(f"products are made by {fallback.name!r} from here on: {reason}", HESDWarning, stacklevel=5)
+    return fallback
 
 
 def check_hvp(hvp: str) -> None:
