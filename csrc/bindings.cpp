@@ -19,7 +19,7 @@
 #include "dlpack.hpp"
 #include "execution.hpp"
 #if defined(HESD_EMULATION)
-#include "emulation/traffic.hpp"
+#include "emulation/host.hpp"
 #endif
 
 namespace py = pybind11;
@@ -212,28 +212,35 @@ class Backend {
     // As it was last prepared.
     [[nodiscard]] const hesd::Execution& execution() const { return execution_; }
 
-    // For panels of up to `rows` rows against `block` rows, and for `parts` parts. With the GIL.
-    const hesd::Execution& prepare(std::int64_t rows, std::int64_t block, std::int64_t parts = 0,
+    // For panels of up to `rows` rows against `block` rows, for `parts` parts, and so many bytes of small matrices and
+    // of staging memory. With the GIL.
+    const hesd::Execution& prepare(std::int64_t rows, std::int64_t block, std::int64_t parts, std::int64_t matrix_bytes,
                                    std::int64_t staging_bytes = 0) {
         if (kernels_->workspace_bytes == nullptr) {
             return execution_;
         }
-        const std::int64_t bytes = (kernels_->workspace_bytes(rows, block, parts) + 255) / 256 * 256;
+        const auto whole = [](std::int64_t bytes) { return (bytes + 255) / 256 * 256; };
+        const std::int64_t bytes = whole(kernels_->workspace_bytes(rows, block, parts));
+        const std::int64_t total = bytes + whole(matrix_bytes) + staging_bytes;
 #if defined(HESD_EMULATION)
-        memory_ = std::vector<std::max_align_t>(
-            static_cast<std::size_t>(bytes + staging_bytes) / sizeof(std::max_align_t) + 1);
-        execution_.workspace = memory_.data();
+        if (total > total_) {
+            memory_ = hesd::emulation::device_memory(static_cast<std::size_t>(total));
+            execution_.workspace = memory_.get();
+        }
 #else
         const py::module_ python = py::module_::import("hesd_fast.cuda");
-        if (workspace_.is_none() || bytes > execution_.workspace_bytes || staging_bytes > execution_.staging_bytes) {
-            workspace_ = python.attr("workspace")(execution_.device, bytes + staging_bytes);
-            execution_.workspace = reinterpret_cast<void*>(workspace_.attr("data_ptr")().cast<std::uintptr_t>());
+        if (total > total_) {
+            memory_ = python.attr("workspace")(execution_.device, total);
+            execution_.workspace = reinterpret_cast<void*>(memory_.attr("data_ptr")().cast<std::uintptr_t>());
         }
         const py::object stream = python.attr("current_stream")(execution_.device);
         execution_.stream = reinterpret_cast<void*>(stream.cast<std::uintptr_t>());
 #endif
+        total_ = std::max(total, total_);
         execution_.workspace_bytes = bytes;
-        execution_.staging = static_cast<char*>(execution_.workspace) + bytes;
+        execution_.matrices = static_cast<char*>(execution_.workspace) + bytes;
+        execution_.matrix_bytes = whole(matrix_bytes);
+        execution_.staging = static_cast<char*>(execution_.matrices) + execution_.matrix_bytes;
         execution_.staging_bytes = staging_bytes;
         return execution_;
     }
@@ -243,10 +250,11 @@ class Backend {
     std::string place_;
     const hesd::Kernels* kernels_;
     hesd::Execution execution_;
+    std::int64_t total_ = 0;
 #if defined(HESD_EMULATION)
-    std::vector<std::max_align_t> memory_;
+    std::shared_ptr<void> memory_;
 #else
-    py::object workspace_ = py::none();
+    py::object memory_ = py::none();
 #endif
 };
 
@@ -259,6 +267,48 @@ class Unlocked {
     hesd::ExecutionScope scope_;
     py::gil_scoped_release unlocked_;
 };
+
+// The small matrices of one call, where its kernels work; lives within an Unlocked.
+class Matrices {
+   public:
+    explicit Matrices(const Backend& backend)
+        : kernels_(backend.kernels()), free_(static_cast<double*>(hesd::current_execution().matrices)) {}
+
+    double* take(std::int64_t count) {
+        if (kernels_.copies == nullptr) {
+            return here_.emplace_back(static_cast<std::size_t>(count)).data();
+        }
+        double* taken = free_;
+        free_ += count;
+        return taken;
+    }
+    // One of the host's, to be read.
+    const double* given(const double* host, std::int64_t count) {
+        if (kernels_.copies == nullptr) {
+            return host;
+        }
+        double* there = take(count);
+        kernels_.copies->upload(there, host, count * static_cast<std::int64_t>(sizeof(double)));
+        return there;
+    }
+    // One of the host's, to be written and then fetched; may be null.
+    double* wanted(double* host, std::int64_t count) {
+        return kernels_.copies == nullptr || host == nullptr ? host : take(count);
+    }
+    void fetch(double* host, const double* there, std::int64_t count) {
+        if (there != host) {
+            hesd::download(kernels_, host, there, count);
+        }
+    }
+
+   private:
+    const hesd::Kernels& kernels_;
+    double* free_;
+    std::vector<std::vector<double>> here_;
+};
+
+// For an Execution.
+constexpr std::int64_t bytes_of(std::int64_t numbers) { return numbers * static_cast<std::int64_t>(sizeof(double)); }
 
 void require_equal_columns(const LentPanel& a, const LentPanel& b) {
     if (a.panel().columns != b.panel().columns) {
@@ -397,28 +447,44 @@ Matrix panel_gram(const py::object& v_object, const py::object& w_object) {
     Matrix gram({v.panel().rows, w.panel().rows});
     double* data = gram.mutable_data();
     {
-        const Unlocked unlocked(backend.prepare(v.panel().rows, w.panel().rows));
-        backend.kernels().panel_gram(v.panel(), w.panel(), data);
+        const std::int64_t count = v.panel().rows * w.panel().rows;
+        const Unlocked unlocked(backend.prepare(v.panel().rows, w.panel().rows, 0, bytes_of(count)));
+        Matrices matrices(backend);
+        double* there = matrices.wanted(data, count);
+        backend.kernels().panel_gram(v.panel(), w.panel(), there);
+        matrices.fetch(data, there, count);
     }
     return gram;
 }
 
 py::tuple panel_project(const py::object& w_object, const py::object& v_object, const py::object& c_object,
-                        bool with_gram, bool with_self_gram) {
+                        bool with_gram, bool with_self_gram, std::int64_t idle) {
     const LentPanel w(w_object, "W", true);
     const LentPanel v(v_object, "V", false);
     require_equal_columns(v, w);
     require_apart(w, v);
     Backend backend(w, {&v});
-    const Matrix c = checked_matrix(c_object, "C", v.panel().rows, w.panel().rows);
+    if (idle < 0 || idle > v.panel().rows) {
+        throw EngineError("`idle` is " + std::to_string(idle) + "; wanted 0 to " + std::to_string(v.panel().rows) +
+                          ", the number of vectors of `V`");
+    }
+    const Matrix c = checked_matrix(c_object, "C", v.panel().rows - idle, w.panel().rows);
     Matrix gram({with_gram ? v.panel().rows : 0, w.panel().rows});
     Matrix self_gram({with_self_gram ? w.panel().rows : 0, w.panel().rows});
     double* gram_data = with_gram ? gram.mutable_data() : nullptr;
     double* self_data = with_self_gram ? self_gram.mutable_data() : nullptr;
     const double* c_data = c.data();
     {
-        const Unlocked unlocked(backend.prepare(v.panel().rows, w.panel().rows));
-        backend.kernels().panel_project(w.panel(), v.panel(), c_data, gram_data, self_data);
+        const std::int64_t b = w.panel().rows;
+        const std::int64_t count = v.panel().rows * b;
+        const Unlocked unlocked(backend.prepare(v.panel().rows, b, 0, bytes_of(2 * count + b * b)));
+        Matrices matrices(backend);
+        const double* c_there = matrices.given(c_data, (v.panel().rows - idle) * b);
+        double* gram_there = matrices.wanted(gram_data, count);
+        double* self_there = matrices.wanted(self_data, b * b);
+        backend.kernels().panel_project(w.panel(), v.panel(), idle, c_there, gram_there, self_there);
+        matrices.fetch(gram_data, gram_there, count);
+        matrices.fetch(self_data, self_there, b * b);
     }
     return py::make_tuple(gram, self_gram);
 }
@@ -445,13 +511,24 @@ py::tuple panel_orthonormalize(const py::object& w_object, const py::object& out
     Matrix factor({b, b});
     double* data = factor.mutable_data();
     PythonReduction reduction(reduce);
-    hesd::OrthonormalizeResult result{};
+    hesd::OrthonormalizeFacts facts{};
     {
-        const Unlocked unlocked(backend.prepare(b, b));
-        result = backend.kernels().panel_orthonormalize(w.panel(), out.panel(), tolerance, max_rank, reduction.hook(),
-                                                        nullptr, data);
+        const std::int64_t numbers = hesd::orthonormalization_numbers(b);
+        const Unlocked unlocked(backend.prepare(b, b, 0, bytes_of(numbers)));
+        const hesd::Kernels& kernels = backend.kernels();
+        Matrices matrices(backend);
+        hesd::LanczosStep begin{};
+        begin.tolerance = tolerance;
+        begin.max_rank = max_rank;
+        begin.orthonormalization = hesd::orthonormalization_in(matrices.take(numbers), b, b);
+        const hesd::Orthonormalization& state = begin.orthonormalization;
+        kernels.panel_gram(w.panel(), w.panel(), state.gram);
+        hesd::reduce(kernels, reduction.hook(), state.gram, b * b);
+        kernels.lanczos_task(hesd::LanczosTask::block, begin);
+        facts = hesd::orthonormalize(kernels, w.panel(), out.panel(), state, reduction.hook());
+        matrices.fetch(data, state.factor, b * b);
     }
-    return py::make_tuple(result.rank, result.weakest, factor);
+    return py::make_tuple(facts.rank, facts.weakest, factor);
 }
 
 void panel_combine(const py::object& s_object, const py::object& v_object, const py::object& x_object) {
@@ -462,8 +539,10 @@ void panel_combine(const py::object& s_object, const py::object& v_object, const
     const Matrix s = checked_matrix(s_object, "S", x.panel().rows, v.panel().rows);
     const double* data = s.data();
     Backend backend(x, {&v});
-    const Unlocked unlocked(backend.prepare(v.panel().rows, x.panel().rows));
-    backend.kernels().panel_combine(data, v.panel(), x.panel());
+    const std::int64_t count = x.panel().rows * v.panel().rows;
+    const Unlocked unlocked(backend.prepare(v.panel().rows, x.panel().rows, 0, bytes_of(count)));
+    Matrices matrices(backend);
+    backend.kernels().panel_combine(matrices.given(data, count), v.panel(), x.panel());
 }
 
 void accumulate_hvp(const py::object& out_object, const std::vector<py::object>& part_objects,
@@ -521,7 +600,7 @@ void accumulate_hvp(const py::object& out_object, const std::vector<py::object>&
         }
     }
     const auto count = static_cast<std::int64_t>(parts.size());
-    const Unlocked unlocked(backend.prepare(0, 0, count));
+    const Unlocked unlocked(backend.prepare(0, 0, count, 0));
     backend.kernels().accumulate_hvp(out.panel(), parts.data(), count, alpha,
                                      compensation ? &compensation->panel() : nullptr);
 }
@@ -534,7 +613,7 @@ void fill_probes(const py::object& out_object, std::uint64_t seed, std::uint32_t
     }
     const auto value = kind == "gaussian" ? hesd::ProbeKind::gaussian : hesd::ProbeKind::rademacher;
     Backend backend(out);
-    const Unlocked unlocked(backend.prepare(0, 0));
+    const Unlocked unlocked(backend.prepare(0, 0, 0, 0));
     backend.kernels().fill_probes(out.panel(), seed, first_probe, first_index, value);
 }
 
@@ -625,7 +704,8 @@ class PythonBlockLanczos {
     };
 
     const hesd::Execution& prepare() {
-        return backend_.prepare(history_.rows() + working_panel_.panel().rows, block_size_, 0,
+        const std::int64_t rows = history_.rows() + working_panel_.panel().rows;
+        return backend_.prepare(rows, block_size_, 0, BlockLanczos::matrix_bytes(rows, block_size_),
                                 history_.staging_bytes(backend_));
     }
 
@@ -689,7 +769,7 @@ PYBIND11_MODULE(_engine, module) {
     module.def("select_target", &hesd::select_target, py::arg("name"));
     module.def("panel_gram", &panel_gram, py::arg("V"), py::arg("W"));
     module.def("panel_project", &panel_project, py::arg("W"), py::arg("V"), py::arg("C"), py::arg("gram") = true,
-               py::arg("self_gram") = true);
+               py::arg("self_gram") = true, py::arg("idle") = 0);
     module.def("panel_orthonormalize", &panel_orthonormalize, py::arg("W"), py::arg("out"), py::arg("tolerance"),
                py::arg("max_rank"), py::arg("reduce"));
     module.def("panel_combine", &panel_combine, py::arg("S"), py::arg("V"), py::arg("X"));
@@ -704,6 +784,8 @@ PYBIND11_MODULE(_engine, module) {
         const hesd::emulation::Traffic traffic = hesd::emulation::take_traffic();
         return py::make_tuple(traffic.read, traffic.read_again, traffic.written);
     });
+    // How often the host has waited for the emulated device since the last call.
+    module.def("take_waits", &hesd::emulation::take_waits);
 #endif
 
     py::class_<PythonBlockLanczos>(module, "BlockLanczos", py::module_local())

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -20,49 +21,17 @@ constexpr double kTargetMargin = 1.0 / 32.0;
 // One projection against the history is enough for a row that keeps all but this part of its norm.
 constexpr double kOnePass = 1.0 / 64.0;
 
-std::vector<double> zeros(std::int64_t count) { return std::vector<double>(static_cast<std::size_t>(count)); }
-
-SmallMatrix leading_columns(const std::vector<double>& values, std::int64_t rows, std::int64_t stride,
-                            std::int64_t columns) {
+// Up to its rank, the columns of a factor (rows, rows).
+SmallMatrix leading_columns(const double* values, std::int64_t rows, std::int64_t columns) {
     SmallMatrix matrix(rows, columns);
     for (std::int64_t i = 0; i < rows; ++i) {
-        for (std::int64_t j = 0; j < columns; ++j) {
-            matrix.at(i, j) = values[static_cast<std::size_t>(i * stride + j)];
-        }
+        std::copy_n(values + i * rows, columns, &matrix.values[static_cast<std::size_t>(i * columns)]);
     }
     return matrix;
 }
 
-double largest_row_norm(const std::vector<double>& self_gram, std::int64_t width) {
-    double largest = 0.0;
-    for (std::int64_t i = 0; i < width; ++i) {
-        largest = std::max(largest, self_gram[static_cast<std::size_t>(i * width + i)]);
-    }
-    return std::sqrt(largest);
-}
-
-// Coefficients as panel_project uses them, so that what is recorded is what was subtracted.
-void round_to(Precision precision, std::vector<double>& values) {
-    if (precision == Precision::float32) {
-        for (double& value : values) {
-            value = static_cast<double>(static_cast<float>(value));
-        }
-    }
-}
-
-void reduce(const Reduction& reduction, std::vector<double>* values) {
-    if (values != nullptr) {
-        reduction(values->data(), static_cast<std::int64_t>(values->size()));
-    }
-}
-
-void require_finite(const std::vector<double>& values) {
-    for (const double value : values) {
-        if (!std::isfinite(value)) {
-            throw EngineError("BlockLanczos: the panel `working` has non-finite values after the product");
-        }
-    }
-}
+static_assert(sizeof(LanczosFacts) % sizeof(double) == 0, "facts lie among numbers");
+constexpr std::int64_t kFacts = sizeof(LanczosFacts) / sizeof(double);
 
 }  // namespace
 
@@ -119,6 +88,99 @@ BlockLanczos::BlockLanczos(const Kernels& kernels, TiledPanel history, Panel wor
     const double rounding =
         history_.precision() == working.precision ? 0.0 : 0.5 * machine_epsilon(history_.precision());
     fresh_ = epsilon() + rounding / std::sqrt(static_cast<double>(options.global_size));
+    if (kernels.copies == nullptr) {
+        memory_.resize(static_cast<std::size_t>(matrix_bytes(most_overlaps(), options.block) / 8));
+    }
+}
+
+std::int64_t BlockLanczos::matrix_bytes(std::int64_t rows, std::int64_t block) {
+    return 8 * (orthonormalization_numbers(block) + kFacts + 4 * rows * block + block * block);
+}
+
+LanczosStep BlockLanczos::matrices(std::int64_t history, std::int64_t recent, std::int64_t width) {
+    const std::int64_t overlaps = most_overlaps() * options_.block;
+    const std::int64_t square = options_.block * options_.block;
+    double* memory = memory_.data();
+    if (kernels_->copies != nullptr) {
+        const Execution& execution = current_execution();
+        if (execution.matrix_bytes < matrix_bytes(most_overlaps(), options_.block)) {
+            throw EngineError("BlockLanczos: " + std::to_string(execution.matrix_bytes) +
+                              " bytes are too few for its small matrices");
+        }
+        memory = static_cast<double*>(execution.matrices);
+    }
+    LanczosStep step{};
+    step.history = history;
+    step.recent = recent;
+    step.width = width;
+    step.in_float32 = working_.precision == Precision::float32;
+    step.limit = history_.precision() == working_.precision ? kOnePass : std::sqrt(epsilon());
+    step.scale = scale_;
+    step.max_rank = width;
+    // What the host looks at follows each other: the facts, the factor and what was removed.
+    step.orthonormalization = orthonormalization_in(memory, options_.block, width);
+    step.facts = reinterpret_cast<LanczosFacts*>(step.orthonormalization.factor + square);
+    step.removed = reinterpret_cast<double*>(step.facts + 1);
+    step.overlap = step.removed + overlaps;
+    step.next = step.overlap + overlaps;
+    part_ = step.next + overlaps;
+    return step;
+}
+
+// Waits for what was put to work so far.
+BlockLanczos::Found BlockLanczos::look(const LanczosStep& step) {
+    const Orthonormalization& block = step.orthonormalization;
+    const auto* first = reinterpret_cast<const double*>(block.facts);
+    const double* here = first;
+    if (kernels_->copies != nullptr) {
+        const std::int64_t count = step.removed + (step.history + step.recent) * step.width - first;
+        found_.resize(static_cast<std::size_t>(count));
+        download(*kernels_, found_.data(), first, count);
+        here = found_.data();
+    }
+    const auto place = [&](const void* there) { return here + (static_cast<const double*>(there) - first); };
+    Found found{};
+    std::memcpy(&found.block, place(block.facts), sizeof found.block);
+    std::memcpy(&found.facts, place(step.facts), sizeof found.facts);
+    found.factor = place(block.factor);
+    found.removed = place(step.removed);
+    return found;
+}
+
+// Orthonormalizes w, whose Gram matrix and tolerance are set, into out.
+BlockLanczos::Found BlockLanczos::orthonormalized(const Panel& w, const Panel& out, const LanczosStep& step) {
+    Found found{};
+    bool first = true;
+    do {
+        kernels_->panel_orthonormalize(w, out, step.orthonormalization, first, reduction_);
+        found = look(step);
+        first = false;
+    } while (found.block.stage == OrthonormalizeStage::more);
+    if (found.block.stage == OrthonormalizeStage::not_finite) {
+        throw EngineError("BlockLanczos: the panel `working` has non-finite values after the product");
+    }
+    orthonormalize_require(found.block);
+    return found;
+}
+
+// Does something where the flag is set, which lies where the kernels work. The host does not look at it if it need not.
+// Returns how many vectors are read if it is done.
+template <typename Body>
+std::int64_t BlockLanczos::when(const int* flag, Body body) {
+    const std::int64_t before = vectors_read_;
+    // A basis that comes from far should not come in vain; shards sum on the host.
+    const bool looks = kernels_->copies == nullptr || history_.far() || reduction_.sum != nullptr;
+    int set = 1;
+    if (looks) {
+        download(*kernels_, &set, flag, 1);
+    }
+    if (set != 0) {
+        const ConditionScope scope(looks ? nullptr : flag);
+        body();
+    }
+    const std::int64_t read = vectors_read_ - before;
+    vectors_read_ = before;
+    return read;
 }
 
 Panel BlockLanczos::current() const { return working_.slice(current_row(), width_); }
@@ -145,62 +207,52 @@ BlockLanczos::Rows BlockLanczos::recent_rows() const {
     return {&working_tile_, first * options_.block, recent_blocks_ * options_.block};
 }
 
-void BlockLanczos::gram(Rows v, const Panel& w, std::vector<double>& out) {
-    out.assign(static_cast<std::size_t>(v.count * w.rows), 0.0);
-    v.panel->gram(*kernels_, v.first, v.count, w, out.data());
-    reduce(reduction_, &out);
+// Gram matrices go to where the kernels work.
+void BlockLanczos::gram(Rows v, const Panel& w, double* out) {
+    v.panel->gram(*kernels_, v.first, v.count, w, out, part_);
+    reduce(*kernels_, reduction_, out, v.count * w.rows);
     vectors_read_ += v.count;
 }
 
-void BlockLanczos::project(const Panel& w, Rows v, const std::vector<double>& c, std::vector<double>* gram,
-                           std::vector<double>* self_gram) {
+void BlockLanczos::project(const Panel& w, Rows v, std::int64_t idle, const double* c, double* gram,
+                           double* self_gram) {
+    v.panel->project(*kernels_, v.first, v.count, w, idle, c, gram, self_gram, part_);
     if (gram != nullptr) {
-        gram->assign(static_cast<std::size_t>(v.count * w.rows), 0.0);
+        reduce(*kernels_, reduction_, gram, v.count * w.rows);
     }
     if (self_gram != nullptr) {
-        self_gram->assign(static_cast<std::size_t>(w.rows * w.rows), 0.0);
+        reduce(*kernels_, reduction_, self_gram, w.rows * w.rows);
     }
-    v.panel->project(*kernels_, v.first, v.count, w, c.data(), gram != nullptr ? gram->data() : nullptr,
-                     self_gram != nullptr ? self_gram->data() : nullptr);
-    reduce(reduction_, gram);
-    reduce(reduction_, self_gram);
     vectors_read_ += v.count;
 }
 
 // W <- W - C^T R for the last two blocks R, then B W^T for the whole basis; in place it is one read of it.
-void BlockLanczos::project_recent(const Panel& w, const Basis& basis, const std::vector<double>& c,
-                                  std::vector<double>& gram, std::vector<double>& self_gram) {
+void BlockLanczos::project_recent(const Panel& w, const Basis& basis, const LanczosStep& step) {
+    const std::int64_t middle = basis.history.count * w.rows;
     if (in_place_) {
-        std::vector<double> padded(static_cast<std::size_t>(basis.history.count * w.rows));
-        padded.insert(padded.end(), c.begin(), c.end());
-        project(w, basis.whole(), padded, &gram, &self_gram);
+        project(w, basis.whole(), basis.history.count, step.overlap + middle, step.next, step.orthonormalization.gram);
         return;
     }
-    std::vector<double> recent;
-    project(w, basis.recent, c, &recent, &self_gram);
-    this->gram(basis.history, w, gram);
-    gram.insert(gram.end(), recent.begin(), recent.end());
+    project(w, basis.recent, 0, step.overlap + middle, step.next + middle, step.orthonormalization.gram);
+    gram(basis.history, w, step.next);
 }
 
-// W <- W - C^T B for the whole basis; where gram is given, B W^T from the same read of B.
-void BlockLanczos::project(const Panel& w, const Basis& basis, const std::vector<double>& c, std::vector<double>* gram,
-                           std::vector<double>* self_gram) {
+// W <- W - C^T B for the whole basis; where asked for, B W^T from the same read of B.
+void BlockLanczos::project_whole(const Panel& w, const Basis& basis, const LanczosStep& step, bool with_gram) {
+    double* next = with_gram ? step.next : nullptr;
+    double* self_gram = step.orthonormalization.gram;
     if (in_place_) {
-        project(w, basis.whole(), c, gram, self_gram);
+        project(w, basis.whole(), 0, step.overlap, next, self_gram);
         return;
     }
-    const auto middle = c.begin() + static_cast<std::ptrdiff_t>(basis.history.count * w.rows);
+    const std::int64_t middle = basis.history.count * w.rows;
     if (basis.history.count > 0) {
-        project(w, basis.history, {c.begin(), middle}, gram, nullptr);
-    } else if (gram != nullptr) {
-        gram->clear();
+        project(w, basis.history, 0, step.overlap, next, nullptr);
     }
     // Last, since older blocks that are not quite orthogonal to the last two bring parts of them back.
-    project(w, basis.recent, {middle, c.end()}, nullptr, self_gram);
-    if (gram != nullptr) {
-        std::vector<double> recent;
-        this->gram(basis.recent, w, recent);
-        gram->insert(gram->end(), recent.begin(), recent.end());
+    project(w, basis.recent, 0, step.overlap + middle, nullptr, self_gram);
+    if (with_gram) {
+        gram(basis.recent, w, next + middle);
     }
 }
 
@@ -210,22 +262,21 @@ void BlockLanczos::start() {
     }
     failed_ = true;
     const std::int64_t b = options_.block;
-    std::vector<double> self_gram = zeros(b * b);
+    LanczosStep step = matrices(0, 0, b);
+    step.tolerance = options_.breakdown_multiple * epsilon();
+    step.max_rank = options_.global_size;
     const Panel probes = working_.slice(work_row(), b);
-    kernels_->panel_gram(probes, probes, self_gram.data());
-    reduction_(self_gram.data(), b * b);
-    require_finite(self_gram);
-    const double tolerance = options_.breakdown_multiple * epsilon() * largest_row_norm(self_gram, b);
-    std::vector<double> factor = zeros(b * b);
-    const OrthonormalizeResult result = kernels_->panel_orthonormalize(
-        probes, working_.slice(0, b), tolerance, options_.global_size, reduction_, self_gram.data(), factor.data());
-    if (result.rank == 0) {
+    kernels_->panel_gram(probes, probes, step.orthonormalization.gram);
+    reduce(*kernels_, reduction_, step.orthonormalization.gram, b * b);
+    kernels_->lanczos_task(LanczosTask::probes, step);
+    const Found found = orthonormalized(probes, working_.slice(0, b), step);
+    if (found.block.rank == 0) {
         throw EngineError("BlockLanczos: all probes are zero");
     }
-    start_ = leading_columns(factor, b, b, result.rank);
-    width_ = result.rank;
+    start_ = leading_columns(found.factor, b, found.block.rank);
+    width_ = found.block.rank;
     clear_rows(width_, b - width_);
-    rank_ = result.rank;
+    rank_ = width_;
     estimate_.start(width_);
     started_ = true;
     failed_ = false;
@@ -244,62 +295,32 @@ void BlockLanczos::advance() {
     const Panel w = working_.slice(work_row(), width_);
     const bool local = options_.reorthogonalization == Reorthogonalization::partial;
     const Basis basis{history_rows({0, local ? 0 : history_blocks()}), recent_rows()};
-    const auto in_history = static_cast<std::size_t>(basis.history.count * width_);
-    std::vector<double> removed(in_history);
-    std::vector<double> overlap;
-    std::vector<double> next;
-    std::vector<double> self_gram;
-    // Coefficients as panel_project uses them, so that what is recorded is what was subtracted.
-    const auto note = [&](std::vector<double>& coefficients) {
-        require_finite(coefficients);
-        round_to(working_.precision, coefficients);
-    };
-    const auto add_to_removed = [&] {
-        for (std::size_t i = 0; i < removed.size(); ++i) {
-            removed[i] += overlap[i];
-        }
-    };
+    LanczosStep step = matrices(basis.history.count, basis.recent.count, width_);
+    step.tolerance = options_.breakdown_multiple * epsilon();
+    step.max_rank = keeps_all() ? options_.global_size - rank_ : width_;
 
+    // All of this is put to work before the host looks at what came out.
     // The last two blocks R carry nearly all that is taken out:
     // S = R W^T                                         reads R and W once
-    gram(basis.recent, w, overlap);
-    note(overlap);
-    removed.insert(removed.end(), overlap.begin(), overlap.end());
+    gram(basis.recent, w, step.overlap + basis.history.count * width_);
+    kernels_->lanczos_task(LanczosTask::recent, step);
     // W <- W - S^T R,  S = B W^T                        B is V and R; reads B once, reads and writes W once
-    project_recent(w, basis, overlap, next, self_gram);
-    note(next);
-    overlap.swap(next);
-    add_to_removed();
+    vectors_read_ += when(&step.facts->finite, [&] { project_recent(w, basis, step); });
+    kernels_->lanczos_task(LanczosTask::whole, step);
     // W <- W - S^T B                                    reads B once, reads and writes W once
-    const bool twice = removes_much(overlap, in_history, self_gram);
-    project(w, basis, overlap, twice ? &next : nullptr, &self_gram);
-    if (twice) {
+    const std::int64_t once = when(&step.facts->once, [&] { project_whole(w, basis, step, false); });
+    const std::int64_t twice = when(&step.facts->twice, [&] {
         // S = B W^T from the same read of B, then W <- W - S^T B      reads B once more
-        note(next);
-        overlap.swap(next);
-        add_to_removed();
-        project(w, basis, overlap, nullptr, &self_gram);
-    }
-    require_finite(self_gram);
-
-    double cancellation = 1.0;  // least fraction of a row's norm that outlived the last projection
-    for (std::int64_t j = 0; j < width_; ++j) {
-        double all = 0.0;
-        double last = 0.0;
-        for (std::size_t i = static_cast<std::size_t>(j); i < removed.size(); i += static_cast<std::size_t>(width_)) {
-            all += removed[i] * removed[i];
-            last += overlap[i] * overlap[i];
-        }
-        const double left = self_gram[static_cast<std::size_t>(j * width_ + j)];
-        scale_ = std::max(scale_, std::sqrt(all + left));
-        if (last > 0.0) {
-            cancellation = std::min(cancellation, std::sqrt(left / (left + last)));
-        }
-    }
-    record_coefficients(removed, in_history, width_);
-
-    const double tolerance = options_.breakdown_multiple * epsilon() * scale_;
-    offdiagonal_.push_back(next_block(tolerance, cancellation, self_gram));
+        project_whole(w, basis, step, true);
+        kernels_->lanczos_task(LanczosTask::again, step);
+        project_whole(w, basis, step, false);
+    });
+    kernels_->lanczos_task(LanczosTask::product, step);
+    Found found = orthonormalized(w, w, step);
+    vectors_read_ += (found.facts.once != 0 ? once : 0) + (found.facts.twice != 0 ? twice : 0);
+    scale_ = found.facts.scale;
+    record_coefficients(found.removed, basis.history.count * width_, width_);
+    offdiagonal_.push_back(next_block(w, found));
     ++step_;
     width_ = offdiagonal_.back().columns;
     rank_ += width_;
@@ -308,30 +329,10 @@ void BlockLanczos::advance() {
     failed_ = false;
 }
 
-// Whether the history takes so much out of a row that one projection is not enough: what it leaves of an overlap is the
-// rounding of the coefficient and the history's own loss of orthogonality.
-bool BlockLanczos::removes_much(const std::vector<double>& overlap, std::size_t in_history,
-                                const std::vector<double>& self_gram) const {
-    const double limit = history_.precision() == working_.precision ? kOnePass : std::sqrt(epsilon());
-    for (std::int64_t j = 0; j < width_; ++j) {
-        double square = 0.0;
-        for (std::size_t i = static_cast<std::size_t>(j); i < in_history; i += static_cast<std::size_t>(width_)) {
-            square += overlap[i] * overlap[i];
-        }
-        // not a number counts as much
-        if (!(square <= limit * limit * self_gram[static_cast<std::size_t>(j * width_ + j)])) {
-            return true;
-        }
-    }
-    return false;
-}
-
 // A_j is the symmetric part of its projection; the rest of the projection ought to repeat C_{j-1} and be zero before.
-void BlockLanczos::record_coefficients(const std::vector<double>& removed, std::size_t in_history, std::int64_t width) {
+void BlockLanczos::record_coefficients(const double* removed, std::int64_t in_history, std::int64_t width) {
     const std::int64_t b = options_.block;
-    const auto at = [&](std::int64_t row, std::int64_t column) {
-        return removed[in_history + static_cast<std::size_t>(row * width + column)];
-    };
+    const auto at = [&](std::int64_t row, std::int64_t column) { return removed[in_history + row * width + column]; };
     const std::int64_t here = current_row() - recent_rows().first;
     SmallMatrix a(width, width);
     for (std::int64_t i = 0; i < width; ++i) {
@@ -352,7 +353,7 @@ void BlockLanczos::record_coefficients(const std::vector<double>& removed, std::
     }
     // Projections onto a rounded history show its rounding, not the operator's noise.
     if (options_.reorthogonalization == Reorthogonalization::full && history_.precision() == working_.precision) {
-        for (std::size_t i = 0; i < in_history; ++i) {
+        for (std::int64_t i = 0; i < in_history; ++i) {
             recurrence_error_ = std::max(recurrence_error_, std::abs(removed[i]));
         }
     }
@@ -360,29 +361,29 @@ void BlockLanczos::record_coefficients(const std::vector<double>& removed, std::
 
 // Q <- Q - (V Q^T)^T V for the blocks asked for, then orthonormal again; returns the factor of the old rows in the new.
 SmallMatrix BlockLanczos::sweep(const Panel& q, const std::vector<Range>& ranges) {
-    std::vector<double> overlap;
-    swept_overlap_ = 0.0;
-    const auto note = [&] {
-        for (const double value : overlap) {
-            swept_overlap_ = std::max(swept_overlap_, std::abs(value));
-        }
+    LanczosTask task = LanczosTask::swept;
+    const auto take_out = [&](Rows rows) {
+        const LanczosStep part = matrices(rows.count, 0, q.rows);
+        gram(rows, q, part.overlap);
+        kernels_->lanczos_task(task, part);
+        task = LanczosTask::swept_further;
+        project(q, rows, 0, part.overlap, nullptr, nullptr);
     };
     for (const Range range : ranges) {
         if (range.first < range.last) {
-            gram(history_rows(range), q, overlap);
-            note();
-            project(q, history_rows(range), overlap, nullptr, nullptr);
+            take_out(history_rows(range));
         }
     }
     // Last, since older blocks that are not quite orthogonal to the last two bring parts of them back.
-    const Rows recent = recent_rows();
-    gram(recent, q, overlap);
-    note();
-    project(q, recent, overlap, nullptr, nullptr);
-    std::vector<double> factor = zeros(q.rows * q.rows);
-    const OrthonormalizeResult result =
-        kernels_->panel_orthonormalize(q, q, kInSpan, q.rows, reduction_, nullptr, factor.data());
-    return leading_columns(factor, q.rows, q.rows, result.rank);
+    take_out(recent_rows());
+    LanczosStep step = matrices(0, 0, q.rows);
+    step.tolerance = kInSpan;
+    kernels_->panel_gram(q, q, step.orthonormalization.gram);
+    reduce(*kernels_, reduction_, step.orthonormalization.gram, q.rows * q.rows);
+    kernels_->lanczos_task(LanczosTask::block, step);
+    const Found found = orthonormalized(q, q, step);
+    swept_overlap_ = found.facts.swept;
+    return leading_columns(found.factor, q.rows, found.block.rank);
 }
 
 // The blocks of the history that the newest block has to be swept against, after the estimate has moved on to it.
@@ -422,18 +423,15 @@ std::vector<BlockLanczos::Range> BlockLanczos::ranges_to_sweep() {
     return ranges;
 }
 
-// Orthonormalizes the work rows in place, makes them the newest block (not after the last step), returns C_j.
-SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation, const std::vector<double>& self_gram) {
-    const Panel w = working_.slice(work_row(), width_);
-    const std::int64_t room = keeps_all() ? options_.global_size - rank_ : width_;
-    std::vector<double> factor = zeros(width_ * width_);
-    const OrthonormalizeResult result =
-        kernels_->panel_orthonormalize(w, w, tolerance, room, reduction_, self_gram.data(), factor.data());
-    SmallMatrix c = leading_columns(factor, width_, width_, result.rank);
+// Sweeps the orthonormalized work rows where they need it, makes them the newest block (not after the last step),
+// returns C_j.
+SmallMatrix BlockLanczos::next_block(const Panel& w, const Found& found) {
+    const std::int64_t rank = found.block.rank;
+    SmallMatrix c = leading_columns(found.factor, width_, rank);
     double strongest = 0.0;
     for (std::int64_t i = 0; i < width_; ++i) {
         double square = 0.0;
-        for (std::int64_t j = 0; j < result.rank; ++j) {
+        for (std::int64_t j = 0; j < rank; ++j) {
             square += c.at(i, j) * c.at(i, j);
         }
         strongest = std::max(strongest, std::sqrt(square));
@@ -441,9 +439,9 @@ SmallMatrix BlockLanczos::next_block(double tolerance, double cancellation, cons
 
     const bool partial = options_.reorthogonalization == Reorthogonalization::partial;
     const std::int64_t blocks = history_blocks();
-    const bool weak = result.weakest < kWeakBlock * strongest || cancellation < 0.5;
-    if (result.rank > 0 && weak) {
-        c = product(c, sweep(w.slice(0, result.rank), {{0, blocks}}));
+    const bool weak = found.block.weakest < kWeakBlock * strongest || found.facts.cancellation < 0.5;
+    if (rank > 0 && weak) {
+        c = product(c, sweep(w.slice(0, rank), {{0, blocks}}));
         ++extra_sweeps_;
     }
     if (partial && c.columns > 0) {
@@ -516,19 +514,21 @@ double BlockLanczos::measure_orthogonality() {
     const std::int64_t width = finished_ ? diagonal_.back().rows : width_;
     const Panel q = working_.slice(current_row(), width);
     const std::int64_t here = current_row() - recent_rows().first;
-    std::vector<double> overlap;
-    gram(recent_rows(), q, overlap);
     double largest = 0.0;
-    for (std::int64_t i = 0; i < recent_rows().count; ++i) {
-        for (std::int64_t j = 0; j < width; ++j) {
-            const double expected = i == here + j ? 1.0 : 0.0;
-            largest = std::max(largest, std::abs(overlap[static_cast<std::size_t>(i * width + j)] - expected));
+    const auto note = [&](Rows rows, std::int64_t own) {
+        const LanczosStep step = matrices(rows.count, 0, width);
+        gram(rows, q, step.overlap);
+        std::vector<double> overlap(static_cast<std::size_t>(rows.count * width));
+        download(*kernels_, overlap.data(), step.overlap, rows.count * width);
+        for (std::int64_t i = 0; i < rows.count; ++i) {
+            for (std::int64_t j = 0; j < width; ++j) {
+                const double expected = i == own + j ? 1.0 : 0.0;
+                largest = std::max(largest, std::abs(overlap[static_cast<std::size_t>(i * width + j)] - expected));
+            }
         }
-    }
-    gram(history_rows({0, history_blocks()}), q, overlap);
-    for (const double value : overlap) {
-        largest = std::max(largest, std::abs(value));
-    }
+    };
+    note(recent_rows(), here);
+    note(history_rows({0, history_blocks()}), -width);
     return largest;
 }
 

@@ -31,6 +31,8 @@
 #include <vector>
 
 #include "dispatch.hpp"
+#include "execution.hpp"
+#include "lanczos_step.hpp"
 #include "orthogonality_estimate.hpp"
 #include "small_matrix.hpp"
 #include "tiled_panel.hpp"
@@ -56,6 +58,10 @@ class BlockLanczos {
    public:
     BlockLanczos(const Kernels& kernels, TiledPanel history, Panel working, BlockLanczosOptions options,
                  Reduction reduction);
+
+    // Bytes of the small matrices that these take where the kernels work, for overlaps of up to `rows` rows; for
+    // kernels on a device in Execution::matrices, in each of the calls below.
+    [[nodiscard]] static std::int64_t matrix_bytes(std::int64_t rows, std::int64_t block);
 
     // The rows at work_row() hold the probes Z; sets Q_0 and the factor Z = L_0 Q_0. Throws EngineError if all probes
     // are zero.
@@ -117,22 +123,31 @@ class BlockLanczos {
         }
     };
 
+    // What the host has seen of a step, in its memory.
+    struct Found {
+        LanczosFacts facts;
+        OrthonormalizeFacts block;
+        const double* factor;
+        const double* removed;
+    };
+
     [[nodiscard]] bool keeps_all() const;
     [[nodiscard]] Rows recent_rows() const;
     [[nodiscard]] Rows history_rows(Range range) const;
     [[nodiscard]] std::int64_t history_blocks() const;
+    [[nodiscard]] std::int64_t most_overlaps() const { return history_.rows() + working_.rows; }
     [[nodiscard]] double epsilon() const { return machine_epsilon(working_.precision); }
-    void gram(Rows v, const Panel& w, std::vector<double>& out);
-    void project(const Panel& w, Rows v, const std::vector<double>& c, std::vector<double>* gram,
-                 std::vector<double>* self_gram);
-    void project(const Panel& w, const Basis& basis, const std::vector<double>& c, std::vector<double>* gram,
-                 std::vector<double>* self_gram);
-    void project_recent(const Panel& w, const Basis& basis, const std::vector<double>& c, std::vector<double>& gram,
-                        std::vector<double>& self_gram);
-    [[nodiscard]] bool removes_much(const std::vector<double>& overlap, std::size_t in_history,
-                                    const std::vector<double>& self_gram) const;
-    void record_coefficients(const std::vector<double>& removed, std::size_t in_history, std::int64_t width);
-    SmallMatrix next_block(double tolerance, double cancellation, const std::vector<double>& self_gram);
+    LanczosStep matrices(std::int64_t history, std::int64_t recent, std::int64_t width);
+    Found look(const LanczosStep& step);
+    Found orthonormalized(const Panel& w, const Panel& out, const LanczosStep& step);
+    template <typename Body>
+    std::int64_t when(const int* flag, Body body);
+    void gram(Rows v, const Panel& w, double* out);
+    void project(const Panel& w, Rows v, std::int64_t idle, const double* c, double* gram, double* self_gram);
+    void project_recent(const Panel& w, const Basis& basis, const LanczosStep& step);
+    void project_whole(const Panel& w, const Basis& basis, const LanczosStep& step, bool with_gram);
+    void record_coefficients(const double* removed, std::int64_t in_history, std::int64_t width);
+    SmallMatrix next_block(const Panel& w, const Found& found);
     SmallMatrix sweep(const Panel& q, const std::vector<Range>& ranges);
     [[nodiscard]] std::vector<Range> ranges_to_sweep();
     void keep(std::int64_t width);
@@ -168,6 +183,9 @@ class BlockLanczos {
     SmallMatrix start_;
     std::vector<SmallMatrix> diagonal_;
     std::vector<SmallMatrix> offdiagonal_;
+    std::vector<double> memory_;  // small matrices of kernels that work in the host's memory
+    std::vector<double> found_;   // copy of what was looked at on a device
+    double* part_ = nullptr;      // room for the sums of one tile, set by matrices()
 };
 
 }  // namespace hesd

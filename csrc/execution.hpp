@@ -10,8 +10,12 @@ struct Execution {
     void* stream = nullptr;     // cudaStream_t
     void* workspace = nullptr;  // device memory, 256-byte aligned
     std::int64_t workspace_bytes = 0;
+    void* matrices = nullptr;  // more of it, for the caller's small matrices
+    std::int64_t matrix_bytes = 0;
     void* staging = nullptr;  // more of it, for two tiles of a basis in the host's memory
     std::int64_t staging_bytes = 0;
+    // A flag in device memory: where it is zero, panel_gram and panel_project do nothing.
+    const int* condition = nullptr;
 };
 
 // The execution of this thread.
@@ -32,6 +36,15 @@ class ExecutionScope {
 
    private:
     Execution before_;
+};
+
+// Makes the kernels put to work in a scope depend on a flag in device memory.
+class ConditionScope {
+   public:
+    explicit ConditionScope(const int* flag) { current_execution().condition = flag; }
+    ~ConditionScope() { current_execution().condition = nullptr; }
+    ConditionScope(const ConditionScope&) = delete;
+    ConditionScope& operator=(const ConditionScope&) = delete;
 };
 
 }  // namespace hesd

@@ -62,59 +62,44 @@ void TiledPanel::for_each_tile(const Kernels& kernels, std::int64_t first, std::
     }
 }
 
-void TiledPanel::gram(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
-                      double* gram) const {
-    if (tiles_.size() == 1 && !far_) {
-        kernels.panel_gram(tiles_.front().slice(first, count), w, gram);
-        return;
-    }
-    const std::int64_t size = count * w.rows;
-    std::vector<double> part(static_cast<std::size_t>(size));
-    std::fill_n(gram, size, 0.0);
+void TiledPanel::gram(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w, double* gram,
+                      double* part) const {
+    bool begun = false;
     for_each_tile(kernels, first, count, w, [&](const Panel& rows, const Panel& columns) {
-        kernels.panel_gram(rows, columns, part.data());
-        for (std::int64_t i = 0; i < size; ++i) {
-            gram[i] += part[static_cast<std::size_t>(i)];
+        kernels.panel_gram(rows, columns, begun ? part : gram);
+        if (begun) {
+            kernels.add(gram, part, count * w.rows);
         }
+        begun = true;
     });
 }
 
 void TiledPanel::project(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
-                         const double* coefficients, double* gram, double* self_gram) const {
-    if (tiles_.size() == 1 && !far_) {
-        kernels.panel_project(w, tiles_.front().slice(first, count), coefficients, gram, self_gram);
-        return;
-    }
+                         std::int64_t idle, const double* coefficients, double* gram, double* self_gram,
+                         double* part) const {
     const std::int64_t gram_size = gram != nullptr ? count * w.rows : 0;
     const std::int64_t self_size = self_gram != nullptr ? w.rows * w.rows : 0;
-    std::vector<double> part(static_cast<std::size_t>(gram_size + self_size));
-    std::fill_n(gram, gram_size, 0.0);
-    std::fill_n(self_gram, self_size, 0.0);
+    bool begun = false;
     for_each_tile(kernels, first, count, w, [&](const Panel& rows, const Panel& columns) {
-        kernels.panel_project(columns, rows, coefficients, gram != nullptr ? part.data() : nullptr,
-                              self_gram != nullptr ? part.data() + gram_size : nullptr);
-        for (std::int64_t i = 0; i < gram_size; ++i) {
-            gram[i] += part[static_cast<std::size_t>(i)];
+        const auto place = [&](double* whole, double* of_tile) { return begun && whole != nullptr ? of_tile : whole; };
+        kernels.panel_project(columns, rows, idle, coefficients, place(gram, part), place(self_gram, part + gram_size));
+        if (begun) {
+            kernels.add(gram, part, gram_size);
+            kernels.add(self_gram, part + gram_size, self_size);
         }
-        for (std::int64_t i = 0; i < self_size; ++i) {
-            self_gram[i] += part[static_cast<std::size_t>(gram_size + i)];
-        }
+        begun = true;
     });
 }
 
 void TiledPanel::store(const Kernels& kernels, std::int64_t first, const Panel& source) const {
-    std::vector<double> identity(static_cast<std::size_t>(source.rows * source.rows));
-    for (std::int64_t i = 0; i < source.rows; ++i) {
-        identity[static_cast<std::size_t>(i * source.rows + i)] = 1.0;
-    }
     std::int64_t column = 0;
     for (const Panel& tile : tiles_) {
         const Panel part = columns_of(source, column, tile.columns);
         const Panel rows = tile.slice(first, source.rows);
         if (far_) {
-            kernels.staging->send(part, identity.data(), rows);
+            kernels.staging->send(part, rows);
         } else {
-            kernels.panel_combine(identity.data(), part, rows);
+            kernels.panel_combine(nullptr, part, rows);
         }
         column += tile.columns;
     }

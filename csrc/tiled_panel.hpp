@@ -23,12 +23,15 @@ class TiledPanel {
     [[nodiscard]] std::int64_t columns() const { return columns_; }
     [[nodiscard]] Precision precision() const { return tiles_.front().precision; }
 
-    // panel_gram of rows [first, first + count) with w: gram (count, w.rows).
-    void gram(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w, double* gram) const;
+    [[nodiscard]] bool far() const { return far_; }
 
-    // panel_project with rows [first, first + count); gram and self_gram may be null.
-    void project(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
-                 const double* coefficients, double* gram, double* self_gram) const;
+    // panel_gram of rows [first, first + count) with w: gram (count, w.rows). `part` has room for as many numbers.
+    void gram(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w, double* gram,
+              double* part) const;
+
+    // panel_project with rows [first, first + count); gram and self_gram may be null. `part` has room for both.
+    void project(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w, std::int64_t idle,
+                 const double* coefficients, double* gram, double* self_gram, double* part) const;
 
     // Rounds the rows of `source` into rows [first, first + source.rows).
     void store(const Kernels& kernels, std::int64_t first, const Panel& source) const;

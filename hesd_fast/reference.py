@@ -18,9 +18,11 @@ def panel_gram(V: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     return V.double() @ W.double().T
 
 
-def panel_project(W: torch.Tensor, V: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``W -= C.T @ V`` in place; ``V @ W.T`` (k, b) and ``W @ W.T`` (b, b) of the new W."""
-    W.copy_(W.double() - C.T @ V.double())
+def panel_project(
+    W: torch.Tensor, V: torch.Tensor, C: torch.Tensor, idle: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``W -= C.T @ V[idle:]`` in place; ``V @ W.T`` (k, b) and ``W @ W.T`` (b, b) of the new W."""
+    W.copy_(W.double() - C.T @ V[idle:].double())
     return panel_gram(V, W), panel_gram(W, W)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import signal
+import subprocess
+import sys
 
 import emulation
 import numpy as np
@@ -13,6 +16,8 @@ import hesd_fast as hesd
 from hesd_fast import basis as hesd_basis
 from hesd_fast import kernels
 from hesd_fast.errors import PlanError, ProblemError
+from hesd_fast.lanczos import LanczosRun
+from hesd_fast.operators import as_operator
 
 THREADS = 256
 FAULTS = emulation.FOLDER / "planted_faults.so"
@@ -38,6 +43,33 @@ def test_block_lanczos_finds_what_the_cpu_kernels_find(monkeypatch, mode, dtype)
         for one, other in zip(wanted.offdiagonal, found.offdiagonal, strict=True):
             assert np.abs(one - other).max() <= tolerance
         assert found.orthogonality is None or found.orthogonality <= 100 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("working", [torch.float64, torch.float32])
+@pytest.mark.parametrize("basis_dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("mode", ["full", "partial", "window", "none"])
+@pytest.mark.parametrize("block", [1, 4, 9])
+def test_the_host_waits_once_in_a_step(monkeypatch, mode, block, basis_dtype, working):
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64, generator=generator))[0]
+    matrix = ((vectors * torch.linspace(-1.0, 2.0, 300)) @ vectors.T).to(working)
+    emulation.use_emulated_engine(monkeypatch)
+    run = LanczosRun(
+        as_operator(matrix), 60 // block, block, reorthogonalization=mode, basis_dtype=basis_dtype, window=4 * block
+    )
+    engine, sweeps, waits = run._engine, [], []
+    while not run.finished:
+        torch.mm(run.panel, matrix, out=run.product)
+        before = engine.extra_sweeps + engine.partial_sweeps
+        emulation.engine().take_waits()
+        run.advance()
+        waits.append(emulation.engine().take_waits())
+        sweeps.append(engine.extra_sweeps + engine.partial_sweeps - before)
+    assert len(waits) == 60 // block
+    # A sweep, which is rare, is decided and waited for by itself; where rounded vectors are kept it may take two.
+    most = 2 if (mode, basis_dtype) == ("partial", "bfloat16") else 1
+    assert all(1 + sweep <= wait <= 1 + most * sweep for wait, sweep in zip(waits, sweeps, strict=True))
+    assert most == 2 or sum(sweeps) <= len(sweeps) / 3
 
 
 @pytest.mark.parametrize("basis_dtype", ["float32", "bfloat16"])
@@ -155,9 +187,7 @@ def test_panels_are_read_once(traffic, storage, working, k, b):
     kernels.panel_project(w, v, torch.ones(k, b, dtype=torch.float64), gram=False, self_gram=False)
     assert traffic() == (passes * of_v + of_w, 0, of_w)
     # The first rows of V that nothing is taken of are read for the Gram matrix alone.
-    c = torch.ones(k, b, dtype=torch.float64)
-    c[: k // 2] = 0.0
-    kernels.panel_project(w, v, c)
+    kernels.panel_project(w, v, torch.ones(k - k // 2, b, dtype=torch.float64), idle=k // 2)
     read, again, _ = traffic()
     assert read == passes * of_v + of_w + squared
     assert again == passes * of_v * (k - k // 2) // k
@@ -252,6 +282,19 @@ def test_what_the_hardware_would_not_do_ends_the_launch(name, fine, faulty, mess
     assert run_planted(name, fine)[0] == ""
     assert message in run_planted(name, faulty)[0]
     assert run_planted(name, fine)[0] == ""  # the next launch is whole
+
+
+@pytest.mark.parametrize(
+    ("by_copy", "length", "signal_number"),
+    [(True, THREADS, 0), (False, THREADS, signal.SIGSEGV), (True, THREADS + 1, signal.SIGSEGV)],
+)
+def test_memory_of_the_device_is_out_of_the_hosts_reach(by_copy, length, signal_number):
+    code = f"""import ctypes
+planted = ctypes.CDLL({str(FAULTS)!r})
+planted.reach_device_memory.restype = ctypes.c_float
+assert planted.reach_device_memory(ctypes.c_bool({by_copy}), ctypes.c_int64({length})) == 1.0"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal_number, ended.stderr
 
 
 def test_warp_functions_give_what_they_should():

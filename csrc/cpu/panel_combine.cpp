@@ -16,7 +16,7 @@ void combine(const double* s, const Panel& v, const Panel& x) {
     const Scratch<C> rows(most_threads() * r * stride);
     const Scratch<C> factors(r * k);
     for (std::int64_t i = 0; i < r * k; ++i) {
-        factors.data()[i] = static_cast<C>(s[i]);
+        factors.data()[i] = static_cast<C>(s != nullptr ? s[i] : i / k == i % k ? 1.0 : 0.0);
     }
     const S* v_data = static_cast<const S*>(v.data);
     T* x_data = static_cast<T*>(x.data);

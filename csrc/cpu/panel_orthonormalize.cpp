@@ -2,7 +2,7 @@
 
 #include "cpu/targets.hpp"
 #include "cpu/tiles.hpp"
-#include "orthonormalize_plan.hpp"
+#include "orthonormalize_rounds.hpp"
 
 namespace hesd::HESD_TARGET {
 namespace {
@@ -47,25 +47,20 @@ void transform_rows(const Panel& source, const double* transform, const Panel& t
 
 }  // namespace
 
-OrthonormalizeResult panel_orthonormalize(const Panel& w, const Panel& out, double tolerance, std::int64_t max_rank,
-                                          const Reduction& reduction, const double* gram, double* factor) {
-    const std::int64_t b = w.rows;
-    const Scratch<double> current(b * b);
-    if (gram != nullptr) {
-        for (std::int64_t i = 0; i < b * b; ++i) {
-            current.data()[i] = gram[i];
+void panel_orthonormalize(const Panel& w, const Panel& out, const Orthonormalization& state, bool,
+                          const Reduction& reduction) {
+    for (;;) {
+        orthonormalize_next(state);
+        if (state.facts->stage == OrthonormalizeStage::last) {
+            transform_rows(w, state.transform, out, nullptr);
+            return;
         }
-    } else {
-        panel_gram(w, w, current.data());
-        reduction(current.data(), b * b);
+        if (state.facts->stage != OrthonormalizeStage::more) {
+            return;
+        }
+        transform_rows(w, state.transform, w, state.gram);
+        reduction(state.gram, state.rows * state.rows);
     }
-    OrthonormalizePlan plan(b, tolerance, max_rank);
-    while (!plan.next(current.data())) {
-        transform_rows(w, plan.transform(), w, current.data());
-        reduction(current.data(), b * b);
-    }
-    transform_rows(w, plan.transform(), out, nullptr);
-    return plan.finish(factor);
 }
 
 }  // namespace hesd::HESD_TARGET

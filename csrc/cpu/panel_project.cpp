@@ -1,7 +1,5 @@
 #include "hesd/panel_project.hpp"
 
-#include <algorithm>
-
 #include "cpu/targets.hpp"
 #include "cpu/tiles.hpp"
 
@@ -9,7 +7,8 @@ namespace hesd::HESD_TARGET {
 namespace {
 
 template <typename S, typename T>
-void project(const Panel& w, const Panel& v, const double* coefficients, double* gram, double* self_gram) {
+void project(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, double* gram,
+             double* self_gram) {
     typedef typename Common<S, T>::type C;
     const std::int64_t k = v.rows;
     const std::int64_t b = w.rows;
@@ -21,15 +20,10 @@ void project(const Panel& w, const Panel& v, const double* coefficients, double*
     const ChunkSums sums(w.columns, gram_size + self_size);
     const std::int64_t stride = scratch_stride<C>(block);
     const Scratch<C> rows(most_threads() * b * stride);
-    const Scratch<C> factors(k * b);
-    for (std::int64_t i = 0; i < k * b; ++i) {
+    const std::int64_t taken = k - idle;
+    const Scratch<C> factors(taken * b);
+    for (std::int64_t i = 0; i < taken * b; ++i) {
         factors.data()[i] = static_cast<C>(coefficients[i]);
-    }
-    // Rows of V that nothing is taken of, as where they only belong to the Gram matrix.
-    std::int64_t idle = 0;
-    while (idle < k &&
-           std::all_of(coefficients + idle * b, coefficients + (idle + 1) * b, [](double c) { return c == 0.0; })) {
-        ++idle;
     }
     const S* v_data = static_cast<const S*>(v.data);
     T* w_data = static_cast<T*>(w.data);
@@ -39,8 +33,8 @@ void project(const Panel& w, const Panel& v, const double* coefficients, double*
         for (std::int64_t i = 0; i < b * stride; ++i) {
             w_rows[i] = C(0);
         }
-        combine_block(v_data + idle * v.stride + column, v.stride, k - idle, factors.data() + idle * b, b, 1, w_rows,
-                      stride, b, length);
+        combine_block(v_data + idle * v.stride + column, v.stride, taken, factors.data(), b, 1, w_rows, stride, b,
+                      length);
         subtract_rows(w_rows, stride, b, length, w_data + column, w.stride);
         if (gram_size > 0) {
             gram_block<C, false>(v_data + column, v.stride, k, w_rows, stride, b, length, sums.of(chunk));
@@ -57,11 +51,12 @@ void project(const Panel& w, const Panel& v, const double* coefficients, double*
 
 }  // namespace
 
-void panel_project(const Panel& w, const Panel& v, const double* coefficients, double* gram, double* self_gram) {
+void panel_project(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, double* gram,
+                   double* self_gram) {
     with_storage(v.precision, [&](auto* storage) {
         with_working(w.precision, [&](auto* working) {
             project<std::remove_pointer_t<decltype(storage)>, std::remove_pointer_t<decltype(working)>>(
-                w, v, coefficients, gram, self_gram);
+                w, v, idle, coefficients, gram, self_gram);
         });
     });
 }

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <vector>
 
 #include "cuda/kernels.hpp"
 #include "cuda/tiles.cuh"
@@ -82,18 +81,7 @@ void combine(const double* s, const Panel& v, const Panel& x) {
     using Shape = Tile<S, C, B>;
     const std::int64_t k = v.rows;
     const std::int64_t r = x.rows;
-    const std::int64_t tiles = (r + B - 1) / B;
-    std::vector<C> padded(static_cast<std::size_t>(tiles * k * B));
-    for (std::int64_t row = 0; row < r; ++row) {
-        for (std::int64_t i = 0; i < k; ++i) {
-            padded[static_cast<std::size_t>((row / B * k + i) * B + row % B)] = static_cast<C>(s[row * k + i]);
-        }
-    }
     Workspace workspace;
-    C* coefficients = workspace.take<C>(tiles * k * B);
-    if (!padded.empty()) {
-        to_device(coefficients, padded.data(), tiles * k * B);
-    }
     CombineArguments<S, C, B> a{};
     a.v = rows_of<const S>(v);
     a.x = x.data;
@@ -103,7 +91,7 @@ void combine(const double* s, const Panel& v, const Panel& x) {
     a.k = k;
     a.r = r;
     a.n = x.columns;
-    a.coefficients = coefficients;
+    a.coefficients = arrange<C>(workspace, {s, k, r, 1, k}, B);
     const std::int64_t blocks = std::min<std::int64_t>(kBlocks * Shape::blocks_per_multiprocessor,
                                                        (x.columns + Shape::columns - 1) / Shape::columns);
     launch("combine", combine_kernel<S, C, B>, blocks, kThreads, Shape::scratch_bytes, a);

@@ -1,11 +1,9 @@
 #include <algorithm>
-#include <vector>
 
 #include "cuda/kernels.hpp"
 #include "cuda/sweep.hpp"
 #include "cuda/tiles.cuh"
-#include "orthonormalize_plan.hpp"
-#include "small_matrix.hpp"
+#include "dispatch.hpp"
 
 namespace hesd::cuda {
 namespace {
@@ -28,25 +26,36 @@ static_assert(2 * kMostRows * piece_columns(kMostRows) * 8 <= kPieceBytes, "the 
 template <typename T>
 struct RowsArguments {
     Rows<const T> source;
-    Rows<T> target;           // no data: what the transform makes is only squared, and not rounded
+    Rows<T> last;             // for rows that are final
+    Rows<T> between;          // for others; no data: what the transform makes is only squared, and not rounded
     const double* transform;  // (b, b); null: the rows are squared as they are
-    double* partial;          // b (b + 1) / 2 sums for each block; null: none wanted
+    double* partial;          // b (b + 1) / 2 sums for each block
     std::int64_t n;
     int b;
     int columns;
+    const OrthonormalizeStage* stage;  // with a transform
+    const int* condition;              // where it is zero, nothing is done
 };
 
-// target <- transform times source, rounded to T, and the inner products of the rows it makes. Each piece is read
-// before it is written, so that the target may be the source.
+// The rows of a target <- transform times source, rounded to T, and, unless they are final, the inner products of the
+// rows it makes. Each piece is read before it is written, so that the target may be the source.
 template <typename T>
 HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) rows_kernel(const RowsArguments<T> a) {
+    if (a.condition != nullptr && *a.condition == 0) {
+        return;
+    }
+    const bool last = a.transform != nullptr && *a.stage == OrthonormalizeStage::last;
+    if (a.transform != nullptr && !last && *a.stage != OrthonormalizeStage::more) {
+        return;
+    }
+    const Rows<T> target = last ? a.last : a.between;
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / kWarp;
     const int lane = thread % kWarp;
     const int pairs = a.b * (a.b + 1) / 2;
     double* before = reinterpret_cast<double*>(shared_memory());  // (b, columns)
     double* after = a.transform != nullptr ? before + a.b * a.columns : before;
-    double* sums = a.partial != nullptr ? a.partial + static_cast<std::int64_t>(blockIdx.x) * pairs : nullptr;
+    double* sums = last ? nullptr : a.partial + static_cast<std::int64_t>(blockIdx.x) * pairs;
     for (int p = thread; sums != nullptr && p < pairs; p += kThreads) {
         sums[p] = 0.0;
     }
@@ -84,12 +93,12 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) rows_kernel(const RowsArguments<T> a
                 for (int q = 0; q < kOutputs; ++q) {
                     if (row + q < a.b) {
                         after[(row + q) * a.columns + c] =
-                            a.target.data != nullptr ? static_cast<double>(static_cast<T>(made[q])) : made[q];
+                            target.data != nullptr ? static_cast<double>(static_cast<T>(made[q])) : made[q];
                     }
                 }
             }
             __syncthreads();
-            for (int item = thread; a.target.data != nullptr && item < a.b * steps; item += kThreads) {
+            for (int item = thread; target.data != nullptr && item < a.b * steps; item += kThreads) {
                 const int row = item / steps;
                 const int c = item % steps * step;
                 Vector<T> values;
@@ -97,7 +106,7 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) rows_kernel(const RowsArguments<T> a
                 for (int e = 0; e < step; ++e) {
                     values.values[e] = static_cast<T>(after[row * a.columns + c + e]);
                 }
-                store(a.target.at(row, first + c), values, a.n - first - c, a.target.aligned);
+                store(target.at(row, first + c), values, a.n - first - c, target.aligned);
             }
         }
         if (sums != nullptr) {
@@ -106,87 +115,73 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) rows_kernel(const RowsArguments<T> a
     }
 }
 
+// Without a state the rows are squared into gram, as they are. With one its transform is applied to them, into `last`
+// where they are final, else into `between` (no data: nowhere), and they are squared into the state's Gram matrix.
 template <typename T>
-void run_rows(const Panel& source, const double* transform, const Panel& target, double* gram) {
-    const std::int64_t b = source.rows;
-    if (source.columns == 0 || b == 0) {
-        std::fill_n(gram, gram != nullptr ? b * b : 0, 0.0);
-        return;
-    }
+void run_rows(const Panel& w, const Orthonormalization* state, const Panel& last, const Panel& between, double* gram) {
+    const std::int64_t b = w.rows;
     if (b > kMostRows) {
         throw EngineError("a panel of " + std::to_string(b) +
                           " vectors cannot be squared or orthonormalized on a CUDA device; at most " +
                           std::to_string(kMostRows) + " can. Take a smaller block");
     }
-    const DeviceScope scope;
     Workspace workspace;
     RowsArguments<T> a{};
-    a.source = rows_of<const T>(source);
-    a.target = rows_of<T>(target);
-    a.n = source.columns;
+    a.source = rows_of<const T>(w);
+    a.last = rows_of<T>(last);
+    a.between = rows_of<T>(between);
+    a.transform = state != nullptr ? state->transform : nullptr;
+    a.stage = state != nullptr ? &state->facts->stage : nullptr;
+    a.condition = current_execution().condition;
+    a.n = w.columns;
     a.b = static_cast<int>(b);
     a.columns = piece_columns(b);
-    if (transform != nullptr) {
-        double* on_device = workspace.take<double>(b * b);
-        to_device(on_device, transform, b * b);
-        a.transform = on_device;
-    }
     const std::int64_t blocks = std::min<std::int64_t>(2 * kBlocks, (a.n + a.columns - 1) / a.columns);
-    const std::int64_t pairs = b * (b + 1) / 2;
-    a.partial = gram != nullptr ? take_sums(workspace, blocks, pairs) : nullptr;
-    const std::int64_t shared = (transform != nullptr ? 2 : 1) * b * a.columns * 8;
-    launch("rows", rows_kernel<T>, blocks, kThreads, shared, a);
-    if (gram != nullptr) {
-        std::vector<double> totals(static_cast<std::size_t>(pairs));
-        sum_partials(a.partial, blocks, pairs, totals.data());
-        unpack_pairs(totals.data(), b, gram);
+    const Sums sums{0, nullptr, 1, 1, b, gram};
+    a.partial = workspace.take<double>(blocks * sums.size());
+    if (blocks > 0) {
+        launch("rows", rows_kernel<T>, blocks, kThreads, (state != nullptr ? 2 : 1) * b * a.columns * 8, a);
     }
+    sum_partials(a.partial, blocks, sums, a.stage);
 }
 
-void run_rows(const Panel& source, const double* transform, const Panel& target, double* gram) {
-    if (source.precision == Precision::float64) {
-        run_rows<double>(source, transform, target, gram);
+void run_rows(const Panel& w, const Orthonormalization* state, const Panel& last, const Panel& between, double* gram) {
+    if (w.rows == 0) {
+        return;
+    }
+    if (w.precision == Precision::float64) {
+        run_rows<double>(w, state, last, between, gram);
     } else {
-        run_rows<float>(source, transform, target, gram);
+        run_rows<float>(w, state, last, between, gram);
     }
 }
-
-// No place to write to.
-Panel nothing_of(const Panel& w) { return {nullptr, w.precision, w.rows, w.columns, w.stride}; }
 
 }  // namespace
 
-void self_gram(const Panel& w, double* gram) { run_rows(w, nullptr, w, gram); }
+void self_gram(const Panel& w, double* gram) {
+    const DeviceScope scope;
+    run_rows(w, nullptr, w, w, gram);
+}
 
-OrthonormalizeResult panel_orthonormalize(const Panel& w, const Panel& out, double tolerance, std::int64_t max_rank,
-                                          const Reduction& reduction, const double* gram, double* factor) {
-    const std::int64_t b = w.rows;
-    std::vector<double> current(static_cast<std::size_t>(b * b));
-    if (gram != nullptr) {
-        std::copy_n(gram, b * b, current.data());
-    } else {
-        self_gram(w, current.data());
-        reduction(current.data(), b * b);
-    }
-    OrthonormalizePlan plan(b, tolerance, max_rank);
+void panel_orthonormalize(const Panel& w, const Panel& out, const Orthonormalization& state, bool first,
+                          const Reduction& reduction) {
+    const DeviceScope scope;
     // The usual two rounds on float32 rows take one writing: the first transform's rows are squared in float64 and not
     // kept, and the second one takes both transforms to the rows that were given. What float64 loses to the first one's
     // condition, at most 1e5, float32 does not see.
-    const bool once = w.precision == Precision::float32;
-    SmallMatrix transform(b, b);
-    for (int round = 0;; ++round) {
-        const SmallMatrix before = transform;
-        const bool last = plan.next(current.data());
-        std::copy_n(plan.transform(), b * b, transform.values.data());
-        if (once && round == 1) {
-            transform = product(transform, before);
+    const bool once = first && w.precision == Precision::float32;
+    for (int round = 0; round < 2; ++round) {
+        next_round(state, !once ? Transforms::separate : round == 0 ? Transforms::keep : Transforms::join);
+        const bool kept_back = once && round == 0;
+        run_rows(w, &state, out, kept_back ? Panel{nullptr, w.precision, w.rows, w.columns, w.stride} : w, state.gram);
+        if (reduction.sum != nullptr) {
+            OrthonormalizeStage stage{};
+            to_host(&stage, &state.facts->stage, 1);
+            if (stage != OrthonormalizeStage::more) {
+                return;
+            }
+            reduce(cuda_kernels(), reduction, state.gram, state.rows * state.rows);
         }
-        if (last) {
-            run_rows(w, transform.values.data(), out, nullptr);
-            return plan.finish(factor);
-        }
-        run_rows(w, transform.values.data(), once && round == 0 ? nothing_of(w) : w, current.data());
-        reduction(current.data(), b * b);
     }
 }
 

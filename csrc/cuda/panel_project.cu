@@ -3,8 +3,9 @@
 
 namespace hesd::cuda {
 
-void panel_project(const Panel& w, const Panel& v, const double* coefficients, double* gram, double* self_gram) {
-    sweep(w, v, coefficients, gram, self_gram);
+void panel_project(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, double* gram,
+                   double* self_gram) {
+    sweep(w, v, idle, coefficients, gram, self_gram);
 }
 
 }  // namespace hesd::cuda

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <vector>
 
 #include "cuda/sweep.hpp"
 #include "cuda/tiles.cuh"
@@ -21,7 +20,7 @@ struct SweepArguments {
     std::int64_t k;
     std::int64_t idle;  // first rows of V of which nothing is taken
     std::int64_t n;
-    const C* coefficients;  // (k, B), zeros beyond b; null: W is only read
+    const C* coefficients;  // (k - idle, B), zeros beyond b; null: W is only read
     double* partial;        // for each block k * b sums if with_gram, then b (b + 1) / 2 if with_self
     int b;
     int subpieces;
@@ -29,11 +28,15 @@ struct SweepArguments {
     bool with_gram;
     bool with_self;
     bool shared_sums;
+    const int* condition;  // where it is zero, nothing is done
 };
 
 template <typename S, typename T, int B>
 HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, (Tile<S, typename Common<S, T>::type, B>::blocks_per_multiprocessor))
     sweep_kernel(const SweepArguments<S, T, B> a) {
+    if (a.condition != nullptr && *a.condition == 0) {
+        return;
+    }
     using C = typename Common<S, T>::type;
     using Shape = Tile<S, C, B>;
     const int thread = static_cast<int>(threadIdx.x);
@@ -147,9 +150,9 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, (Tile<S, typename Common<S, T>::type, B
     }
 }
 
-// Rows of W in one tile; gram has a row stride.
+// Rows of W in one tile; coefficients and gram have a row stride.
 template <typename S, typename T, int B>
-void sweep_tile(const Panel& w, const Panel& v, const double* coefficients, std::int64_t coefficient_stride,
+void sweep_tile(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, std::int64_t stride,
                 double* gram, double* self_gram) {
     using Arguments = SweepArguments<S, T, B>;
     using C = typename Arguments::C;
@@ -161,23 +164,14 @@ void sweep_tile(const Panel& w, const Panel& v, const double* coefficients, std:
     a.v = rows_of<const S>(v);
     a.w = rows_of<T>(w);
     a.k = k;
+    a.idle = idle;
     a.n = w.columns;
     a.b = static_cast<int>(b);
     a.with_gram = gram != nullptr && k > 0;
     a.with_self = self_gram != nullptr;
+    a.condition = current_execution().condition;
     if (coefficients != nullptr) {
-        std::vector<C> padded(static_cast<std::size_t>(k * B));
-        a.idle = k;
-        for (std::int64_t i = k - 1; i >= 0; --i) {
-            for (std::int64_t j = 0; j < b; ++j) {
-                const double value = coefficients[i * coefficient_stride + j];
-                padded[static_cast<std::size_t>(i * B + j)] = static_cast<C>(value);
-                a.idle = value != 0.0 ? i : a.idle;
-            }
-        }
-        C* on_device = workspace.take<C>(k * B);
-        to_device(on_device, padded.data(), k * B);
-        a.coefficients = on_device;
+        a.coefficients = arrange<C>(workspace, {coefficients, k - idle, b, stride, 1}, B);
     }
     std::int64_t blocks = kBlocks * Shape::blocks_per_multiprocessor;
     a.subpieces = Shape::most_subpieces;
@@ -201,31 +195,22 @@ void sweep_tile(const Panel& w, const Panel& v, const double* coefficients, std:
     const std::int64_t pairs = a.with_self ? b * (b + 1) / 2 : 0;
     a.shared_sums = a.segments * entries <= kSharedSums;
     a.segments = a.shared_sums ? a.segments : 1;
-    a.partial = take_sums(workspace, blocks, entries + pairs);
+    a.partial = workspace.take<double>(blocks * (entries + pairs));
     const std::int64_t shared = B * width * static_cast<std::int64_t>(sizeof(C)) +
                                 (coefficients != nullptr ? Shape::scratch_bytes : 0) +
                                 (a.shared_sums ? (a.segments * entries + pairs) * 8 : 0);
-    launch("sweep", sweep_kernel<S, T, B>, blocks, kThreads, shared, a);
+    if (blocks > 0) {
+        launch("sweep", sweep_kernel<S, T, B>, blocks, kThreads, shared, a);
+    }
     if (entries + pairs > 0) {
-        std::vector<double> totals(static_cast<std::size_t>(entries + pairs));
-        sum_partials(a.partial, blocks, entries + pairs, totals.data());
-        for (std::int64_t i = 0; i < entries; ++i) {
-            gram[i / b * coefficient_stride + i % b] = totals[static_cast<std::size_t>(i)];
-        }
-        if (a.with_self) {
-            unpack_pairs(totals.data() + entries, b, self_gram);
-        }
+        sum_partials(a.partial, blocks, {entries, gram, b, stride, a.with_self ? b : 0, self_gram});
     }
 }
 
 }  // namespace
 
-void sweep(const Panel& w, const Panel& v, const double* coefficients, double* gram, double* self_products) {
-    if (w.columns == 0) {
-        std::fill_n(gram, gram != nullptr ? v.rows * w.rows : 0, 0.0);
-        std::fill_n(self_products, self_products != nullptr ? w.rows * w.rows : 0, 0.0);
-        return;
-    }
+void sweep(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, double* gram,
+           double* self_products) {
     coefficients = v.rows > 0 ? coefficients : nullptr;
     const DeviceScope scope;
     const bool fused = w.rows <= kWidestTile;  // wider blocks are swept in parts, and squared by themselves
@@ -238,7 +223,7 @@ void sweep(const Panel& w, const Panel& v, const double* coefficients, double* g
                 const auto run = rows.rows == 1   ? sweep_tile<S, T, 1>
                                  : rows.rows <= 4 ? sweep_tile<S, T, 4>
                                                   : sweep_tile<S, T, 8>;
-                run(rows, v, coefficients != nullptr ? coefficients + first : nullptr, w.rows,
+                run(rows, v, idle, coefficients != nullptr ? coefficients + first : nullptr, w.rows,
                     gram != nullptr ? gram + first : nullptr, fused ? self_products : nullptr);
             });
         });

@@ -5,9 +5,10 @@
 
 namespace hesd::cuda {
 
-// coefficients (k, b), gram (k, b) and self_gram (b, b) on the host, any of them null. Without coefficients W is only
-// read.
-void sweep(const Panel& w, const Panel& v, const double* coefficients, double* gram, double* self_gram);
+// coefficients (k - idle, b), gram (k, b) and self_gram (b, b) on the device, any of them null. Without coefficients W
+// is only read.
+void sweep(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, double* gram,
+           double* self_gram);
 
 // W W^T (b, b), products in float64.
 void self_gram(const Panel& w, double* gram);

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "cuda/elements.cuh"
+#include "hesd/panel_orthonormalize.hpp"
 
 namespace hesd::cuda {
 
@@ -50,7 +51,7 @@ struct Tile {
     HESD_DEVICE static int place(int column) { return place(column / load, column % load); }
 };
 
-// x[j][e] += sum over i of coefficients[i][j] * V[i][column + e] for every eighth row i, from first + warp on.
+// x[j][e] += sum over i of coefficients[i - first][j] * V[i][column + e] for every eighth row i, from first + warp on.
 template <typename S, typename C, int B>
 HESD_DEVICE void combine_rows(const Rows<const S>& v, std::int64_t first, std::int64_t k, std::int64_t column,
                               std::int64_t n, const C* coefficients, int warp, C (&x)[B][Vector<S>::length],
@@ -67,7 +68,7 @@ HESD_DEVICE void combine_rows(const Rows<const S>& v, std::int64_t first, std::i
         for (int u = 0; u < ahead; ++u) {
             const std::int64_t row = i + kWarps * u;
             if (row < k) {
-                const C* factors = coefficients + row * B;
+                const C* factors = coefficients + (row - first) * B;
 #pragma unroll
                 for (int j = 0; j < B; ++j) {
 #pragma unroll
@@ -145,13 +146,34 @@ HESD_DEVICE void add_self_products(const C* rows, int stride, int b, int columns
     }
 }
 
-// Device memory for `size` sums of each of `blocks` blocks.
-double* take_sums(Workspace& workspace, std::int64_t blocks, std::int64_t size);
+// Where the sums of a launch go, on the device: `entries` to a matrix of `width` columns (gram), then those of pairs,
+// as add_self_products orders them, to a symmetric one (b, b).
+struct Sums {
+    std::int64_t entries;
+    double* gram;
+    std::int64_t width;
+    std::int64_t gram_stride;
+    std::int64_t b;  // 0: no pairs
+    double* self_gram;
 
-// Adds them up over the blocks in a fixed order, into the host's memory. Waits for the device.
-void sum_partials(double* partial, std::int64_t blocks, std::int64_t size, double* host);
+    [[nodiscard]] std::int64_t size() const { return entries + b * (b + 1) / 2; }
+};
 
-// Writes sums of pairs, as add_self_products orders them, as a symmetric matrix (b, b).
-void unpack_pairs(const double* pairs, std::int64_t b, double* gram);
+// Adds the partial sums (blocks, sums.size()) up over the blocks, in a fixed order. With a stage, only where more
+// rounds are to come.
+void sum_partials(const double* partial, std::int64_t blocks, const Sums& sums,
+                  const OrthonormalizeStage* stage = nullptr);
+
+// Coefficients as a kernel's tiles take them: matrix (rows, columns), with the given strides, to tiles of B columns
+// (columns / B rounded up, rows, B), zeros beyond the columns. A null matrix is the identity.
+struct Coefficients {
+    const double* matrix;
+    std::int64_t rows;
+    std::int64_t columns;
+    std::int64_t row_stride;
+    std::int64_t column_stride;
+};
+template <typename C>
+C* arrange(Workspace& workspace, const Coefficients& of, std::int64_t tile);
 
 }  // namespace hesd::cuda

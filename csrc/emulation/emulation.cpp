@@ -2,8 +2,10 @@
 #include "emulation/emulation.hpp"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -299,6 +301,70 @@ Index grid_size() { return {machine.blocks, 1, 1}; }
 int lane() { return static_cast<int>(machine.current->lane()); }
 char* shared_memory() { return machine.block->memory.get(); }
 
+namespace {
+
+// Memory of the device, and how many scopes reach it now.
+struct DeviceMemory {
+    std::mutex mutex;
+    std::vector<std::pair<void*, std::size_t>> pieces;
+    int scopes = 0;
+
+    void protect(int protection) const {
+        for (const auto& [first, bytes] : pieces) {
+            mprotect(first, bytes, protection);
+        }
+    }
+};
+DeviceMemory& memory_of_device() {
+    static DeviceMemory memory;
+    return memory;
+}
+std::atomic<std::int64_t> waits{0};
+
+}  // namespace
+
+std::shared_ptr<void> device_memory(std::size_t bytes) {
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const std::size_t reachable = std::max<std::size_t>((bytes + page - 1) / page, 1) * page;
+    // One page more, which nobody reaches.
+    void* first = mmap(nullptr, reachable + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (first == MAP_FAILED) {
+        throw std::bad_alloc();
+    }
+    DeviceMemory& memory = memory_of_device();
+    {
+        const std::lock_guard<std::mutex> lock(memory.mutex);
+        memory.pieces.emplace_back(first, reachable);
+        if (memory.scopes > 0) {
+            mprotect(first, reachable, PROT_READ | PROT_WRITE);
+        }
+    }
+    return {static_cast<char*>(first) + (reachable - bytes) / 256 * 256, [first, reachable, page](void*) {
+                DeviceMemory& owner = memory_of_device();
+                const std::lock_guard<std::mutex> lock(owner.mutex);
+                owner.pieces.erase(std::find(owner.pieces.begin(), owner.pieces.end(), std::pair(first, reachable)));
+                munmap(first, reachable + page);
+            }};
+}
+
+Reach::Reach() {
+    DeviceMemory& memory = memory_of_device();
+    const std::lock_guard<std::mutex> lock(memory.mutex);
+    if (memory.scopes++ == 0) {
+        memory.protect(PROT_READ | PROT_WRITE);
+    }
+}
+Reach::~Reach() {
+    DeviceMemory& memory = memory_of_device();
+    const std::lock_guard<std::mutex> lock(memory.mutex);
+    if (--memory.scopes == 0) {
+        memory.protect(PROT_NONE);
+    }
+}
+
+void count_wait() { ++waits; }
+std::int64_t take_waits() { return waits.exchange(0); }
+
 Traffic take_traffic() {
     const std::lock_guard<std::mutex> between_launches(machine.mutex);
     return std::exchange(machine.traffic, Traffic{});
@@ -351,6 +417,7 @@ unsigned ballot(bool vote) {
 }
 
 void launch(unsigned blocks, unsigned threads, std::size_t shared, const std::function<void()>& body) {
+    const Reach reach;
     if (blocks == 0 || threads == 0 || threads > kMostThreads) {
         throw EngineError("emulation: a launch of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
                           " threads");

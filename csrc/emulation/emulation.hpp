@@ -14,7 +14,7 @@
 #include <cstring>
 #include <functional>
 
-#include "emulation/traffic.hpp"
+#include "emulation/host.hpp"
 
 #define HESD_KERNEL void
 #define HESD_DEVICE inline
@@ -56,6 +56,16 @@ void launch(unsigned blocks, unsigned threads, std::size_t shared, const std::fu
 
 void count_read(std::int64_t bytes, bool again);
 void count_written(std::int64_t bytes);
+void count_wait();
+
+// Makes device memory reachable for a scope.
+class Reach {
+   public:
+    Reach();
+    ~Reach();
+    Reach(const Reach&) = delete;
+    Reach& operator=(const Reach&) = delete;
+};
 
 template <typename T>
 T exchange_value(T value, int source) {
@@ -148,7 +158,7 @@ float __half2float(__half value);
 __half __float2half_rn(float value);
 __nv_bfloat16 __float2bfloat16_rn(float value);
 
-// The part of the runtime's interface that the sources use; device memory is memory.
+// The part of the runtime's interface that the sources use. Panels on the device are memory like any other.
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDefault = 4 };
@@ -171,19 +181,24 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
 inline cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    const hesd::emulation::Reach reach;
     std::memcpy(target, source, bytes);
     return cudaSuccess;
 }
 inline cudaError_t cudaMemcpy2DAsync(void* target, std::size_t target_pitch, const void* source,
                                      std::size_t source_pitch, std::size_t width, std::size_t height, cudaMemcpyKind,
                                      cudaStream_t) {
+    const hesd::emulation::Reach reach;
     for (std::size_t row = 0; row < height; ++row) {
         std::memcpy(static_cast<char*>(target) + row * target_pitch,
                     static_cast<const char*>(source) + row * source_pitch, width);
     }
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    hesd::emulation::count_wait();
+    return cudaSuccess;
+}
 // Work is done when it is put on a stream, so streams and events are only names.
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
     static char name;

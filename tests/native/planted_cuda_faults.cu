@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "cuda/elements.cuh"
+#include "emulation/host.hpp"
 
 #define HESD_PLANTED extern "C" __attribute__((visibility("default")))
 
@@ -76,6 +77,12 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) warp_functions(float* out) {
     out[thread] = fine ? 1.0f : 0.0f;
 }
 
+HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) fill(float* memory, std::int64_t length) {
+    if (threadIdx.x < length) {
+        memory[threadIdx.x] = 1.0f;
+    }
+}
+
 // The sum over a warp of 8 values for each lane.
 HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) warp_sums(float* out) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -87,6 +94,22 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) warp_sums(float* out) {
 }
 
 }  // namespace
+
+// Memory of the device is for kernels and copies; the host that looks at it does not come back.
+HESD_PLANTED float reach_device_memory(bool by_copy, std::int64_t length) {
+    const auto memory = hesd::emulation::device_memory(kThreads * sizeof(float));
+    auto* there = static_cast<float*>(memory.get());
+    launch("fill", fill, 1, kThreads, 0, there, length < kThreads ? length : kThreads);
+    if (length > kThreads) {
+        launch("fill", fill, 1, kThreads, 0, there + kThreads, length - kThreads);  // beyond its end
+    }
+    float here = 0.0f;
+    if (by_copy) {
+        to_host(&here, there, 1);
+        return here;
+    }
+    return *static_cast<volatile float*>(there);
+}
 
 // Runs a kernel by name on `out` of kThreads numbers; the message of an error, or an empty string.
 HESD_PLANTED const char* run_planted_kernel(const char* name, float* out, const float* in, std::int64_t argument) {

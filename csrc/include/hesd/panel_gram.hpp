@@ -4,7 +4,7 @@
 //
 // V      (k, n), float64, float32, bfloat16 or float16.
 // W      (b, n), float64 or float32.
-// gram   (k, b) row-major float64, overwritten.
+// gram   (k, b) row-major float64, overwritten; where the kernels work.
 //
 // Arithmetic: float64 where V or W is float64, and where V and W are one and the same panel, whose norms decide about
 // rank. Otherwise products are taken and summed in float32 over runs of 64 to a vector lane, and the runs in float64:

@@ -1,17 +1,18 @@
 // panel_project: subtract combinations of V from W and, while the data is in cache, take the next Gram matrices.
 //
-//   W       <- W - C^T V
+//   W       <- W - C^T V[idle:]
 //   gram     = V W^T        (k, b), of the new W; skipped when null
 //   self_gram = W W^T       (b, b), of the new W; skipped when null
 //
 // W      (b, n), float64 or float32, overwritten.
 // V      (k, n), float64, float32, bfloat16 or float16.
-// C      (k, b) row-major float64.
+// idle   first rows of V that take part in gram only, 0 <= idle <= k.
+// C      (k - idle, b) row-major float64.
 //
-// Arithmetic: float64 where V or W is float64, else float32 with C rounded to it first. C^T V is summed by itself and
-// subtracted once, so that many small terms do not each round a large W. The Gram matrices are those of the rounded W:
-// gram summed as in panel_gram, self_gram always from products in float64 (same bits for any thread count). k = 0
-// leaves W and still gives self_gram. The first rows of V whose coefficients are all zero only take part in gram.
+// The matrices lie where the kernels work. Arithmetic: float64 where V or W is float64, else float32 with C rounded to
+// it first. C^T V is summed by itself and subtracted once, so that many small terms do not each round a large W. The
+// Gram matrices are those of the rounded W: gram summed as in panel_gram, self_gram always from products in float64
+// (same bits for any thread count). k = 0 leaves W and still gives self_gram.
 // Traffic: V once (its second use comes from cache), W read and written once.
 #pragma once
 
@@ -19,7 +20,7 @@
 
 namespace hesd {
 
-using PanelProject = void (*)(const Panel& w, const Panel& v, const double* coefficients, double* gram,
-                              double* self_gram);
+using PanelProject = void (*)(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients,
+                              double* gram, double* self_gram);
 
 }  // namespace hesd

@@ -368,17 +368,19 @@ void panel_project(const hesd::Kernels& kernels) {
                         fill(w, random);
                         const Rows old = w;
                         const std::vector<double> values = v.values();
-                        const std::vector<double> c = numbers(k * b, random);
+                        const std::int64_t idle = n % (k + 1);
+                        const std::vector<double> c = numbers((k - idle) * b, random);
                         std::vector<double> gram(static_cast<std::size_t>(k * b), NAN);
                         std::vector<double> self(static_cast<std::size_t>(b * b), NAN);
                         const bool wants_gram = n % 4 != 3;
                         const bool wants_self = n % 5 != 4;
-                        kernels.panel_project(w.panel(), v.panel(), c.data(), wants_gram ? gram.data() : nullptr,
+                        kernels.panel_project(w.panel(), v.panel(), idle, c.data(), wants_gram ? gram.data() : nullptr,
                                               wants_self ? self.data() : nullptr);
                         const double eps = epsilon(arithmetic(storage, working));
                         for (std::int64_t j = 0; j < b; ++j) {
                             for (std::int64_t x = 0; x < n; ++x) {
-                                const Combination terms = combination(c.data() + j, b, values.data() + x, n, k);
+                                const Combination terms =
+                                    combination(c.data() + j, b, values.data() + idle * n + x, n, k - idle);
                                 const double before = old.get(j, x);
                                 const double allowed = static_cast<double>(k + 2) * eps * terms.size +
                                                        epsilon(working) * (std::fabs(before) + terms.size);
@@ -440,6 +442,7 @@ void panel_combine(const hesd::Kernels& kernels) {
 // two of them, and the numbers next to those.
 void conversions(const hesd::Kernels& kernels) {
     const double one = 1.0;
+    bool given = false;  // by turns, or null for the identity
     for (const Precision storage : {Precision::bfloat16, Precision::float16}) {
         const int fraction_bits = storage == Precision::bfloat16 ? 7 : 10;
         Rows all(storage, 1, 65536);
@@ -470,7 +473,8 @@ void conversions(const hesd::Kernels& kernels) {
         for (const Precision target : kPrecisions) {
             for (Rows* source : {&all, &finer, &finest}) {
                 Rows x(target, 1, source->columns());
-                kernels.panel_combine(&one, source->panel(), x.panel());
+                kernels.panel_combine(given ? &one : nullptr, source->panel(), x.panel());
+                given = !given;
                 for (std::int64_t c = 0; c < source->columns(); ++c) {
                     const double value = source->get(0, c);
                     const double wanted = stored(value, target);
@@ -632,6 +636,24 @@ void fill_probes(const hesd::Kernels& kernels) {
     check(digest == kGaussianDigest ? 0.0 : 1.0, 0.0, "bits of the Gaussian numbers");
 }
 
+class Orthonormalized {
+   public:
+    Orthonormalized(const hesd::Kernels& kernels, Rows& w, Rows& out, double tolerance)
+        : memory_(static_cast<std::size_t>(hesd::orthonormalization_numbers(w.panel().rows)), NAN),
+          state_(hesd::orthonormalization_in(memory_.data(), w.panel().rows, w.panel().rows)) {
+        kernels.panel_gram(w.panel(), w.panel(), state_.gram);
+        hesd::orthonormalize_begin(state_, tolerance, w.panel().rows);
+        facts_ = hesd::orthonormalize(kernels, w.panel(), out.panel(), state_, {});
+    }
+    [[nodiscard]] std::int64_t rank() const { return facts_.rank; }
+    [[nodiscard]] const double* factor() const { return state_.factor; }
+
+   private:
+    std::vector<double> memory_;
+    hesd::Orthonormalization state_;
+    hesd::OrthonormalizeFacts facts_{};
+};
+
 void panel_orthonormalize(const hesd::Kernels& kernels) {
     Random random;
     for (const Precision working : kWorking) {
@@ -653,34 +675,27 @@ void panel_orthonormalize(const hesd::Kernels& kernels) {
                     const Rows original = w;
                     const std::vector<double> lengths = norms(original.values(), b, n);
                     const double largest = *std::max_element(lengths.begin(), lengths.end());
-                    std::vector<double> gram(static_cast<std::size_t>(b * b), NAN);
-                    const bool given = n % 2 == 1;
-                    if (given) {
-                        kernels.panel_gram(w.panel(), w.panel(), gram.data());
-                    }
                     // Far above rounding, far below what independent random rows have left.
                     const double tolerance = 64.0 * eps * largest;
                     Rows out(working, b, n);
-                    std::vector<double> factor(static_cast<std::size_t>(b * b), NAN);
-                    const hesd::OrthonormalizeResult result = kernels.panel_orthonormalize(
-                        w.panel(), out.panel(), tolerance, b, {}, given ? gram.data() : nullptr, factor.data());
+                    Orthonormalized result(kernels, w, out, tolerance);
+                    const double* factor = result.factor();
                     const std::int64_t wanted = std::min(n, dependent ? b - 1 : b);
-                    check(std::fabs(static_cast<double>(result.rank - wanted)), 0.0, "rank");
+                    check(std::fabs(static_cast<double>(result.rank() - wanted)), 0.0, "rank");
                     const std::vector<double> q = out.values();
                     const std::vector<double> inner = products(q, b, q, b, n);
                     for (std::int64_t i = 0; i < b; ++i) {
                         for (std::int64_t j = 0; j < b; ++j) {
-                            const double identity = i == j && i < result.rank ? 1.0 : 0.0;
+                            const double identity = i == j && i < result.rank() ? 1.0 : 0.0;
                             check(std::fabs(inner[static_cast<std::size_t>(i * b + j)] - identity),
-                                  i < result.rank && j < result.rank ? 2.0 * static_cast<double>(b + 2) * eps : 0.0,
+                                  i < result.rank() && j < result.rank() ? 2.0 * static_cast<double>(b + 2) * eps : 0.0,
                                   "inner product of Q's rows");
                         }
                         double error = 0.0;
                         for (std::int64_t c = 0; c < n; ++c) {
                             double value = original.get(i, c);
                             for (std::int64_t j = 0; j < b; ++j) {
-                                value -= factor[static_cast<std::size_t>(i * b + j)] *
-                                         q[static_cast<std::size_t>(j * n + c)];
+                                value -= factor[i * b + j] * q[static_cast<std::size_t>(j * n + c)];
                             }
                             error += value * value;
                         }
@@ -695,10 +710,9 @@ void panel_orthonormalize(const hesd::Kernels& kernels) {
         Rows w(working, 2, 9);
         fill(w, random);
         w.set(1, 8, std::numeric_limits<double>::quiet_NaN());
-        double factor[4];
         bool refused = false;
         try {
-            kernels.panel_orthonormalize(w.panel(), w.panel(), 0.0, 2, {}, nullptr, factor);
+            const Orthonormalized result(kernels, w, w, 0.0);
         } catch (const hesd::EngineError&) {
             refused = true;
         }
