@@ -288,7 +288,9 @@ class Matrices {
             return host;
         }
         double* there = take(count);
-        kernels_.copies->upload(there, host, count * static_cast<std::int64_t>(sizeof(double)));
+        // Of pageable memory that nobody changes: the caller's may be pinned, and is then read later.
+        const std::vector<double>& copy = here_.emplace_back(host, host + count);
+        kernels_.copies->upload(there, copy.data(), count * static_cast<std::int64_t>(sizeof(double)));
         return there;
     }
     // One of the host's, to be written and then fetched; may be null.

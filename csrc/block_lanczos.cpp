@@ -25,7 +25,7 @@ constexpr double kOnePass = 1.0 / 64.0;
 SmallMatrix leading_columns(const double* values, std::int64_t rows, std::int64_t columns) {
     SmallMatrix matrix(rows, columns);
     for (std::int64_t i = 0; i < rows; ++i) {
-        std::copy_n(values + i * rows, columns, &matrix.values[static_cast<std::size_t>(i * columns)]);
+        std::copy_n(values + i * rows, columns, matrix.values.data() + i * columns);
     }
     return matrix;
 }
@@ -313,11 +313,11 @@ void BlockLanczos::advance() {
         // S = B W^T from the same read of B, then W <- W - S^T B      reads B once more
         project_whole(w, basis, step, true);
         kernels_->lanczos_task(LanczosTask::again, step);
-        project_whole(w, basis, step, false);
     });
+    const std::int64_t again = when(&step.facts->twice, [&] { project_whole(w, basis, step, false); });
     kernels_->lanczos_task(LanczosTask::product, step);
     Found found = orthonormalized(w, w, step);
-    vectors_read_ += (found.facts.once != 0 ? once : 0) + (found.facts.twice != 0 ? twice : 0);
+    vectors_read_ += (found.facts.once != 0 ? once : 0) + (found.facts.twice != 0 ? twice + again : 0);
     scale_ = found.facts.scale;
     record_coefficients(found.removed, basis.history.count * width_, width_);
     offdiagonal_.push_back(next_block(w, found));

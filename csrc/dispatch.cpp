@@ -76,7 +76,7 @@ std::atomic<const Kernels*> selected{nullptr};
 }  // namespace
 
 void reduce(const Kernels& kernels, const Reduction& reduction, double* values, std::int64_t count) {
-    if (reduction.sum == nullptr || kernels.copies == nullptr) {
+    if (reduction.sum == nullptr || kernels.copies == nullptr || count == 0) {
         reduction(values, count);
         return;
     }

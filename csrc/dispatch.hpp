@@ -63,6 +63,9 @@ void reduce(const Kernels& kernels, const Reduction& reduction, double* values, 
 // Copies `count` values from where the kernels work; waits for them.
 template <typename T>
 void download(const Kernels& kernels, T* target, const T* source, std::int64_t count) {
+    if (count == 0) {
+        return;
+    }
     if (kernels.copies != nullptr) {
         kernels.copies->download(target, source, count * static_cast<std::int64_t>(sizeof(T)));
     } else {

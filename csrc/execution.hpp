@@ -14,7 +14,7 @@ struct Execution {
     std::int64_t matrix_bytes = 0;
     void* staging = nullptr;  // more of it, for two tiles of a basis in the host's memory
     std::int64_t staging_bytes = 0;
-    // A flag in device memory: where it is zero, panel_gram and panel_project do nothing.
+    // A flag in device memory: where it is zero, panel_gram, panel_project and add do nothing.
     const int* condition = nullptr;
 };
 

@@ -6,7 +6,11 @@
 namespace hesd::cuda {
 namespace {
 
-HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) add_kernel(double* target, const double* source, std::int64_t count) {
+HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1)
+    add_kernel(double* target, const double* source, std::int64_t count, const int* condition) {
+    if (condition != nullptr && *condition == 0) {
+        return;
+    }
     const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
     for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
         target[i] += source[i];
@@ -39,7 +43,8 @@ void add(double* target, const double* source, std::int64_t count) {
     if (count > 0) {
         const DeviceScope scope;
         const std::int64_t blocks = (count + kThreads - 1) / kThreads;
-        launch("add", add_kernel, blocks < kBlocks ? blocks : kBlocks, kThreads, 0, target, source, count);
+        launch("add", add_kernel, blocks < kBlocks ? blocks : kBlocks, kThreads, 0, target, source, count,
+               current_execution().condition);
     }
 }
 
