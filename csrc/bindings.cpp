@@ -284,7 +284,7 @@ class Matrices {
     }
     // One of the host's, to be read.
     const double* given(const double* host, std::int64_t count) {
-        if (kernels_.copies == nullptr) {
+        if (kernels_.copies == nullptr || count == 0) {
             return host;
         }
         double* there = take(count);
@@ -739,7 +739,7 @@ py::dict build_info() {
     info["cpu_target"] = hesd::cpu_kernels().name;
     info["cpu_targets_available"] = hesd::available_targets();
     info["threads"] = hesd::most_threads();
-#if defined(HESD_HAS_CUDA)
+#if defined(HESD_HAS_CUDA) || defined(HESD_EMULATION)
     info["cuda"] = true;
 #else
     info["cuda"] = false;

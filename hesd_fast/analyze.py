@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hesd_fast import _engine
+from hesd_fast import _engine, cuda
 from hesd_fast.basis import BASIS_DTYPES, check_basis
 from hesd_fast.criteria import criteria
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
@@ -390,6 +390,6 @@ def _versions() -> dict[str, str]:
 
 def _peak_bytes(problem: Problem) -> int:
     """Peak memory of this process so far: on the device of the problem, or resident."""
-    if problem.device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(problem.device))
+    if cuda.is_cuda(problem.device):
+        return cuda.peak_memory(problem.device)
     return peak_memory()

@@ -1,4 +1,4 @@
-"""What the engine asks of PyTorch about CUDA devices: the current stream, memory, and whether work is done."""
+"""All that is asked of PyTorch about CUDA devices: the current stream, memory, random numbers, whether work is done."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def is_cuda(device: torch.device) -> bool:
+    """Whether the kernels for CUDA devices work on this one."""
+    return device.type == "cuda"
 
 
 def current_stream(device: int) -> int:
@@ -35,7 +40,24 @@ def free_memory(device: torch.device) -> int:
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes of a device that PyTorch's tensors have taken so far."""
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+def release_unused() -> None:
+    """Give memory that no tensor uses back to the devices in use."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+def generators() -> tuple[torch.Generator, ...]:
+    """Return the random generators of all devices, once CUDA is in use."""
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return tuple(torch.cuda.default_generators) if in_use else ()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a CUDA device has done what it was given; on other devices nothing is waited for."""
-    if device.type == "cuda":
+    if is_cuda(device):
         torch.cuda.synchronize(device)

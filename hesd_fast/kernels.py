@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch  # before the extension: brings the OpenMP runtime that both share
 
-from hesd_fast import _engine
+from hesd_fast import _engine, cuda
 from hesd_fast.errors import EngineError
 
 Panel: TypeAlias = torch.Tensor | npt.NDArray[Any]
@@ -85,12 +85,12 @@ def empty_panel(
 
 def require_device(device: torch.device) -> None:
     """Raise an EngineError for a device that this build has no kernels for."""
-    if device.type == "cpu" or (device.type == "cuda" and _engine.build_info()["cuda"]):
+    if device.type == "cpu" or (cuda.is_cuda(device) and _engine.build_info()["cuda"]):
         return
     have = "the CPU and CUDA devices" if _engine.build_info()["cuda"] else "the CPU only"
     raise EngineError(
         f"the problem is on {device}; this build has kernels for {have}. Move the model and data to the CPU"
-        + (", or build where nvcc is found" if device.type == "cuda" else "")
+        + (", or build where nvcc is found" if cuda.is_cuda(device) else "")
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesd_fast import _engine, kernels
+from hesd_fast import _engine, cuda, kernels
 from hesd_fast.basis import BasisPlan, plan_basis
 from hesd_fast.errors import EngineError, OperatorError, ProblemError
 from hesd_fast.memory import available_memory
@@ -289,7 +289,7 @@ def plan_blocks(
     """Choose where the blocks of a run lie that are not at work, see :func:`~hesd_fast.basis.plan_basis`."""
     steps = min(steps, size)
     available = available_memory(device)
-    if device.type == "cuda" and available is not None:
+    if cuda.is_cuda(device) and available is not None:
         available = int(available * BASIS_SHARE)
     blocks = {"window": math.ceil(window / block_size), "none": 2}.get(reorthogonalization, steps)
     return plan_basis(

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from hesd_fast.cuda import free_memory
+from hesd_fast import cuda
 
 SAMPLING_SECONDS = 0.002
 """Between two looks at the memory of a process; a look takes some microseconds."""
@@ -20,8 +20,8 @@ _PAGE = resource.getpagesize()
 
 def available_memory(device: torch.device | None = None) -> int | None:
     """Return how many bytes of memory, or of a device's, can be had without swapping; None where nobody says."""
-    if device is not None and device.type == "cuda":
-        return free_memory(device)
+    if device is not None and cuda.is_cuda(device):
+        return cuda.free_memory(device)
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:

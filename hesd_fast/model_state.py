@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hesd_fast import cuda
 from hesd_fast.errors import OperatorError
 
 StreamState = tuple[list[tuple[torch.Generator, Tensor]], dict[str, Any], tuple[Any, ...]]
@@ -35,8 +36,7 @@ class RandomStreams:
 
     def _torch_generators(self) -> list[torch.Generator]:
         # torch.manual_seed would also reseed devices that are not in use yet, which could not be undone.
-        devices = torch.cuda.default_generators if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-        return [torch.default_generator, *devices, *self._generators]
+        return [torch.default_generator, *cuda.generators(), *self._generators]
 
     def state(self) -> StreamState:
         """Return the state of every stream."""
@@ -181,7 +181,7 @@ def _exact_cudnn(model: nn.Module) -> Iterator[None]:
 
     And recurrent layers without cuDNN, whose ones have no second derivative, nor a first one in eval mode.
     """
-    if not any(parameter.is_cuda for parameter in model.parameters()):
+    if not any(cuda.is_cuda(parameter.device) for parameter in model.parameters()):
         yield
         return
     cudnn = torch.backends.cudnn

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hesd_fast import kernels
-from hesd_fast.cuda import synchronize
+from hesd_fast import cuda, kernels
 from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import STRATEGIES
 from hesd_fast.hvp.base import Strategy, Vectors, first_line, vectors_of
@@ -162,7 +161,7 @@ def choose(
     with problem.session(), MemoryWatch() as watch:
         before = time.perf_counter()
         plain.prepare(problem)
-        synchronize(problem.device)
+        cuda.synchronize(problem.device)
         trials = _Trials(problem, plain, block_size, panels, memory_limit, time.perf_counter() - before, watch)
         budget = share * trials.results[0].total(panels)
         if trials.results[0].total(panels) < SHORT_RUN:
@@ -189,8 +188,7 @@ def choose(
 def give_up(strategy: Strategy) -> None:
     """Release what a strategy holds, also to the device: it may lie in pieces that another one cannot use."""
     strategy.release()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
+    cuda.release_unused()
 
 
 class _Trials:
@@ -372,10 +370,10 @@ class _Trials:
         seconds: list[float] = []
         while len(seconds) < 3 and sum(seconds) < SHORT_PANEL:
             term = strategy.first_term()
-            synchronize(self.problem.device)
+            cuda.synchronize(self.problem.device)
             before = time.perf_counter()
             for _ in strategy.attempt(term, self.rows):
                 pass
-            synchronize(self.problem.device)
+            cuda.synchronize(self.problem.device)
             seconds.append(time.perf_counter() - before)
         return min(seconds)

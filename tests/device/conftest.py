@@ -1,0 +1,32 @@
+"""Problems on a device: in a process of their own, since PyTorch takes a new device before the first backward pass only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import emulation
+import pretended
+import pytest
+
+from hesd_fast import cuda
+
+pretended.start()
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The device; the kernels' panels on it go to the emulated CUDA kernels, those of the CPU to the CPU's."""
+    engine = emulation.engine()
+    engine.select_target(engine.build_info()["cpu_targets_available"][0])
+    emulation.use_emulated_engine(monkeypatch)
+    monkeypatch.setattr(cuda, "is_cuda", lambda device: device.type == pretended.TYPE)
+    monkeypatch.setattr(cuda, "free_memory", lambda device: 2**30)
+    monkeypatch.setattr(cuda, "peak_memory", lambda device: 2**20)
+    monkeypatch.setattr(cuda, "synchronize", lambda device: None)
+    pretended.waits = 0
+    engine.take_traffic()
+    yield f"{pretended.TYPE}:0"
+    engine.select_target("emulated")
