@@ -212,15 +212,15 @@ class Backend {
     // As it was last prepared.
     [[nodiscard]] const hesd::Execution& execution() const { return execution_; }
 
-    // For panels of up to `rows` rows against `block` rows, for `parts` parts, and so many bytes of small matrices and
-    // of staging memory. With the GIL.
-    const hesd::Execution& prepare(std::int64_t rows, std::int64_t block, std::int64_t parts, std::int64_t matrix_bytes,
+    // For panels of up to `rows` rows against `block` rows, and so many bytes of small matrices and of staging memory.
+    // With the GIL.
+    const hesd::Execution& prepare(std::int64_t rows, std::int64_t block, std::int64_t matrix_bytes,
                                    std::int64_t staging_bytes = 0) {
         if (kernels_->workspace_bytes == nullptr) {
             return execution_;
         }
         const auto whole = [](std::int64_t bytes) { return (bytes + 255) / 256 * 256; };
-        const std::int64_t bytes = whole(kernels_->workspace_bytes(rows, block, parts));
+        const std::int64_t bytes = whole(kernels_->workspace_bytes(rows, block));
         const std::int64_t total = bytes + whole(matrix_bytes) + staging_bytes;
 #if defined(HESD_EMULATION)
         if (total > total_) {
@@ -450,7 +450,7 @@ Matrix panel_gram(const py::object& v_object, const py::object& w_object) {
     double* data = gram.mutable_data();
     {
         const std::int64_t count = v.panel().rows * w.panel().rows;
-        const Unlocked unlocked(backend.prepare(v.panel().rows, w.panel().rows, 0, bytes_of(count)));
+        const Unlocked unlocked(backend.prepare(v.panel().rows, w.panel().rows, bytes_of(count)));
         Matrices matrices(backend);
         double* there = matrices.wanted(data, count);
         backend.kernels().panel_gram(v.panel(), w.panel(), there);
@@ -479,7 +479,7 @@ py::tuple panel_project(const py::object& w_object, const py::object& v_object, 
     {
         const std::int64_t b = w.panel().rows;
         const std::int64_t count = v.panel().rows * b;
-        const Unlocked unlocked(backend.prepare(v.panel().rows, b, 0, bytes_of(2 * count + b * b)));
+        const Unlocked unlocked(backend.prepare(v.panel().rows, b, bytes_of(2 * count + b * b)));
         Matrices matrices(backend);
         const double* c_there = matrices.given(c_data, (v.panel().rows - idle) * b);
         double* gram_there = matrices.wanted(gram_data, count);
@@ -516,7 +516,7 @@ py::tuple panel_orthonormalize(const py::object& w_object, const py::object& out
     hesd::OrthonormalizeFacts facts{};
     {
         const std::int64_t numbers = hesd::orthonormalization_numbers(b);
-        const Unlocked unlocked(backend.prepare(b, b, 0, bytes_of(numbers)));
+        const Unlocked unlocked(backend.prepare(b, b, bytes_of(numbers)));
         const hesd::Kernels& kernels = backend.kernels();
         Matrices matrices(backend);
         hesd::LanczosStep begin{};
@@ -542,7 +542,7 @@ void panel_combine(const py::object& s_object, const py::object& v_object, const
     const double* data = s.data();
     Backend backend(x, {&v});
     const std::int64_t count = x.panel().rows * v.panel().rows;
-    const Unlocked unlocked(backend.prepare(v.panel().rows, x.panel().rows, 0, bytes_of(count)));
+    const Unlocked unlocked(backend.prepare(v.panel().rows, x.panel().rows, bytes_of(count)));
     Matrices matrices(backend);
     backend.kernels().panel_combine(matrices.given(data, count), v.panel(), x.panel());
 }
@@ -602,7 +602,7 @@ void accumulate_hvp(const py::object& out_object, const std::vector<py::object>&
         }
     }
     const auto count = static_cast<std::int64_t>(parts.size());
-    const Unlocked unlocked(backend.prepare(0, 0, count, 0));
+    const Unlocked unlocked(backend.prepare(0, 0, 0));
     backend.kernels().accumulate_hvp(out.panel(), parts.data(), count, alpha,
                                      compensation ? &compensation->panel() : nullptr);
 }
@@ -615,7 +615,7 @@ void fill_probes(const py::object& out_object, std::uint64_t seed, std::uint32_t
     }
     const auto value = kind == "gaussian" ? hesd::ProbeKind::gaussian : hesd::ProbeKind::rademacher;
     Backend backend(out);
-    const Unlocked unlocked(backend.prepare(0, 0, 0, 0));
+    const Unlocked unlocked(backend.prepare(0, 0, 0));
     backend.kernels().fill_probes(out.panel(), seed, first_probe, first_index, value);
 }
 
@@ -707,7 +707,7 @@ class PythonBlockLanczos {
 
     const hesd::Execution& prepare() {
         const std::int64_t rows = history_.rows() + working_panel_.panel().rows;
-        return backend_.prepare(rows, block_size_, 0, BlockLanczos::matrix_bytes(rows, block_size_),
+        return backend_.prepare(rows, block_size_, BlockLanczos::matrix_bytes(rows, block_size_),
                                 history_.staging_bytes(backend_));
     }
 
@@ -757,13 +757,17 @@ PYBIND11_MODULE(_engine, module) {
         "Compiled kernels and block Lanczos of hesd-fast. Use hesd_fast.kernels and hesd_fast.block_lanczos.";
 
     py::register_exception_translator([](std::exception_ptr pointer) {
+        const auto raise = [](const char* type, const EngineError& error) {
+            PyErr_SetString(py::module_::import("hesd_fast.errors").attr(type).ptr(), error.what());
+        };
         try {
             if (pointer) {
                 std::rethrow_exception(pointer);
             }
+        } catch (const hesd::NumericalError& error) {
+            raise("NumericalError", error);
         } catch (const EngineError& error) {
-            const py::object type = py::module_::import("hesd_fast.errors").attr("EngineError");
-            PyErr_SetString(type.ptr(), error.what());
+            raise("EngineError", error);
         }
     });
 

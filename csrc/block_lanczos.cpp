@@ -157,7 +157,7 @@ BlockLanczos::Found BlockLanczos::orthonormalized(const Panel& w, const Panel& o
         first = false;
     } while (found.block.stage == OrthonormalizeStage::more);
     if (found.block.stage == OrthonormalizeStage::not_finite) {
-        throw EngineError("BlockLanczos: the panel `working` has non-finite values after the product");
+        throw NumericalError("BlockLanczos: the panel `working` has non-finite values after the product");
     }
     orthonormalize_require(found.block);
     return found;
@@ -271,7 +271,7 @@ void BlockLanczos::start() {
     kernels_->lanczos_task(LanczosTask::probes, step);
     const Found found = orthonormalized(probes, working_.slice(0, b), step);
     if (found.block.rank == 0) {
-        throw EngineError("BlockLanczos: all probes are zero");
+        throw NumericalError("BlockLanczos: all probes are zero");
     }
     start_ = leading_columns(found.factor, b, found.block.rank);
     width_ = found.block.rank;

@@ -48,9 +48,9 @@ struct Kernels {
     void (*lanczos_task)(LanczosTask task, const LanczosStep& step);
     // Null where the kernels work in the host's memory.
     const MatrixCopies* copies = nullptr;
-    // Bytes that an Execution's workspace must have for panels of up to `rows` rows against `block` rows, and for
-    // `parts` parts. Null: these kernels work where they are called, without an Execution.
-    std::int64_t (*workspace_bytes)(std::int64_t rows, std::int64_t block, std::int64_t parts) = nullptr;
+    // Bytes that an Execution's workspace must have for panels of up to `rows` rows against `block` rows. Null: these
+    // kernels work where they are called, without an Execution.
+    std::int64_t (*workspace_bytes)(std::int64_t rows, std::int64_t block) = nullptr;
     // Null where the kernels work in the host's memory.
     const Staging* staging = nullptr;
     // Bytes of staging memory for rows of tiles of so many columns.

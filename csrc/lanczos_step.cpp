@@ -14,10 +14,10 @@ void orthonormalize_next(const Orthonormalization& state) {
 
 void orthonormalize_require(const OrthonormalizeFacts& facts) {
     if (facts.stage == OrthonormalizeStage::not_finite) {
-        throw EngineError("panel_orthonormalize: W has non-finite values (its Gram matrix is not finite)");
+        throw NumericalError("panel_orthonormalize: W has non-finite values (its Gram matrix is not finite)");
     }
     if (facts.stage == OrthonormalizeStage::no_convergence) {
-        throw EngineError("panel_orthonormalize: no convergence in " + std::to_string(facts.rounds) +
+        throw NumericalError("panel_orthonormalize: no convergence in " + std::to_string(facts.rounds) +
                           " rounds; the vectors may be too small or too large to square in float64. Rescale them");
     }
 }

@@ -19,7 +19,11 @@ class OperatorError(HESDError):
 
 
 class EngineError(HESDError):
-    """The compiled engine was given a panel it cannot use, or met non-finite numbers."""
+    """The compiled engine was given a panel it cannot use, or a device failed."""
+
+
+class NumericalError(EngineError):
+    """The compiled engine met numbers that are not finite, or too large or too small to be squared."""
 
 
 class PlanError(HESDError):

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch  # before the extension: brings the OpenMP runtime that both share
 
 from hesd_fast import _engine, cuda
-from hesd_fast.errors import EngineError
+from hesd_fast.errors import EngineError, NumericalError
 
 Panel: TypeAlias = torch.Tensor | npt.NDArray[Any]
 Matrix: TypeAlias = torch.Tensor | npt.NDArray[np.float64]
@@ -209,7 +209,7 @@ def panel_orthonormalize(
         if reduce is not None:
             reduce(squares)
         if not np.isfinite(squares).all():
-            raise EngineError("`W` has non-finite values; wanted finite vectors")
+            raise NumericalError("`W` has non-finite values; wanted finite vectors")
         epsilon = torch.finfo(torch.float64 if str(W.dtype).endswith("float64") else torch.float32).eps
         tolerance = 8 * epsilon * math.sqrt(squares.max(initial=0.0))
     rank, weakest, factor = _engine.panel_orthonormalize(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hesd_fast import _engine, cuda, kernels
 from hesd_fast.basis import BasisPlan, plan_basis
-from hesd_fast.errors import EngineError, OperatorError, ProblemError
+from hesd_fast.errors import NumericalError, OperatorError, ProblemError
 from hesd_fast.memory import available_memory
 from hesd_fast.operators import as_operator
 from hesd_fast.operators.base import CurvatureOperator
@@ -209,7 +209,7 @@ class LanczosRun:
             work.copy_(probes.detach())
         try:
             self._engine.start()
-        except EngineError as error:
+        except NumericalError as error:
             if bool(work.any()):
                 raise ProblemError(f"the probes cannot be used in {operator.dtype}: {error}") from error
             raise
@@ -244,7 +244,7 @@ class LanczosRun:
         self.products += len(product)
         try:
             self._engine.advance()
-        except EngineError as error:
+        except NumericalError as error:
             _name_non_finite(product, self._operator, error)
             raise
         _check_symmetry(self._engine.recurrence_error, self._engine.scale, self._epsilon)
@@ -358,7 +358,7 @@ def _check_symmetry(error: float, scale: float, epsilon: float) -> None:
         )
 
 
-def _name_non_finite(product: Tensor, operator: CurvatureOperator, error: EngineError) -> None:
+def _name_non_finite(product: Tensor, operator: CurvatureOperator, error: NumericalError) -> None:
     places = (~torch.isfinite(product)).nonzero()
     if len(places) == 0:
         raise OperatorError(

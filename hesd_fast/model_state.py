@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesd_fast import cuda
 from hesd_fast.errors import OperatorError
+from hesd_fast.precision import full_float32, without_cudnn
 
 StreamState = tuple[list[tuple[torch.Generator, Tensor]], dict[str, Any], tuple[Any, ...]]
 
@@ -176,33 +177,15 @@ def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _exact_cudnn(model: nn.Module) -> Iterator[None]:
-    """On a CUDA device: convolutions without TF32, whose 10 bits the checks of products would refuse.
-
-    And recurrent layers without cuDNN, whose ones have no second derivative, nor a first one in eval mode.
-    """
-    if not any(cuda.is_cuda(parameter.device) for parameter in model.parameters()):
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with cudnn.flags(
-        enabled=bool(cudnn.enabled) and not recurrent,
-        benchmark=bool(cudnn.benchmark),
-        deterministic=bool(cudnn.deterministic),
-        allow_tf32=False,
-    ):
-        yield
-
-
-@contextmanager
 def borrowed(
     model: nn.Module, selected: Sequence[nn.Parameter], mode: str, streams: RandomStreams
 ) -> Iterator[ModelState]:
     """Borrow a model: set its mode and differentiable parameters, and give it back exactly as it was.
 
-    Attention runs in the MATH backend meanwhile, the only one with a second derivative. Attributes of modules that are
-    not tensors (lists, dictionaries, numbers) are not looked at: what a forward pass puts there stays.
+    Meanwhile float32 operations are in float32, attention runs in the MATH backend, the only one with a second
+    derivative, and recurrent layers on GPUs without cuDNN, whose ones have none, nor a first one in eval mode.
+    Attributes of modules that are not tensors (lists, dictionaries, numbers) are not looked at: what a forward pass
+    puts there stays.
 
     Raises
     ------
@@ -217,7 +200,8 @@ def borrowed(
             state.set_training(mode == "train")
         state.set_selected(selected)
         state.refresh_buffers()
-        with sdpa_kernel(SDPBackend.MATH), _exact_cudnn(model):
+        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        with sdpa_kernel(SDPBackend.MATH), full_float32(), without_cudnn(recurrent):
             yield state
     finally:
         state.restore()

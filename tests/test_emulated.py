@@ -272,9 +272,9 @@ def test_a_missing_barrier_shows():
         ("load_vector", 4, 1, "a 16-byte access of an address that is not a multiple of 16"),
         (
             "too_much_shared",
-            163 * 1024,
-            163 * 1024 + 1,
-            "too_much_shared needs 166913 bytes of shared memory for a block, and this device has 166912",
+            99 * 1024,
+            99 * 1024 + 1,
+            "too_much_shared needs 101377 bytes of shared memory for a block, and this device has 101376",
         ),
     ],
 )

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <vector>
 
 #include "cuda/elements.cuh"
 #include "cuda/kernels.hpp"
@@ -10,8 +9,10 @@ namespace hesd::cuda {
 namespace {
 
 constexpr std::int64_t kPiece = 4096;
+// Parts of one launch: they travel with its arguments, so that nothing is copied to the device before it.
+constexpr std::int64_t kFewParts = 32;
+constexpr std::int64_t kMostParts = 512;
 
-// A part on the device.
 struct PartEntry {
     const void* data;
     std::int64_t stride;
@@ -20,20 +21,20 @@ struct PartEntry {
     std::int64_t first_piece;
     Precision precision;
 };
-static_assert(sizeof(PartEntry) <= 64, "workspace_bytes counts 64 bytes for a part");
 
-template <typename T>
+template <typename T, std::int64_t Parts>
 struct AccumulateArguments {
     T* out;
     T* compensation;  // null: none
     std::int64_t out_stride;
     std::int64_t compensation_stride;
-    const PartEntry* parts;
     std::int64_t part_count;
     std::int64_t pieces;
     std::int64_t rows;
     T alpha;
+    PartEntry parts[Parts];
 };
+static_assert(sizeof(AccumulateArguments<double, kMostParts>) <= 32764, "what a launch takes from CUDA 12.1 on");
 
 // As many elements of a part as 16 bytes of out hold.
 template <typename S, int Count>
@@ -42,14 +43,11 @@ struct alignas(Count * sizeof(S)) Chunk {
 };
 
 template <typename T>
-HESD_DEVICE void add(T* out, T* compensation, T term) {
-    const T old = *out;
-    const T sum = old + term;
-    if (compensation != nullptr) {
-        const T shared = sum - old;
-        *compensation += (old - (sum - shared)) + (term - shared);
-    }
-    *out = sum;
+HESD_DEVICE void add(T& out, T& error, T term) {
+    const T sum = out + term;
+    const T shared = sum - out;
+    error += (out - (sum - shared)) + (term - shared);
+    out = sum;
 }
 
 // One piece of one row of one part: single elements up to out's next 16 bytes, then 16 bytes of out for each thread.
@@ -82,8 +80,7 @@ HESD_DEVICE void accumulate_piece(T* out, T* compensation, const S* part, std::i
         }
 #pragma unroll
         for (int e = 0; e < count; ++e) {
-            add(&sums.values[e], compensation != nullptr ? &errors.values[e] : nullptr,
-                alpha * widen<T>(terms.values[e]));
+            add(sums.values[e], errors.values[e], alpha * widen<T>(terms.values[e]));
         }
         store(out + c, sums, count, true);
         if (compensation != nullptr) {
@@ -97,12 +94,16 @@ HESD_DEVICE void accumulate_piece(T* out, T* compensation, const S* part, std::i
         const std::int64_t moved = (compensation != nullptr ? 2 : 1) * sizeof(T);
         count_read(moved + sizeof(S), false);
         count_written(moved);
-        add(out + c, compensation != nullptr ? compensation + c : nullptr, alpha * widen<T>(part[c]));
+        T error = compensation != nullptr ? compensation[c] : T(0);
+        add(out[c], error, alpha * widen<T>(part[c]));
+        if (compensation != nullptr) {
+            compensation[c] = error;
+        }
     }
 }
 
-template <typename T>
-HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 2) accumulate_kernel(const AccumulateArguments<T> a) {
+template <typename T, std::int64_t Parts>
+HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 2) accumulate_kernel(HESD_ARGUMENT AccumulateArguments<T, Parts> a) {
     const int thread = static_cast<int>(threadIdx.x);
     for (std::int64_t work = blockIdx.x; work < a.pieces * a.rows; work += gridDim.x) {
         const std::int64_t row = work / a.pieces;
@@ -144,39 +145,41 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 2) accumulate_kernel(const AccumulateAr
     }
 }
 
-template <typename T>
+template <typename T, std::int64_t Parts>
 void accumulate(const Panel& out, const HvpPart* parts, std::int64_t part_count, double alpha,
                 const Panel* compensation) {
-    std::vector<PartEntry> entries;
-    std::int64_t pieces = 0;
+    AccumulateArguments<T, Parts> a{};
     for (std::int64_t i = 0; i < part_count; ++i) {
         const Panel& values = parts[i].values;
         if (values.columns > 0) {
-            entries.push_back({values.data, values.stride, parts[i].offset, values.columns, pieces, values.precision});
-            pieces += (values.columns + kPiece - 1) / kPiece;
+            a.parts[a.part_count++] = {values.data, values.stride,   parts[i].offset, values.columns,
+                                       a.pieces,    values.precision};
+            a.pieces += (values.columns + kPiece - 1) / kPiece;
         }
     }
-    if (pieces == 0 || out.rows == 0) {
+    if (a.pieces == 0 || out.rows == 0) {
         return;
     }
-    const auto count = static_cast<std::int64_t>(entries.size());
-    Workspace workspace;
-    PartEntry* table = workspace.take<PartEntry>(count);
-    to_device(table, entries.data(), count);
-    AccumulateArguments<T> a{};
     a.out = static_cast<T*>(out.data);
     a.out_stride = out.stride;
     if (compensation != nullptr) {
         a.compensation = static_cast<T*>(compensation->data);
         a.compensation_stride = compensation->stride;
     }
-    a.parts = table;
-    a.part_count = count;
-    a.pieces = pieces;
     a.rows = out.rows;
     a.alpha = static_cast<T>(alpha);
-    launch("accumulate_hvp", accumulate_kernel<T>, std::min<std::int64_t>(pieces * out.rows, 16 * kBlocks), kThreads, 0,
-           a);
+    launch("accumulate_hvp", accumulate_kernel<T, Parts>, std::min<std::int64_t>(a.pieces * out.rows, 16 * kBlocks),
+           kThreads, 0, a);
+}
+
+template <typename T>
+void accumulate(const Panel& out, const HvpPart* parts, std::int64_t part_count, double alpha,
+                const Panel* compensation) {
+    for (std::int64_t first = 0; first < part_count; first += kMostParts) {
+        const std::int64_t count = std::min(kMostParts, part_count - first);
+        const auto run = count <= kFewParts ? accumulate<T, kFewParts> : accumulate<T, kMostParts>;
+        run(out, parts + first, count, alpha, compensation);
+    }
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ std::string missing();
 // Most rows that panel_orthonormalize takes.
 constexpr std::int64_t kMostRows = 192;
 
-// Workspace that suffices for any kernel on panels of up to `rows` rows against `block` rows, and for `parts` parts.
-std::int64_t workspace_bytes(std::int64_t rows, std::int64_t block, std::int64_t parts);
+// Workspace that suffices for any kernel on panels of up to `rows` rows against `block` rows.
+std::int64_t workspace_bytes(std::int64_t rows, std::int64_t block);
 
 }  // namespace hesd::cuda

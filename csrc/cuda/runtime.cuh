@@ -14,6 +14,7 @@
 #define HESD_KERNEL __global__ void
 #define HESD_DEVICE __device__ __forceinline__
 #define HESD_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define HESD_ARGUMENT const __grid_constant__  // a large one, read where it lies
 
 HESD_DEVICE uint4 load_16_bytes(const void* source) { return *static_cast<const uint4*>(source); }
 HESD_DEVICE void store_16_bytes(void* target, uint4 bits) { *static_cast<uint4*>(target) = bits; }
@@ -40,7 +41,11 @@ constexpr int kBlocks = 132;
 
 inline void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess) {
-        throw EngineError(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+        cudaGetLastError();  // the runtime keeps it, and the next launch would seem to have failed
+        throw EngineError(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error) +
+                          (error == cudaErrorNoKernelImageForDevice
+                               ? "; the kernels are built for compute capability 8.0 and above"
+                               : ""));
     }
 }
 
@@ -57,8 +62,8 @@ class DeviceScope {
         }
     }
     ~DeviceScope() {
-        if (before_ != static_cast<int>(current_execution().device)) {
-            cudaSetDevice(before_);
+        if (before_ != static_cast<int>(current_execution().device) && cudaSetDevice(before_) != cudaSuccess) {
+            cudaGetLastError();
         }
     }
     DeviceScope(const DeviceScope&) = delete;

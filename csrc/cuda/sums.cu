@@ -75,12 +75,11 @@ void sum_partials(const double* partial, std::int64_t blocks, const Sums& sums, 
            current_execution().condition, stage);
 }
 
-std::int64_t workspace_bytes(std::int64_t rows, std::int64_t block, std::int64_t parts) {
+std::int64_t workspace_bytes(std::int64_t rows, std::int64_t block) {
     const std::int64_t narrow = std::min(block, kWidestTile);
     const std::int64_t sums = std::max(rows * narrow + narrow * (narrow + 1) / 2, block * (block + 1) / 2);
     const std::int64_t coefficients = (rows + kWidestTile) * (block + kWidestTile);
-    constexpr std::int64_t most_part_bytes = 64;
-    return 8 * (coefficients + 2 * kBlocks * sums) + most_part_bytes * (2 * parts + 1) + 1024;
+    return 8 * (coefficients + 2 * kBlocks * sums) + 1024;
 }
 
 std::string missing() {

@@ -9,8 +9,6 @@ namespace {
 // The second use of a piece of V, for the Gram matrix, should find it in the second-level cache (40 MiB on an A100,
 // 50 MiB on an H100): pieces of all blocks at work together stay within this.
 constexpr std::int64_t kCache = 24 * 1024 * 1024;
-// Sums of a block that stay in shared memory; more of them lie in device memory, in practice in the cache.
-constexpr std::int64_t kSharedSums = 4096;
 
 template <typename S, typename T, int B>
 struct SweepArguments {
@@ -193,7 +191,7 @@ void sweep_tile(const Panel& w, const Panel& v, std::int64_t idle, const double*
     }
     const std::int64_t entries = a.with_gram ? k * b : 0;
     const std::int64_t pairs = a.with_self ? b * (b + 1) / 2 : 0;
-    a.shared_sums = a.segments * entries <= kSharedSums;
+    a.shared_sums = a.segments * entries <= Shape::shared_sums;
     a.segments = a.shared_sums ? a.segments : 1;
     a.partial = workspace.take<double>(blocks * (entries + pairs));
     const std::int64_t shared = B * width * static_cast<std::int64_t>(sizeof(C)) +

@@ -21,6 +21,9 @@
 namespace hesd::cuda {
 
 constexpr std::int64_t kWidestTile = 8;  // rows of W
+// Shared memory that a block can have on every device since compute capability 8.0; 8.6 has the least. What goes there
+// must not depend on the device, as the order of sums does on it.
+constexpr int kSharedMemory = 99 * 1024;
 
 template <typename S, typename C, int B>
 struct Tile {
@@ -32,18 +35,21 @@ struct Tile {
     static constexpr int blocks_per_multiprocessor = sizeof(C) == 4 && load * B < 64 ? 2 : 1;
     static constexpr int ahead = load == 8 && blocks_per_multiprocessor == 2 ? 2 : 4;  // rows loaded at once, combining
     static constexpr int row_bytes = columns * static_cast<int>(sizeof(C));
-    static constexpr int most_by_memory = 32 * 1024 / (B * row_bytes);
+    static constexpr int scratch_bytes = kWarps / 2 * B * row_bytes;
+    static constexpr int most_by_memory = (scratch_bytes > 32 * 1024 ? 16 : 32) * 1024 / (B * row_bytes);
     static constexpr int most_by_run = 64 / load;
     static constexpr int most_subpieces = most_by_memory < most_by_run ? most_by_memory : most_by_run;
-    static constexpr int scratch_bytes = kWarps / 2 * B * row_bytes;
+    // Sums of a block that stay in shared memory; more of them lie in device memory, in practice in the cache.
+    static constexpr int pairs = B * (B + 1) / 2;
+    static constexpr int sums_by_memory = (kSharedMemory - most_subpieces * B * row_bytes - scratch_bytes) / 8 - pairs;
+    static constexpr int shared_sums = sums_by_memory < 4096 ? sums_by_memory : 4096;
 
     static_assert(B == 1 || B == 4 || B == kWidestTile, "rows of W come in tiles of 1, 4 or 8");
     static_assert(rows * B <= kWarp, "a lane's sums are summed over the warp at one value for each lane");
     static_assert(load % quad == 0, "a lane's columns fill whole 16 bytes of shared memory");
     static_assert(most_subpieces >= 1 && (most_subpieces & (most_subpieces - 1)) == 0, "halved until they fit");
     static_assert(sizeof(C) == 8 || most_subpieces * load <= 64, "products that one float32 sum takes");
-    static_assert(most_subpieces * B * row_bytes + scratch_bytes + 32 * 1024 <= 160 * 1024,
-                  "shared memory of a multiprocessor of compute capability 8.0");
+    static_assert(shared_sums >= 2048, "a usual number of rows of V has its sums in shared memory");
 
     // Where a lane's e-th column of a subpiece lies in shared memory, so that 16-byte accesses of the lanes follow each
     // other.

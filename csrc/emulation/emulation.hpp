@@ -19,6 +19,7 @@
 #define HESD_KERNEL void
 #define HESD_DEVICE inline
 #define HESD_LAUNCH_BOUNDS(threads, blocks)
+#define HESD_ARGUMENT const
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
@@ -160,7 +161,7 @@ __nv_bfloat16 __float2bfloat16_rn(float value);
 
 // The part of the runtime's interface that the sources use. Panels on the device are memory like any other.
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNoKernelImageForDevice = 209 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDefault = 4 };
 enum cudaDeviceAttr { cudaDevAttrPageableMemoryAccess = 88, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -199,6 +200,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
     hesd::emulation::count_wait();
     return cudaSuccess;
 }
+inline cudaError_t cudaDeviceSynchronize() { return cudaStreamSynchronize(nullptr); }
 // Work is done when it is put on a stream, so streams and events are only names.
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
     static char name;
@@ -211,9 +213,9 @@ inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 }
 inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-// What a block may have on devices of compute capability 8.0.
+// What a block may have on every device since compute capability 8.0: 8.6 has the least.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 163 * 1024 : 0;
+    *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 99 * 1024 : 0;
     return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }

@@ -65,10 +65,16 @@ struct Reduction {
     }
 };
 
-// Raised for a panel that cannot be used or for non-finite numbers in one.
+// Raised for a panel that cannot be used, and where a device does not do what it should.
 class EngineError : public std::runtime_error {
    public:
     using std::runtime_error::runtime_error;
+};
+
+// Raised for numbers that are not finite, or too large or small to be squared.
+class NumericalError : public EngineError {
+   public:
+    using EngineError::EngineError;
 };
 
 }  // namespace hesd

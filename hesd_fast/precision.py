@@ -1,0 +1,65 @@
+"""Products in the precision that they are checked for, whatever PyTorch may round them to elsewhere in the process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.backends import cuda, cudnn, mkldnn
+
+
+def _rounded_operations() -> list[Any]:
+    """Return PyTorch's settings of what matrix products, convolutions and recurrent layers round float32 to."""
+    places = [*((backend, name) for backend in (cudnn, mkldnn) for name in ("conv", "rnn")), (mkldnn, "matmul")]
+    found = [getattr(backend, name, None) for backend, name in places]
+    return [setting for setting in (*found, cuda.matmul) if hasattr(setting, "fp32_precision")]
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Let float32 operations be in float32 within it.
+
+    ``torch.set_float32_matmul_precision`` and its like allow products of 10 bits (TF32, on NVIDIA GPUs) or 8 bits
+    (bfloat16, on processors that have it), which are no second derivatives of the float32 loss. PyTorch has two
+    interfaces to the same settings, and refuses to read the older one where the two disagree.
+    """
+    operations = _rounded_operations()  # the newer interface, from PyTorch 2.9 on
+    before = [operation.fp32_precision for operation in operations]
+    matrices, convolutions = _read(torch.get_float32_matmul_precision), _read(torch._C._get_cudnn_allow_tf32)
+    try:
+        if matrices is not None:
+            torch.set_float32_matmul_precision("highest")
+        if convolutions is not None:
+            torch._C._set_cudnn_allow_tf32(False)
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        if matrices is not None:
+            torch.set_float32_matmul_precision(matrices)
+        if convolutions is not None:
+            torch._C._set_cudnn_allow_tf32(convolutions)
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = "none"  # as a wider setting has it
+            if operation.fp32_precision != precision:
+                operation.fp32_precision = precision
+
+
+def _read(setting: Any) -> Any:
+    try:
+        return setting()
+    except RuntimeError:  # the newer interface has been used for it
+        return None
+
+
+@contextmanager
+def without_cudnn(wanted: bool) -> Iterator[None]:
+    """Switch cuDNN off within it, if that is wanted."""
+    before = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(before and not wanted)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(before)
