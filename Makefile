@@ -24,8 +24,10 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 demo: setup
 	$(BIN)/hesd demo
 
-# Two processes, a file of tests each; every test runs on one thread.
+# Two processes, a file of tests each; every test runs on one thread. Problems on a device first, in processes of their
+# own.
 test: setup emulated
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/device -q -n 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The engine that runs the CUDA sources on the CPU, for tests.

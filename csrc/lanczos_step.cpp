@@ -18,7 +18,7 @@ void orthonormalize_require(const OrthonormalizeFacts& facts) {
     }
     if (facts.stage == OrthonormalizeStage::no_convergence) {
         throw NumericalError("panel_orthonormalize: no convergence in " + std::to_string(facts.rounds) +
-                          " rounds; the vectors may be too small or too large to square in float64. Rescale them");
+                             " rounds; the vectors may be too small or too large to square in float64. Rescale them");
     }
 }
 

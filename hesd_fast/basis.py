@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesd_fast import kernels
+from hesd_fast import cuda, kernels
 from hesd_fast.errors import PlanError, ProblemError
 from hesd_fast.memory import available_memory
 
@@ -139,12 +139,11 @@ def plan_basis(
     if place in ("auto", "host") and not on_cpu:
         in_host = BasisPlan(rows, columns, dtype, None, device, host=True)
         room = available_memory()
-        pinned = 1 << max(in_host.bytes - 1, 0).bit_length()  # PyTorch rounds pinned memory up to a power of two
-        if room is None or pinned <= room:
+        if room is None or in_host.bytes <= room:
             return in_host
         if place == "host":
             raise PlanError(
-                f"the Lanczos basis takes {pinned / 2**30:.1f} GiB of the host's memory ({what}), but "
+                f"the Lanczos basis takes {in_host.bytes / 2**30:.1f} GiB of the host's memory ({what}), but "
                 f'{room / 2**30:.1f} GiB are available; take fewer steps, basis_dtype="bfloat16", or basis="disk"'
             )
     on_disk = BasisPlan(rows, columns, dtype, directory, device)
@@ -247,16 +246,28 @@ def _file_of_tiles(plan: BasisPlan) -> list[Tensor]:
     return _tiles(plan, torch.frombuffer(mapping, dtype=plan.dtype))
 
 
+class _PinnedMemory(mmap.mmap):
+    """Memory of the host that copies to a device can read while the host does something else."""
+
+    address = 0
+
+    def __del__(self) -> None:
+        if self.address:
+            cuda.unpin(self.address)
+
+
 def _pinned(plan: BasisPlan) -> Tensor:
-    """Return memory of the host that copies to a device can read while the host does something else."""
     try:
-        count, pin = plan.bytes // plan.dtype.itemsize, torch.cuda.is_available()
-        return torch.empty(count, dtype=plan.dtype, device="cpu", pin_memory=pin)
-    except RuntimeError as error:
+        memory = _PinnedMemory(-1, plan.bytes)
+        tensor = torch.frombuffer(memory, dtype=plan.dtype)
+        cuda.pin(tensor.data_ptr(), plan.bytes)
+    except (OSError, RuntimeError) as error:
         raise PlanError(
             f"{plan.bytes / 2**30:.1f} GiB of pinned memory for the Lanczos basis are not to be had: {error}; "
             'give basis="disk"'
         ) from error
+    memory.address = tensor.data_ptr()
+    return tensor
 
 
 def _tiles(plan: BasisPlan, memory: Tensor) -> list[Tensor]:

@@ -87,7 +87,10 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--protocol", type=click.Choice(["lla"]), help="A published protocol; sets the three options above."
         ),
         click.option(
-            "--basis", default="auto", show_default=True, help="memory, disk, or a directory for Lanczos vectors."
+            "--basis",
+            default="auto",
+            show_default=True,
+            help="Where the Lanczos vectors are: memory, host (of a GPU), disk, or a directory.",
         ),
         click.option(
             "--basis-dtype",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hesd_fast.errors import ProblemError
+from hesd_fast.model_state import version_of
 
 DEFAULT_BATCH_SIZE = 256
 
@@ -152,24 +153,40 @@ def check_batch(batch: Any, index: int) -> None:
             )
 
 
-def digest(batch: Any) -> int:
+def digest(batch: Any, known: MutableMapping[torch.Tensor, tuple[int, int]] | None = None) -> int:
     """Return a CRC-32 of everything in a batch: paths, types, shapes and bytes.
 
     Equal batches have equal digests on every device. Leaves that are not tensors, arrays or plain Python values
     count by their type only. Cost: one reading of the data, at several GB/s on the CPU.
+
+    ``known`` keeps what was found for tensors on other devices, with their versions: these are read anew only when
+    they are other tensors or were written to, since to read them the host waits for all that the device still has to
+    do.
     """
     crc = 0
     for path, leaf in leaves(batch):
         if isinstance(leaf, torch.Tensor):
             crc = zlib.crc32(f"{path}|{leaf.dtype}|{tuple(leaf.shape)}".encode(), crc)
-            for part in strided_parts(leaf):
-                crc = zlib.crc32(tensor_bytes(part), crc)
+            crc = zlib.crc32(_digest_of_tensor(leaf, known).to_bytes(4, "little"), crc)
         elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
             crc = zlib.crc32(f"{path}|{leaf.dtype}|{leaf.shape}".encode(), crc)
             crc = zlib.crc32(leaf.tobytes(), crc)
         else:
             plain = leaf is None or isinstance(leaf, bool | int | float | complex | str | bytes)
             crc = zlib.crc32(f"{path}|{type(leaf).__qualname__}|{leaf if plain else ''!r}".encode(), crc)
+    return crc
+
+
+def _digest_of_tensor(tensor: torch.Tensor, known: MutableMapping[torch.Tensor, tuple[int, int]] | None) -> int:
+    version = version_of(tensor)
+    keeps = known is not None and tensor.device.type != "cpu"
+    if known is not None and keeps and known.get(tensor, (None, 0))[0] == version:
+        return known[tensor][1]
+    crc = 0
+    for part in strided_parts(tensor):
+        crc = zlib.crc32(tensor_bytes(part), crc)
+    if known is not None and keeps:
+        known[tensor] = (version, crc)
     return crc
 
 

@@ -94,9 +94,7 @@ def analyze_groups(
     size = sum(block.size for block in blocks.values())
     steps, width, kind, window = int(chosen.max_steps), int(chosen.block_size), *chosen[2:]
     where = plan_blocks(size, problem.dtype, problem.device, steps, width, kind, window, basis, basis_dtype)
-    operator.strategy.memory_limit = memory_for_products(
-        size, problem.dtype, problem.device, chosen, where.dtype.itemsize
-    )
+    operator.strategy.memory_limit = memory_for_products(problem, where, width)
     problem.prepare()
     for block in blocks.values():
         _ = block.problem.fingerprint  # of the weights as they are now

@@ -97,7 +97,7 @@ def plan(
         problem,
         block,
         steps,
-        memory_limit=memory_for_products(problem.size, problem.dtype, problem.device, chosen, where.dtype.itemsize),
+        memory_limit=memory_for_products(problem, where, block),
     )
     strategy.release()
     hvps = most_products(problem.size, chosen)

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.loss import _Loss as CriterionModule
 from torch.utils.data import DataLoader
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hesd_fast import data as _data
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
@@ -150,6 +151,7 @@ class Problem:
         self._streams = RandomStreams(_data.loader_generators(self.data))
         self._state: ModelState | None = None
         self._facts: _Facts | None = None
+        self._digests: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()  # of tensors on a device
         self._versions: list[tuple[str, Tensor, int]] = []
         self._altered: dict[int, str] = {}
 
@@ -319,7 +321,7 @@ class Problem:
         evaluated: list[tuple[int, Tensor]] = []
         index = -1
         for index, batch in self._batches():
-            if index >= len(facts.digests) or _data.digest(batch) != facts.digests[index]:
+            if index >= len(facts.digests) or _data.digest(batch, self._digests) != facts.digests[index]:
                 raise ProblemError(self._data_changed(f"batch {index} differs from that of the first pass", index))
             if facts.weights[index] == 0:
                 continue
@@ -394,7 +396,7 @@ class Problem:
         fraction: int | None = None
         for index, batch in self._batches():
             _data.check_batch(batch, index)
-            digests.append(_data.digest(batch))
+            digests.append(_data.digest(batch, self._digests))
             sizes.append(_data.size_in_bytes(batch))
             loss, count = self._batch_loss(index, batch)
             counts.append(_term_count(count, batch, index))

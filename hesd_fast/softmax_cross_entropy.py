@@ -9,11 +9,16 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch.nn import functional
 
+from hesd_fast import cuda
+
 SMALLEST = 2**20
 """Logits from which on the closed forms are faster than PyTorch's own loss."""
 
 CHUNK = 2**18
-"""Logits worked on at a time: a few copies of so many stay in the cache."""
+"""Logits worked on at a time: a few copies of so many stay in the cache of a processor."""
+
+CUDA_CHUNK = 2**26
+"""The same on a GPU, where a few copies are no matter next to the memory there is, and an operation on few is slow."""
 
 
 def softmax_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -171,7 +176,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _chunks(logits: Tensor) -> list[slice]:
     rows, classes = logits.shape
-    size = max(CHUNK // max(classes, 1), 1)
+    size = max((CUDA_CHUNK if cuda.is_cuda(logits.device) else CHUNK) // max(classes, 1), 1)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

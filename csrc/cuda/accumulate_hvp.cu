@@ -66,7 +66,7 @@ HESD_DEVICE void accumulate_piece(T* out, T* compensation, const S* part, std::i
         Chunk<S, count> terms;
         count_read(sizeof terms, false);
         if (part_aligned) {
-            terms = *reinterpret_cast<const Chunk<S, count>*>(part + c);
+            terms = load_whole<Chunk<S, count>>(part + c);
         } else {
 #pragma unroll
             for (int e = 0; e < count; ++e) {
@@ -103,7 +103,7 @@ HESD_DEVICE void accumulate_piece(T* out, T* compensation, const S* part, std::i
 }
 
 template <typename T, std::int64_t Parts>
-HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 2) accumulate_kernel(HESD_ARGUMENT AccumulateArguments<T, Parts> a) {
+HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 2) accumulate_kernel(HESD_ARGUMENT(AccumulateArguments<T, Parts>) a) {
     const int thread = static_cast<int>(threadIdx.x);
     for (std::int64_t work = blockIdx.x; work < a.pieces * a.rows; work += gridDim.x) {
         const std::int64_t row = work / a.pieces;
@@ -152,8 +152,8 @@ void accumulate(const Panel& out, const HvpPart* parts, std::int64_t part_count,
     for (std::int64_t i = 0; i < part_count; ++i) {
         const Panel& values = parts[i].values;
         if (values.columns > 0) {
-            a.parts[a.part_count++] = {values.data, values.stride,   parts[i].offset, values.columns,
-                                       a.pieces,    values.precision};
+            a.parts[a.part_count++] = {values.data,    values.stride, parts[i].offset,
+                                       values.columns, a.pieces,      values.precision};
             a.pieces += (values.columns + kPiece - 1) / kPiece;
         }
     }

@@ -77,7 +77,7 @@ HESD_DEVICE Vector<S> load(const S* source, std::int64_t valid, bool aligned, bo
     Vector<S> vector;
     count_read(valid < Vector<S>::length ? valid * sizeof(S) : 16, again);
     if (aligned && valid >= Vector<S>::length) {
-        const uint4 bits = load_16_bytes(source);
+        const uint4 bits = load_whole<uint4>(source);
         memcpy(&vector, &bits, sizeof vector);
         return vector;
     }

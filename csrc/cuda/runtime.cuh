@@ -14,9 +14,13 @@
 #define HESD_KERNEL __global__ void
 #define HESD_DEVICE __device__ __forceinline__
 #define HESD_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-#define HESD_ARGUMENT const __grid_constant__  // a large one, read where it lies
+#define HESD_ARGUMENT(...) const __grid_constant__ __VA_ARGS__  // a large one, read where it lies
 
-HESD_DEVICE uint4 load_16_bytes(const void* source) { return *static_cast<const uint4*>(source); }
+// One load of a type whose alignment is its size, 16 bytes at most.
+template <typename V>
+HESD_DEVICE V load_whole(const void* source) {
+    return *static_cast<const V*>(source);
+}
 HESD_DEVICE void store_16_bytes(void* target, uint4 bits) { *static_cast<uint4*>(target) = bits; }
 
 // The emulation counts the bytes of panels that a kernel moves.

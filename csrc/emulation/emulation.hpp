@@ -19,7 +19,7 @@
 #define HESD_KERNEL void
 #define HESD_DEVICE inline
 #define HESD_LAUNCH_BOUNDS(threads, blocks)
-#define HESD_ARGUMENT const
+#define HESD_ARGUMENT(...) const __VA_ARGS__&
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
@@ -127,19 +127,21 @@ inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vo
 using hesd::emulation::count_read;
 using hesd::emulation::count_written;
 
-inline void require_16_bytes(const void* address) {
-    if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0) {
-        hesd::emulation::fail("a 16-byte access of an address that is not a multiple of 16");
+inline void require_aligned(const void* address, std::size_t bytes) {
+    if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) {
+        hesd::emulation::fail(bytes == 16 ? "a 16-byte access of an address that is not a multiple of 16"
+                                          : "an access of an address that is not a multiple of its size");
     }
 }
-inline uint4 load_16_bytes(const void* source) {
-    require_16_bytes(source);
-    uint4 bits;
-    std::memcpy(&bits, source, sizeof bits);
-    return bits;
+template <typename V>
+V load_whole(const void* source) {
+    require_aligned(source, sizeof(V));
+    V value;
+    std::memcpy(&value, source, sizeof value);
+    return value;
 }
 inline void store_16_bytes(void* target, uint4 bits) {
-    require_16_bytes(target);
+    require_aligned(target, sizeof bits);
     std::memcpy(target, &bits, sizeof bits);
 }
 

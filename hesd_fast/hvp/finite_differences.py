@@ -97,7 +97,7 @@ class FiniteDifferences(Strategy):
                 (w.to(v.dtype) + sign * step * v).to(w.dtype)
                 for w, v in zip(parameters, self.problem.unflatten(direction), strict=True)
             ]
-            ends.append((self.problem.flatten(moved), self._gradient(term, moved)))
+            ends.append((self.problem.flatten(moved), self._gradient(term, moved, at_rest=sign == 0.0)))
         (start, gradient), (end, other) = ends
         # Rounding to the weights' precision has turned the step; its part along the direction is what was gone.
         realised = float(torch.dot((end - start).double(), direction.double())) / length**2
@@ -108,7 +108,7 @@ class FiniteDifferences(Strategy):
     def _signs(self) -> tuple[float, float]:
         return -1.0, 1.0
 
-    def _gradient(self, term: LossTerm, weights: list[Tensor]) -> Tensor:
+    def _gradient(self, term: LossTerm, weights: list[Tensor], at_rest: bool) -> Tensor:  # noqa: ARG002
         leaves = [weight.requires_grad_() for weight in weights]
         loss = term.evaluate_at(leaves)
         selected = {id(parameter) for parameter in self.problem.parameters.values()}
@@ -148,14 +148,13 @@ class ForwardDifferences(FiniteDifferences):
     def _signs(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def _gradient(self, term: LossTerm, weights: list[Tensor]) -> Tensor:
-        at_rest = all(torch.equal(w, p) for w, p in zip(weights, self.problem.parameters.values(), strict=True))
+    def _gradient(self, term: LossTerm, weights: list[Tensor], at_rest: bool) -> Tensor:
         if not at_rest:
-            return super()._gradient(term, weights)
+            return super()._gradient(term, weights, at_rest)
         if term.index in self._kept:
             kept: Tensor = self._kept[term.index]
             return kept
-        gradient = super()._gradient(term, weights)
+        gradient = super()._gradient(term, weights, at_rest)
         if self.may_keep(term, [gradient]):
             self._kept[term.index] = gradient
         return gradient

@@ -171,8 +171,7 @@ def choose(
             for name in ORDER:
                 trials.consider(name, budget - (time.perf_counter() - started))
         strategy, best = trials.finish()
-        # what was watched is the memory of the process, not that of another device
-        peak_bytes = trials.peak_with(strategy, best) if problem.device.type == "cpu" else None
+        peak_bytes = trials.peak_with(strategy, best)
     plan = ProductPlan(
         strategy.name,
         tuple(trials.results),
@@ -357,9 +356,9 @@ class _Trials:
         return peak + round(growth + max(kept - strategy.kept_bytes, 0))
 
     def _peak_without(self, vectors: int) -> int | None:
-        """Return the most memory since the last call, without so many vectors."""
+        """Return the most memory since the last call, without so many vectors; None for that of another device."""
         peak = self.watch.peak()
-        return None if peak is None else peak - vectors * self.vector_bytes
+        return None if peak is None or self.problem.device.type != "cpu" else peak - vectors * self.vector_bytes
 
     def _operations(self) -> int:
         gradient = Gradient.of(self.problem, self.tried[0].first_term().evaluate())

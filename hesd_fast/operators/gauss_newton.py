@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from hesd_fast import kernels
+from hesd_fast import cuda, kernels
 from hesd_fast.errors import OperatorError, ProblemError
 from hesd_fast.hvp.base import Vectors, accumulate, agrees, first_line, quiet, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import differentiate, refuse_dead_ends
@@ -137,18 +137,23 @@ class JacobianOperator(ProblemOperator):
                 if term.index not in self._checked:
                     self._check(term, values)
                 tangents = self._forward(term, chunk)
-            except (torch.cuda.OutOfMemoryError, MemoryError):
+            except MemoryError:
                 raise
             except Exception as error:  # what transforms raise at code they cannot take has no common type
                 message = first_line(error)
+                if self.jvp == "forward" and isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
                 if self.jvp == "forward":
                     raise OperatorError(
                         f"jvp='forward' cannot differentiate this model; use 'reverse' or 'auto': {message}"
                     ) from error
                 self.reason = message
-                yield from ((first + j, tangent) for j, tangent in self._tangents(term, values, rows[first:]))
-                return
-            yield from enumerate(tangents, first)
+            else:
+                yield from enumerate(tangents, first)
+                continue
+            cuda.release_unused()  # after the error, whose frames hold what was made; reverse mode takes less memory
+            yield from ((first + j, tangent) for j, tangent in self._tangents(term, values, rows[first:]))
+            return
 
     def _forward(self, term: LossTerm, rows: Vectors) -> Tensor:
         def function(*weights: Tensor) -> Tensor:

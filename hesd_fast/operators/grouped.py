@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesd_fast.errors import OperatorError, ProblemError
 from hesd_fast.hvp.base import accumulate
+from hesd_fast.hvp.planner import give_up
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph, ReverseOverReverse
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.hessian import multiply_or_fall_back
@@ -174,8 +175,11 @@ class GroupedHessianOperator:
             strategy.problem = self.problem
             try:
                 strategy.check()
-            except OperatorError:
-                strategy.release()
+                refused = False
+            except (OperatorError, torch.cuda.OutOfMemoryError):
+                refused = True
+            if refused:  # after the error, whose frames hold what the product had made
+                give_up(strategy)
             if not strategy._kept:  # refused, or the first batch does not fit
                 self.strategy = plain
         self._is_prepared = True

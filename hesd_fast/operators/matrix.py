@@ -10,6 +10,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from hesd_fast import cuda
 from hesd_fast.errors import OperatorError
 from hesd_fast.operators.base import CurvatureOperator, OperatorBase
 
@@ -45,7 +46,7 @@ class MatrixOperator(OperatorBase):
             return
         if is_torch_operator(matrix):
             dtype = _panel_dtype(matrix.dtype.itemsize, matrix.dtype.is_floating_point, matrix.dtype.is_complex)
-            super().__init__(matrix.shape[0], dtype, torch.device(matrix.device))
+            super().__init__(matrix.shape[0], dtype, cuda.with_number(torch.device(matrix.device)))
             self._matrix = matrix
             self._check_linear_operator()
             return

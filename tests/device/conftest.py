@@ -1,15 +1,16 @@
-"""Problems on a device: in a process of their own, since PyTorch takes a new device before the first backward pass only."""
+"""Problems on a device, in a process of their own: PyTorch takes a new device before the first backward pass only."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the modules that these tests share with others
 
 import emulation
 import pretended
-import pytest
 
 from hesd_fast import cuda
 
@@ -26,7 +27,6 @@ def device(monkeypatch):
     monkeypatch.setattr(cuda, "free_memory", lambda device: 2**30)
     monkeypatch.setattr(cuda, "peak_memory", lambda device: 2**20)
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
-    pretended.waits = 0
     engine.take_traffic()
     yield f"{pretended.TYPE}:0"
     engine.select_target("emulated")

@@ -2,8 +2,8 @@
 
 PyTorch sees a device of its own (the one that it keeps for backends written in Python), autograd and function
 transforms included. Operations run on the CPU underneath; panels are lent by DLPack as CUDA ones, and the emulated
-engine takes them to its CUDA kernels. As on a GPU, an operation on tensors of two devices is an error, and so is NumPy's
-view of a tensor on one. Where the host would wait for the device, as when it reads a number, ``waits`` goes up.
+engine takes them to its CUDA kernels. As on a GPU, an operation on tensors of two devices is an error, and so is
+NumPy's view of a tensor on one. Where the host would wait for the device, as when it reads a number, it is counted.
 
 What this cannot show: CUDA's own kernels, streams, and what PyTorch does for CUDA alone.
 """
@@ -11,7 +11,8 @@ What this cannot show: CUDA's own kernels, streams, and what PyTorch does for CU
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +24,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 TYPE = "pretended"
 
-waits = 0
-"""How often the host has waited."""
+_waits = 0
 
 _DLPACK_CUDA = 2
 _aten = torch.ops.aten
@@ -70,6 +70,7 @@ def start() -> None:
         ("empty.memory_format", _aten.empty.memory_format),
         ("empty_strided", _aten.empty_strided.default),
         ("_efficientzerotensor", _aten.zeros.default),
+        ("eye", _aten.eye.default),  # is made by resizing a tensor, which this one cannot
     ):
         _OPERATIONS.impl(name, _maker(function), "PrivateUse1")
     proxy_tensor.HANDLED_TYPES += (PretendedTensor,)  # traces see its operations, not those underneath
@@ -126,7 +127,7 @@ class PretendedTensor(Tensor):
 
 
 def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    global waits
+    global _waits
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     devices = {leaf.device for leaf in tensors if isinstance(leaf, PretendedTensor)}
     here = any(not isinstance(leaf, PretendedTensor) and leaf.ndim > 0 for leaf in tensors)
@@ -138,7 +139,7 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if wanted is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if function in _READ_BY_THE_HOST or (devices and target.type == "cpu") or (function is _COPY and here):
-        waits += len(devices) > 0
+        _waits += len(devices) > 0
     result = function(*tree_map_only(PretendedTensor, _inner, args), **tree_map_only(PretendedTensor, _inner, kwargs))
     if function is _COPY:
         return args[0]
@@ -161,6 +162,13 @@ def _maker(function: Any) -> Callable[..., PretendedTensor]:
 
 def _inner(tensor: PretendedTensor) -> Tensor:
     return tensor.inner
+
+
+@contextmanager
+def count_waits() -> Iterator[Callable[[], int]]:
+    """Give what says how often the host has waited within."""
+    before = _waits
+    yield lambda: _waits - before
 
 
 def move(model: nn.Module) -> nn.Module:
