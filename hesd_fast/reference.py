@@ -5,10 +5,14 @@ Each function has the name, the arguments and the meaning of the kernel in :mod:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+
+from hesd_fast.errors import NumericalError
+from hesd_fast.kernels import OrthonormalFactor, Reduce
 
 _MASK = 0xFFFFFFFF
 
@@ -19,18 +23,61 @@ def panel_gram(V: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
 
 
 def panel_project(
-    W: torch.Tensor, V: torch.Tensor, C: torch.Tensor, idle: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``W -= C.T @ V[idle:]`` in place; ``V @ W.T`` (k, b) and ``W @ W.T`` (b, b) of the new W."""
+    W: torch.Tensor, V: torch.Tensor, C: torch.Tensor, *, gram: bool = True, self_gram: bool = True, idle: int = 0
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``W -= C.T @ V[idle:]`` in place; ``V @ W.T`` (k, b) and ``W @ W.T`` (b, b) of the new W, where asked for."""
     W.copy_(W.double() - C.T @ V[idle:].double())
-    return panel_gram(V, W), panel_gram(W, W)
+    return panel_gram(V, W) if gram else None, panel_gram(W, W) if self_gram else None
 
 
-def panel_orthonormalize(W: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q (rank, n) and L (b, rank) with ``W = L @ Q`` up to the tolerance, from the singular value decomposition."""
-    left, singular_values, right = torch.linalg.svd(W.double(), full_matrices=False)
-    rank = int((singular_values > tolerance).sum())
-    return right[:rank].to(W.dtype), left[:, :rank] * singular_values[:rank]
+def panel_orthonormalize(
+    W: torch.Tensor,
+    out: torch.Tensor | None = None,
+    *,
+    tolerance: float | None = None,
+    max_rank: int | None = None,
+    reduce: Reduce | None = None,
+) -> OrthonormalFactor:
+    """Q in ``out`` and its factor, by Gram-Schmidt in float64: the longest remainder first, subtracted twice."""
+
+    def inner_products(vectors: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        sums = (vectors @ vector).numpy()
+        if reduce is not None:
+            reduce(sums)
+        return torch.from_numpy(sums)
+
+    rest = W.double()
+    rows = len(rest)
+    squares = torch.cat([inner_products(rest[i : i + 1], rest[i]) for i in range(rows)])
+    if not bool(torch.isfinite(squares).all()):
+        raise NumericalError("`W` has non-finite values; wanted finite vectors")
+    if tolerance is None:
+        tolerance = 8 * torch.finfo(W.dtype).eps * float(squares.max().sqrt())
+    found = torch.zeros(0, rest.shape[1], dtype=torch.float64)
+    factor = torch.zeros(rows, rows, dtype=torch.float64)
+    weakest = math.inf
+    while (rank := len(found)) < min(rows, rows if max_rank is None else max_rank):
+        norms = torch.cat([inner_products(rest[i : i + 1], rest[i]) for i in range(rows)]).sqrt()
+        longest = int(norms.argmax())
+        if norms[longest] <= tolerance:
+            break
+        for _ in range(2):  # what rounding has left of the directions before
+            overlap = inner_products(found, rest[longest])
+            rest[longest] -= overlap @ found
+            factor[longest, :rank] += overlap
+        norm = inner_products(rest[longest : longest + 1], rest[longest]).sqrt()
+        weakest = min(weakest, float(norm))
+        found = torch.cat([found, rest[longest : longest + 1] / norm])
+        factor[longest, rank] = norm
+        rest[longest] = 0.0
+        for _ in range(2):
+            overlap = inner_products(rest, found[rank])
+            rest -= overlap[:, None] * found[rank]
+            factor[:, rank] += overlap
+    out = W if out is None else out
+    out.zero_()
+    out[: len(found)] = found.to(out.dtype)
+    return OrthonormalFactor(factor[:, : len(found)], len(found), weakest)
 
 
 def panel_combine(S: torch.Tensor, V: torch.Tensor, out: torch.Tensor) -> None:

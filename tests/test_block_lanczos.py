@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -374,6 +375,22 @@ def test_non_finite_products_are_named(bad):
 
     with pytest.raises(OperatorError, match=r"vector 1 is (nan|inf) at layer.weight\[17\]"):
         block_lanczos(Operator(), 10, 2)
+
+
+@pytest.mark.parametrize("step", ["start", "advance"])
+def test_an_error_of_the_engine_is_not_explained_by_the_numbers(monkeypatch, step):
+    class Failing:
+        def __init__(self, *arguments, **options):
+            self._engine = _engine.BlockLanczos(*arguments, **options)
+
+        def __getattr__(self, name):
+            if name != step:
+                return getattr(self._engine, name)
+            raise EngineError("CUDA: out of something")
+
+    monkeypatch.setattr(lanczos_module, "_engine", SimpleNamespace(BlockLanczos=Failing))
+    with pytest.raises(EngineError, match=r"^CUDA: out of something$"):
+        block_lanczos(torch.eye(20), 3, 2)
 
 
 def test_the_engine_refuses_wrong_order_and_wrong_panels():

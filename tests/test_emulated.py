@@ -14,7 +14,8 @@ import torch
 
 import hesd_fast as hesd
 from hesd_fast import basis as hesd_basis
-from hesd_fast import kernels
+from hesd_fast import cuda, kernels
+from hesd_fast.analyze import memory_for_products
 from hesd_fast.errors import PlanError, ProblemError
 from hesd_fast.lanczos import LanczosRun
 from hesd_fast.operators import as_operator
@@ -111,6 +112,41 @@ def test_a_basis_on_a_device_goes_to_its_host_where_it_does_not_fit(monkeypatch,
         planned(10**7, "memory")
     with pytest.raises(ProblemError, match="'host', which is for problems on a CUDA device"):
         hesd_basis.plan_basis(0, 3, 10, torch.float32, basis="host", available=None)
+
+
+def test_memory_of_the_host_is_pinned_as_it_is_and_let_go(monkeypatch):
+    pinned, let_go = [], []
+    monkeypatch.setattr(cuda, "pin", lambda address, size: pinned.append((address, size)))
+    monkeypatch.setattr(cuda, "unpin", let_go.append)
+    plan = hesd_basis.BasisPlan(3, 10**5, torch.float32, None, torch.device("cuda"), host=True)
+    tiles = plan.allocate()
+    assert pinned == [(tiles[0].data_ptr(), 2 * 3 * 65536 * 4)]
+    assert plan.bytes == pinned[0][1]
+    tiles[1][2].fill_(7.0)
+    last = tiles.pop()
+    del tiles
+    assert not let_go  # a view holds all of it
+    assert bool((last[2] == 7.0).all())
+    del last
+    assert let_go == [pinned[0][0]]
+
+    def refuse(address, size):
+        raise RuntimeError("no more of it")
+
+    monkeypatch.setattr(cuda, "pin", refuse)
+    with pytest.raises(PlanError, match=r"pinned memory .* no more of it; give basis=\"disk\""):
+        plan.allocate()
+    assert len(let_go) == 1
+
+
+def test_products_may_keep_what_a_basis_elsewhere_leaves(monkeypatch):
+    model = torch.nn.Linear(9, 3)
+    problem = hesd.Problem(model, hesd.losses.supervised(torch.nn.functional.cross_entropy), torch.zeros(1, 9))
+    monkeypatch.setattr(sys.modules["hesd_fast.analyze"], "available_memory", lambda device: 10**6)
+    working = 4 * 2 * problem.size * 4
+    for host, taken in ((False, 40 * problem.size * 4), (True, 0)):
+        basis = hesd_basis.BasisPlan(40, problem.size, torch.float32, None, torch.device("cuda"), host=host)
+        assert memory_for_products(problem, basis, 2) == (10**6 - working - taken) // 2
 
 
 @pytest.mark.parametrize("basis_dtype", ["auto", "bfloat16", "float16"])

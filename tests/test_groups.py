@@ -195,6 +195,23 @@ def test_graphs_beyond_the_memory_limit_are_made_anew():
     assert none.strategy.name == "double_backward"
 
 
+def test_graphs_that_run_out_of_memory_are_made_anew(monkeypatch):
+    torch.manual_seed(0)
+    problem = hesd.Problem(mlp(nn.Tanh).double(), CROSS_ENTROPY, vectors(6, 3))
+    operator = GroupedHessianOperator(problem, "modules")
+    panels = {name: torch.eye(block.size, dtype=torch.float64)[:2] for name, block in operator.blocks.items()}
+    wanted = operator.matmats(panels)
+
+    def too_much():
+        raise torch.cuda.OutOfMemoryError("too much")
+
+    operator = GroupedHessianOperator(problem, "modules")
+    monkeypatch.setattr(operator.strategy, "check", too_much)
+    found = operator.matmats(panels)
+    assert operator.strategy.name == "double_backward"
+    assert all(torch.equal(found[name], wanted[name]) for name in panels)
+
+
 def test_a_later_batch_that_cannot_be_kept_falls_back():
     class Sometimes(nn.Module):
         def __init__(self):

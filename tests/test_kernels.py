@@ -52,12 +52,14 @@ class Target:
 CPU_TARGETS = _engine.build_info()["cpu_targets_available"]
 
 
-@pytest.fixture(params=[*CPU_TARGETS, "emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.fixture(params=["twin", *CPU_TARGETS, "emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
 def target(request, monkeypatch):
     if request.param == "cuda":
         if not (_engine.build_info()["cuda"] and torch.cuda.is_available()):
             pytest.skip("no GPU, or a build without CUDA kernels")
         yield Target("cuda")
+    elif request.param == "twin":
+        yield reference
     elif request.param == "emulated":
         use_emulated_engine(monkeypatch)
         yield Target()
@@ -127,7 +129,7 @@ def test_panel_project_matches_its_twin(target, n, storage, working):
         v, w = panel(k, n, storage), panel(b, n, working, seed=1)
         c = torch.randn(k - idle, b, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
         expected = w.clone()
-        reference.panel_project(expected, v, c, idle)
+        reference.panel_project(expected, v, c, idle=idle)
         before = v.clone()
         gram, self_gram = target.panel_project(w, v, c, idle=idle)
         size = w.double().abs() + c.T.abs() @ v[idle:].double().abs()
@@ -174,6 +176,34 @@ def test_accumulate_hvp_matches_its_twin_bit_for_bit(target, working, compensate
         if compensation is not None:
             assert torch.equal(compensation, errors)
             assert compensation.abs().sum() > 0
+
+
+@pytest.mark.parametrize("count", [32, 33, 512, 513, 1100])
+def test_accumulate_hvp_takes_any_number_of_parts(target, count):
+    # CUDA launches take 32 or 512 at a time
+    out = panel(2, 3 * count + 5, torch.float32)
+    parts = [panel(2, 1 + i % 3, torch.float32, seed=i) for i in range(count)]
+    offsets = [3 * i + 2 for i in range(count)]
+    expected = out.clone()
+    target.accumulate_hvp(out, parts, offsets, 0.7)
+    reference.accumulate_hvp(expected, parts, offsets, 0.7)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("working", WORKING)
+@pytest.mark.parametrize("k", [299, 310, 600])
+def test_many_rows_are_projected_as_few_are(target, k, storage, working):
+    # where the sums of a CUDA block leave its shared memory
+    v, w = panel(k, 530, storage), panel(8, 530, working, seed=1)
+    c = torch.randn(k, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) / k
+    expected = w.clone()
+    wanted, _ = reference.panel_project(expected, v, c)
+    gram, _ = target.panel_project(w, v, c)
+    size = expected.double().abs() + c.T.abs() @ v.double().abs()
+    assert ((w.double() - expected.double()).abs() <= rounding(storage, working, k) * size).all()
+    scale = v.double().norm(dim=1)[:, None] * size.norm(dim=1)[None, :]
+    assert ((gram - wanted).abs() <= (rounding(storage, working, k) + arithmetic(storage, working)) * scale).all()
 
 
 def test_compensation_recovers_what_float32_loses(target):
@@ -371,14 +401,15 @@ def test_numpy_arrays_work_and_return_arrays():
 def test_float16_subnormals_and_extremes_convert_exactly(target):
     bits = np.arange(0, 0x7C00, dtype=np.uint16)
     values = np.concatenate([bits, bits | 0x8000]).view(np.float16)[None, :]
-    out = np.empty(values.shape, dtype=np.float32)
-    target.panel_combine(np.ones((1, 1)), values, out)
-    assert np.array_equal(out, values.astype(np.float32))
+    one = torch.ones(1, 1, dtype=torch.float64)
+    out = torch.empty(values.shape)
+    target.panel_combine(one, torch.from_numpy(values), out)
+    assert np.array_equal(out.numpy(), values.astype(np.float32))
     for special in (np.inf, -np.inf, np.nan):
-        row = np.full((1, 19), special, dtype=np.float16)
-        out = np.empty((1, 19), dtype=np.float32)
-        target.panel_combine(np.ones((1, 1)), row, out)
-        assert np.array_equal(out, row.astype(np.float32), equal_nan=True)
+        row = torch.full((1, 19), special, dtype=torch.float16)
+        out = torch.empty((1, 19))
+        target.panel_combine(one, row, out)
+        assert np.array_equal(out.numpy(), row.float().numpy(), equal_nan=True)
 
 
 REFUSED = [
