@@ -40,6 +40,7 @@ cuda-build: setup
 
 # On a machine with a GPU.
 cuda-test: setup
+	$(BIN)/python -m pytest tests/device -rs
 	$(BIN)/python -m pytest -rs -m cuda
 
 cuda-bench: setup

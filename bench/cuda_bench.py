@@ -110,24 +110,24 @@ def run(work: Callable[[], object], repetitions: int = 20) -> float:
     return sorted(seconds)[len(seconds) // 2]
 
 
-def check() -> None:
+def check(device: str = "cuda", n: int = 70_001) -> None:
     """Compare each kernel with its twin, on the device."""
     generator = torch.Generator().manual_seed(0)
-    v, w = (torch.randn(rows, 70_001, generator=generator).cuda() for rows in (21, 4))
+    v, w = (torch.randn(rows, n, generator=generator).to(device) for rows in (21, 4))
     c = torch.randn(21, 4, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(kernels.panel_gram(v, w), reference.panel_gram(v, w).cpu(), rtol=1e-5, atol=1e-2)
     wanted = w.clone()
-    products = reference.panel_project(wanted, v, c.cuda())
+    products = reference.panel_project(wanted, v, c.to(device))
     for one, other in zip(kernels.panel_project(w, v, c), products, strict=True):
         torch.testing.assert_close(one, other.cpu(), rtol=1e-4, atol=1e-1)
     torch.testing.assert_close(w, wanted, rtol=1e-5, atol=1e-4)
     kernels.panel_orthonormalize(w)
-    torch.testing.assert_close(w @ w.T, torch.eye(4, device="cuda"), rtol=0, atol=1e-5)
-    x, probes = torch.empty_like(w), torch.empty(4, 70_001)
+    torch.testing.assert_close(w @ w.T, torch.eye(4, device=device), rtol=0, atol=1e-5)
+    x, probes = torch.empty_like(w), torch.empty(4, n)
     kernels.panel_combine(c.T, v, x)
-    torch.testing.assert_close(x.double(), c.T.cuda() @ v.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(x.double(), c.T.to(device) @ v.double(), rtol=1e-5, atol=1e-4)
     kernels.accumulate_hvp(x, [w], [0], 0.5)
-    on_device = torch.empty(4, 70_001, device="cuda")
+    on_device = torch.empty(4, n, device=device)
     for kind in ("rademacher", "gaussian"):
         kernels.fill_probes(on_device, 3, kind=kind)
         reference.fill_probes(probes, 3, kind=kind)
@@ -135,13 +135,13 @@ def check() -> None:
             raise AssertionError(f"{kind} probes differ from their twin's")
 
 
-def measure(n: int = 10**7, k: int = 100) -> list[dict[str, object]]:
+def measure(device: str = "cuda", n: int = 10**7, k: int = 100) -> list[dict[str, object]]:
     """Time every kernel beside a copy of V on the device."""
     rows: list[dict[str, object]] = []
     for storage in (torch.float32, torch.bfloat16):
         for b in (1, 4, 8):
-            v = kernels.empty_panel(k, n, storage, "cuda").normal_()
-            w = kernels.empty_panel(b, n, torch.float32, "cuda").normal_()
+            v = kernels.empty_panel(k, n, storage, device).normal_()
+            w = kernels.empty_panel(b, n, torch.float32, device).normal_()
             x = torch.empty_like(w)
             zeros, part = torch.zeros(k, b, dtype=torch.float64), v[:b]
             zeros[0] = 1e-3

@@ -20,7 +20,7 @@ ENTRY = re.compile(
     r".*Function properties for .*\n"
     r"\s*(?P<stack>\d+) bytes stack frame, "
     r"(?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill loads\n"
-    r".*Used (?P<registers>\d+) registers"
+    r".*Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
 )
 
 
@@ -29,12 +29,12 @@ def parse(text: str) -> list[dict[str, str | int]]:
     found = []
     for match in ENTRY.finditer(text):
         entry = match.groupdict()
-        numbers = ("registers", "stack", "spill_stores", "spill_loads")
+        numbers = ("registers", "shared", "stack", "spill_stores", "spill_loads")
         found.append(
             {
                 "kernel": entry["kernel"],
                 "architecture": entry["architecture"],
-                **{name: int(entry[name]) for name in numbers},
+                **{name: int(entry[name] or 0) for name in numbers},
             }
         )
     return found

@@ -17,7 +17,7 @@ ptxas info    : Used 42 registers, used 1 barriers, 416 bytes cmem[0]
 ptxas info    : Compiling entry function '_Z4slowPf' for 'sm_90'
 ptxas info    : Function properties for _Z4slowPf
     16 bytes stack frame, 20 bytes spill stores, 28 bytes spill loads
-ptxas info    : Used 128 registers, used 1 barriers, 432 bytes cmem[0], 12 bytes cmem[2]
+ptxas info    : Used 128 registers, used 1 barriers, 1024 bytes smem, 432 bytes cmem[0], 12 bytes cmem[2]
 """
 
 
@@ -36,8 +36,10 @@ def test_no_kernel_moves_a_tenth_more_than_the_ideal():
 def test_reports_of_ptxas_are_read_and_spills_named():
     fast, slow = cuda_resources.parse(REPORT)
     assert fast == {
-        "kernel": "_Z4fastPf", "architecture": "sm_80", "registers": 42, "stack": 0, "spill_stores": 0, "spill_loads": 0
+        "kernel": "_Z4fastPf", "architecture": "sm_80",
+        "registers": 42, "shared": 0, "stack": 0, "spill_stores": 0, "spill_loads": 0,
     }  # fmt: skip
+    assert slow["shared"] == 1024
     assert (slow["registers"], slow["stack"], slow["spill_stores"], slow["spill_loads"]) == (128, 16, 20, 28)
     assert cuda_resources.wasteful([fast]) == []
     (line,) = cuda_resources.wasteful([fast, slow])

@@ -790,6 +790,14 @@ PYBIND11_MODULE(_engine, module) {
         const hesd::emulation::Traffic traffic = hesd::emulation::take_traffic();
         return py::make_tuple(traffic.read, traffic.read_again, traffic.written);
     });
+    // Launches of each kernel since the last call, and the most shared memory that its blocks had.
+    module.def("take_launches", [] {
+        py::dict found;
+        for (const auto& [name, launches] : hesd::emulation::take_launches()) {
+            found[py::str(name)] = py::make_tuple(launches.count, launches.shared_bytes);
+        }
+        return found;
+    });
     // How often the host has waited for the emulated device since the last call.
     module.def("take_waits", &hesd::emulation::take_waits);
 #endif

@@ -6,6 +6,7 @@ import ctypes
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import emulation
 import numpy as np
@@ -271,6 +272,47 @@ def test_probes_are_written_once(traffic, working, kind):
     out = panel(3, working, 1001)
     kernels.fill_probes(out, 1, first_index=3, kind=kind)
     assert traffic() == (0, 0, out.numel() * BYTES[working])
+
+
+# Launches
+
+
+def test_all_tensors_of_a_batch_are_accumulated_by_one_launch(traffic):
+    out = panel(2, torch.float32)
+    for count, launches in ((1, 1), (150, 1), (512, 1), (513, 2)):
+        emulation.engine().take_launches()
+        kernels.accumulate_hvp(out, [panel(2, torch.float32, 3)] * count, [3 * i for i in range(count)])
+        assert emulation.engine().take_launches() == {"accumulate_hvp": (launches, 0)}
+
+
+@pytest.mark.parametrize(("mode", "basis_dtype", "most"), [("full", "auto", 24), ("window", "auto", 39)])
+def test_launches_of_a_step_do_not_grow(traffic, mode, basis_dtype, most):
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(300, 300, generator=generator)
+    matrix = (matrix + matrix.T) / 35
+    run = LanczosRun(as_operator(matrix), 15, 4, reorthogonalization=mode, basis_dtype=basis_dtype)
+    while not run.finished:
+        torch.mm(run.panel, matrix, out=run.product)
+        emulation.engine().take_launches()
+        run.advance()
+        assert sum(count for count, _ in emulation.engine().take_launches().values()) <= most
+
+
+def test_document_says_how_much_shared_memory_blocks_have(traffic):
+    emulation.engine().take_launches()
+    for storage in STORAGE:
+        for working in (torch.float64, torch.float32):
+            for k, b in [(1, 1), (600, 1), (100, 4), (1000, 4), (240, 8), (299, 8), (510, 8), (513, 8)]:
+                v, w = panel(k, storage, 16), panel(b, working, 16)
+                kernels.panel_project(w, v, torch.zeros(k, b, dtype=torch.float64))
+                kernels.panel_combine(torch.zeros(b, k, dtype=torch.float64), v, w)
+            for b in (8, 12, 24):  # as much as any b to 192
+                kernels.panel_orthonormalize(panel(b, working, 64))
+    document = (Path(__file__).resolve().parents[1] / "docs" / "cuda.md").read_text(encoding="utf-8")
+    most = {name: shared for name, (_, shared) in emulation.engine().take_launches().items()}
+    assert max(most.values()) <= 99 * 1024  # what every device since compute capability 8.0 has
+    for name in ("sweep", "combine", "rows"):
+        assert f"| {name} | {most[name]:,} |" in document
 
 
 # Faults. With sanitizers, tests/native sees more of them.

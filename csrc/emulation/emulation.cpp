@@ -157,6 +157,7 @@ struct Machine {
     unsigned blocks = 0;
     unsigned threads = 0;
     Traffic traffic;
+    std::map<std::string, Launches> launches;
     char launched = 0;
     char ended = 0;
 };
@@ -369,6 +370,10 @@ Traffic take_traffic() {
     const std::lock_guard<std::mutex> between_launches(machine.mutex);
     return std::exchange(machine.traffic, Traffic{});
 }
+std::map<std::string, Launches> take_launches() {
+    const std::lock_guard<std::mutex> between_launches(machine.mutex);
+    return std::exchange(machine.launches, {});
+}
 void count_read(std::int64_t bytes, bool again) {
     (again ? machine.traffic.read_again : machine.traffic.read) += bytes > 0 ? bytes : 0;
 }
@@ -416,13 +421,17 @@ unsigned ballot(bool vote) {
     return votes;
 }
 
-void launch(unsigned blocks, unsigned threads, std::size_t shared, const std::function<void()>& body) {
+void launch(const char* name, unsigned blocks, unsigned threads, std::size_t shared,
+            const std::function<void()>& body) {
     const Reach reach;
     if (blocks == 0 || threads == 0 || threads > kMostThreads) {
         throw EngineError("emulation: a launch of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
                           " threads");
     }
     const std::lock_guard<std::mutex> one_at_a_time(machine.mutex);
+    Launches& so_far = machine.launches[name];
+    ++so_far.count;
+    so_far.shared_bytes = std::max(so_far.shared_bytes, static_cast<std::int64_t>(shared));
     while (machine.fibers.size() < threads) {
         machine.fibers.push_back(new_fiber(static_cast<unsigned>(machine.fibers.size())));
     }

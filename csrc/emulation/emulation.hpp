@@ -53,7 +53,7 @@ int lane();
 [[noreturn]] void fail(const char* what);
 
 // Runs body() once for each thread of each block.
-void launch(unsigned blocks, unsigned threads, std::size_t shared, const std::function<void()>& body);
+void launch(const char* name, unsigned blocks, unsigned threads, std::size_t shared, const std::function<void()>& body);
 
 void count_read(std::int64_t bytes, bool again);
 void count_written(std::int64_t bytes);

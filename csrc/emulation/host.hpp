@@ -3,7 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <string>
 
 namespace hesd::emulation {
 
@@ -15,6 +17,13 @@ struct Traffic {
 };
 // Since the last call.
 Traffic take_traffic();
+// Launches of kernels of one name.
+struct Launches {
+    std::int64_t count = 0;
+    std::int64_t shared_bytes = 0;  // the most that a block had
+};
+// By name, since the last call.
+std::map<std::string, Launches> take_launches();
 // How often the host has waited for a stream since the last call.
 std::int64_t take_waits();
 

@@ -7,19 +7,25 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # the modules that these tests share with others
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]  # the modules that these tests share with others
 
+import devices
 import emulation
 import pretended
 
 from hesd_fast import cuda
 
-pretended.start()
+if not devices.REAL:
+    pretended.start()
 
 
 @pytest.fixture
 def device(monkeypatch):
-    """The device; the kernels' panels on it go to the emulated CUDA kernels, those of the CPU to the CPU's."""
+    """The device. A pretended one's panels go to the emulated CUDA kernels, those of the CPU to the CPU's."""
+    if devices.REAL:
+        yield "cuda:0"
+        return
     engine = emulation.engine()
     engine.select_target(engine.build_info()["cpu_targets_available"][0])
     emulation.use_emulated_engine(monkeypatch)

@@ -1,0 +1,23 @@
+"""The device that these tests run on: a GPU, if there is one and the engine has kernels for it, else a pretended one."""
+
+from __future__ import annotations
+
+import pretended
+import torch
+from emulation import engine
+from torch import nn
+
+from hesd_fast import build_info
+
+REAL = bool(torch.cuda.is_available() and build_info()["cuda"])
+TYPE = "cuda" if REAL else pretended.TYPE
+
+
+def move(model: nn.Module) -> nn.Module:
+    """Put a model on the device."""
+    return model.to(TYPE) if REAL else pretended.move(model)
+
+
+def used_the_cuda_kernels() -> bool | None:
+    """Whether they have worked since the last call; None on a GPU, which does not say."""
+    return None if REAL else sum(engine().take_traffic()) > 0
