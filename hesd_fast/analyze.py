@@ -225,7 +225,7 @@ def report_of(
         strategy=matrix.method,
         plan=str(getattr(matrix, "plan", None) or ""),
     )
-    return Report(hesd_type, evidence, found, measure, facts, cost, checks, options, _versions())
+    return Report(hesd_type, evidence, found, measure, facts, cost, checks, options, _versions(problem.device))
 
 
 def _check_operator(operator: str, hvp: str) -> None:
@@ -383,9 +383,10 @@ def _checks(
     return tuple(checks)
 
 
-def _versions() -> dict[str, str]:
+def _versions(device: torch.device) -> dict[str, str]:
     build = _engine.build_info()
     return {
+        **({"device": cuda.name(device)} if cuda.is_cuda(device) else {}),
         "hesd_fast": build["version"],
         "torch": torch.__version__,
         "numpy": np.__version__,

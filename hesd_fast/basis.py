@@ -131,10 +131,14 @@ def plan_basis(
             f"but {(available or 0) / 2**30:.1f} GiB are available{where}; take fewer steps, "
             f'basis_dtype="bfloat16", {other}, or reorthogonalization="none", which keeps three blocks'
         )
-    if available is not None and working > available:
+    # two tiles come near a device
+    staging = 0 if on_cpu else 2 * rows * min(columns, TILE_COLUMNS) * dtype.itemsize
+    if available is not None and working + staging > available:
+        tiles = f", and two tiles of the basis {staging / 2**30:.1f} GiB" if staging else ""
         raise PlanError(
             f"three blocks of {working_rows // 3} vectors of {columns} {_name(working_dtype)} take "
-            f"{working / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of memory are available; take a smaller block"
+            f"{working / 2**30:.1f} GiB{tiles}, but {available / 2**30:.1f} GiB of memory are available; "
+            f"take a smaller block{' or fewer steps' if staging else ''}"
         )
     if place in ("auto", "host") and not on_cpu:
         in_host = BasisPlan(rows, columns, dtype, None, device, host=True)

@@ -68,6 +68,11 @@ def with_number(device: torch.device) -> torch.device:
     return torch.empty(0, device=device).device if is_cuda(device) and device.index is None else device
 
 
+def name(device: torch.device) -> str:
+    """Return what a device calls itself."""
+    return torch.cuda.get_device_name(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes of a device that PyTorch's tensors have taken so far."""
     return int(torch.cuda.max_memory_allocated(device))

@@ -360,7 +360,17 @@ class Problem:
         self._borrowed_state().refresh_buffers()
         self._streams.seed(index + 1)
         before = [(path, leaf, version_of(leaf)) for path, leaf in _data.leaves(batch) if isinstance(leaf, Tensor)]
-        result = function(self.model, batch)
+        try:
+            result = function(self.model, batch)
+        except RuntimeError as error:
+            elsewhere = next(((path, leaf) for path, leaf, _ in before if leaf.device != self.device), None)
+            if elsewhere is None or "device" not in str(error):
+                raise
+            raise ProblemError(
+                f"{elsewhere[0]} of batch {index} of the data is on {elsewhere[1].device} and the parameters on "
+                f"{self.device}; give batches that are there, or let the loss move them, as those of hesd_fast.losses "
+                f"do. PyTorch says: {str(error).splitlines()[0]}"
+            ) from error
         if (altered := _altered_leaf(before, batch)) is not None:
             self._altered.setdefault(index, altered)  # harmless where the data makes every batch afresh
         return result

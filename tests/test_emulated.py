@@ -96,15 +96,18 @@ def test_a_basis_that_stays_off_the_device_is_read_tile_by_tile(monkeypatch, tmp
 def test_a_basis_on_a_device_goes_to_its_host_where_it_does_not_fit(monkeypatch, tmp_path):
     def planned(available, basis="auto", **options):
         return hesd_basis.plan_basis(
-            100, 12, 10**5, torch.float32, basis=basis, available=available, device=torch.device("cuda"), **options
+            100, 12, 10**6, torch.float32, basis=basis, available=available, device=torch.device("cuda"), **options
         )
 
     assert planned(10**9).place == "memory"
-    assert planned(10**7).place == "host"
+    working, staging = 12 * 10**6 * 4, 2 * 100 * 65536 * 4
+    assert planned(working + staging).place == "host"
+    with pytest.raises(PlanError, match=r"and two tiles of the basis 0.0 GiB, but .* are available"):
+        planned(working + staging - 1)
     assert planned(10**9, "host").place == "host"
     assert planned(10**9, tmp_path).place == "disk"
     tiles = planned(10**9, "host").allocate()
-    assert [tuple(tile.shape) for tile in tiles] == [(100, 65536), (100, 10**5 - 65536)]
+    assert [tuple(tile.shape) for tile in tiles] == [(100, 65536)] * 15 + [(100, 10**6 - 15 * 65536)]
     assert all(tile.device.type == "cpu" for tile in tiles)
     monkeypatch.setattr(hesd_basis, "available_memory", lambda: 10**6)
     with pytest.raises(PlanError, match=r"of the host's memory .* are available; take fewer steps"):

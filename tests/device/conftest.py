@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]  # the modules that these tests share with others
-
 import devices
 import emulation
 import pretended
+import pytest
 
 from hesd_fast import cuda
 
@@ -32,6 +25,7 @@ def device(monkeypatch):
     monkeypatch.setattr(cuda, "is_cuda", lambda device: device.type == pretended.TYPE)
     monkeypatch.setattr(cuda, "free_memory", lambda device: 2**30)
     monkeypatch.setattr(cuda, "peak_memory", lambda device: 2**20)
+    monkeypatch.setattr(cuda, "name", str)
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
     engine.take_traffic()
     yield f"{pretended.TYPE}:0"

@@ -1,4 +1,4 @@
-"""The device that these tests run on: a GPU, if there is one and the engine has kernels for it, else a pretended one."""
+"""The device that these tests run on: a GPU that the engine has kernels for, if there is one, or a pretended device."""
 
 from __future__ import annotations
 

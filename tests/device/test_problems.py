@@ -191,6 +191,7 @@ def test_report_plan_and_scipy(device, tmp_path):
     report.save(tmp_path / "run.hesd.json")
     assert hesd.load_report(tmp_path / "run.hesd.json").lambda_max == report.lambda_max
     assert REAL or report.cost.peak_bytes == 2**20  # the device's
+    assert REAL or report.versions["device"] == device
     plan = hesd.plan(problem, max_steps=6)
     assert plan.peak_bytes is None
     assert all(trial.peak_bytes is None for trial in plan.products.trials)
@@ -220,6 +221,19 @@ def test_devices_that_do_not_fit_are_named(device):
     problem = Problem(move(model), LOSS, batches)
     with pytest.raises(OperatorError, match=f"is on cpu; give it on {TYPE}:0"):
         HessianOperator(problem).matmat(torch.zeros(1, problem.size))
+
+
+def test_batches_that_a_loss_leaves_on_the_cpu_are_named(device):
+    model, batches = model_and_data()
+
+    def loss(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    problem = Problem(move(model), loss, batches)
+    with pytest.raises(ProblemError, match=rf"batch\[0\] of batch 0 of the data is on cpu and .* on {TYPE}:0; give"):
+        HessianOperator(problem).matmat(torch.zeros(1, problem.size, device=device))
+    problem = Problem(model, loss, [(x.to(device), y.to(device)) for x, y in batches])
+    assert hesd.analyze(problem, max_steps=3, progress=False).lambda_max.value > 0
 
 
 # What the host waits for
