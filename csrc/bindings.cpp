@@ -784,6 +784,23 @@ PYBIND11_MODULE(_engine, module) {
     module.def("fill_probes", &fill_probes, py::arg("out"), py::arg("seed"), py::arg("first_probe"),
                py::arg("first_index"), py::arg("kind"));
 
+    module.def(
+        "pin",
+        [](std::uintptr_t address, std::int64_t bytes) {
+            const hesd::Kernels& kernels = hesd::cuda_kernels();
+            const py::gil_scoped_release unlocked;
+            kernels.staging->pin(reinterpret_cast<void*>(address), bytes);
+        },
+        py::arg("address"), py::arg("bytes"));
+    module.def(
+        "unpin",
+        [](std::uintptr_t address) {
+            const hesd::Kernels& kernels = hesd::cuda_kernels();
+            const py::gil_scoped_release unlocked;
+            kernels.staging->unpin(reinterpret_cast<void*>(address));
+        },
+        py::arg("address"));
+
 #if defined(HESD_EMULATION)
     // Bytes of panels that the emulated kernels have moved since the last call: read, read again, written.
     module.def("take_traffic", [] {

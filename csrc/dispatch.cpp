@@ -143,7 +143,7 @@ const Kernels& cuda_kernels() {
     }
     return kCuda;
 #else
-    throw EngineError("this build has no CUDA kernels; build it where nvcc is found");
+    throw EngineError("this build has no CUDA kernels; build it where nvcc 12.1 or later is found");
 #endif
 }
 

@@ -26,6 +26,9 @@ struct Staging {
     void (*send)(const Panel& source, const Panel& rows);
     // Waits until nothing is under way.
     void (*finish)();
+    // Lets copies between whole pages of the host's memory and a device pass the host by, until unpin.
+    void (*pin)(void* memory, std::int64_t bytes);
+    void (*unpin)(void* memory);
 };
 
 // The way to small matrices that lie on a device, on its stream: upload does not wait, download does.

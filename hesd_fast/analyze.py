@@ -302,8 +302,8 @@ def memory_for_products(problem: Problem, basis: BasisPlan, block_size: int) -> 
     available = available_memory(problem.device)
     if available is None:
         return None
-    working = 4 * block_size * problem.size * problem.dtype.itemsize
-    return max(available - working - (basis.bytes if basis.place == "memory" else 0), 0) // 2
+    working = 4 * block_size * basis.columns * problem.dtype.itemsize
+    return max(available - working - basis.bytes_at_work, 0) // 2
 
 
 def _checks(

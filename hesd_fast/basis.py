@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesd_fast import cuda, kernels
-from hesd_fast.errors import PlanError, ProblemError
+from hesd_fast import kernels
+from hesd_fast.errors import EngineError, PlanError, ProblemError
 from hesd_fast.memory import available_memory
 
 BASIS_DTYPES = {
@@ -70,6 +70,15 @@ class BasisPlan:
             columns = -(-columns // TILE_COLUMNS) * TILE_COLUMNS
         return self.rows * columns * self.dtype.itemsize
 
+    @property
+    def bytes_at_work(self) -> int:
+        """Memory that it takes where the vectors are worked on: all of it, or that of the tiles that come near."""
+        if self.place == "memory":
+            return self.bytes
+        if self.device.type == "cpu":
+            return 0
+        return 2 * self.rows * min(self.columns, TILE_COLUMNS) * self.dtype.itemsize
+
     def allocate(self) -> Tensor | list[Tensor]:
         """Return the panel, or the list of its tiles."""
         if self.host and self.rows > 0:
@@ -114,7 +123,7 @@ def plan_basis(
     PlanError
         When memory or disk space does not suffice.
     """
-    dtype, place, directory = check_basis(basis, basis_dtype, working_dtype)
+    dtype, (place, directory) = _dtype(basis_dtype, working_dtype), _place(basis)
     on_cpu = device.type == "cpu"
     if place == "host" and on_cpu:
         raise ProblemError("basis is 'host', which is for problems on a CUDA device; on the CPU give 'memory'")
@@ -131,8 +140,7 @@ def plan_basis(
             f"but {(available or 0) / 2**30:.1f} GiB are available{where}; take fewer steps, "
             f'basis_dtype="bfloat16", {other}, or reorthogonalization="none", which keeps three blocks'
         )
-    # two tiles come near a device
-    staging = 0 if on_cpu else 2 * rows * min(columns, TILE_COLUMNS) * dtype.itemsize
+    staging = BasisPlan(rows, columns, dtype, directory, device).bytes_at_work
     if available is not None and working + staging > available:
         tiles = f", and two tiles of the basis {staging / 2**30:.1f} GiB" if staging else ""
         raise PlanError(
@@ -163,13 +171,6 @@ def plan_basis(
             "give a directory on a disk as basis, or set HESD_FAST_SCRATCH to one"
         )
     return on_disk
-
-
-def check_basis(
-    basis: str | os.PathLike[str], basis_dtype: str | torch.dtype, working_dtype: torch.dtype
-) -> tuple[torch.dtype, str, Path]:
-    """Return the dtype, ``"auto"``, ``"memory"`` or ``"disk"``, and the directory; a ProblemError for what is none."""
-    return _dtype(basis_dtype, working_dtype), *_place(basis)
 
 
 def _dtype(basis_dtype: str | torch.dtype, working: torch.dtype) -> torch.dtype:
@@ -257,15 +258,15 @@ class _PinnedMemory(mmap.mmap):
 
     def __del__(self) -> None:
         if self.address:
-            cuda.unpin(self.address)
+            kernels.unpin(self.address)
 
 
 def _pinned(plan: BasisPlan) -> Tensor:
     try:
         memory = _PinnedMemory(-1, plan.bytes)
         tensor = torch.frombuffer(memory, dtype=plan.dtype)
-        cuda.pin(tensor.data_ptr(), plan.bytes)
-    except (OSError, RuntimeError) as error:
+        kernels.pin(tensor.data_ptr(), plan.bytes)
+    except (OSError, EngineError) as error:
         raise PlanError(
             f"{plan.bytes / 2**30:.1f} GiB of pinned memory for the Lanczos basis are not to be had: {error}; "
             'give basis="disk"'

@@ -34,29 +34,6 @@ def workspace(device: int, size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
 
 
-def pin(address: int, size: int) -> None:
-    """Let copies between the host's memory at an address and a device pass it by; the memory must stay until unpin.
-
-    PyTorch's own pinned memory comes in powers of two, and stays with PyTorch when nobody uses it any more.
-
-    Raises
-    ------
-    RuntimeError
-        Where the system does not allow it.
-    """
-    if torch.cuda.is_available():
-        every_device = 1
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        torch.cuda.check_error(int(runtime.cudaHostRegister(address, size, every_device)))
-
-
-def unpin(address: int) -> None:
-    """Undo ``pin``."""
-    if torch.cuda.is_available():
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        runtime.cudaHostUnregister(address)
-
-
 def free_memory(device: torch.device) -> int:
     """Return how many bytes a device can still give, what PyTorch holds in reserve included."""
     free, _ = torch.cuda.mem_get_info(device)

@@ -160,8 +160,8 @@ def digest(batch: Any, known: MutableMapping[torch.Tensor, tuple[int, int]] | No
     count by their type only. Cost: one reading of the data, at several GB/s on the CPU.
 
     ``known`` keeps what was found for tensors on other devices, with their versions: these are read anew only when
-    they are other tensors or were written to, since to read them the host waits for all that the device still has to
-    do.
+    they are other tensors or were written to, as autograd sees it (not through ``.data``), since to read them the host
+    waits for all that the device still has to do.
     """
     crc = 0
     for path, leaf in leaves(batch):
@@ -179,7 +179,7 @@ def digest(batch: Any, known: MutableMapping[torch.Tensor, tuple[int, int]] | No
 
 def _digest_of_tensor(tensor: torch.Tensor, known: MutableMapping[torch.Tensor, tuple[int, int]] | None) -> int:
     version = version_of(tensor)
-    keeps = known is not None and tensor.device.type != "cpu"
+    keeps = known is not None and tensor.device.type != "cpu" and not tensor.is_inference()
     if known is not None and keeps and known.get(tensor, (None, 0))[0] == version:
         return known[tensor][1]
     crc = 0

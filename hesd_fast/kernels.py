@@ -83,6 +83,24 @@ def empty_panel(
     return torch.frombuffer(memory, dtype=dtype).view(rows, elements)[:, :columns]
 
 
+def pin(address: int, size: int) -> None:
+    """Let copies between whole pages of the host's memory and CUDA devices pass the host by; it must stay until unpin.
+
+    PyTorch's own pinned memory comes in powers of two, and stays with PyTorch when nobody uses it any more.
+
+    Raises
+    ------
+    EngineError
+        Where the system does not allow it, or there are no CUDA kernels.
+    """
+    _engine.pin(address, size)
+
+
+def unpin(address: int) -> None:
+    """Undo ``pin``."""
+    _engine.unpin(address)
+
+
 def require_device(device: torch.device) -> None:
     """Raise an EngineError for a device that this build has no kernels for."""
     if device.type == "cpu" or (cuda.is_cuda(device) and _engine.build_info()["cuda"]):
@@ -198,7 +216,9 @@ def panel_orthonormalize(
     Raises
     ------
     EngineError
-        For a panel that cannot be used and for non-finite values in W.
+        For a panel that cannot be used.
+    NumericalError
+        For values in W that are not finite, or too large or small to be squared.
 
     References
     ----------

@@ -23,18 +23,21 @@ def full_float32() -> Iterator[None]:
 
     ``torch.set_float32_matmul_precision`` and its like allow products of 10 bits (TF32, on NVIDIA GPUs) or 8 bits
     (bfloat16, on processors that have it), which are no second derivatives of the float32 loss. PyTorch has two
-    interfaces to the same settings, and refuses to read the older one where the two disagree.
+    interfaces to the same settings, and refuses to read the older one where the two disagree. The settings are those of
+    the whole process: two threads that do this at once get in each other's way.
     """
     operations = _rounded_operations()  # the newer interface, from PyTorch 2.9 on
     before = [operation.fp32_precision for operation in operations]
     matrices, convolutions = _read(torch.get_float32_matmul_precision), _read(torch._C._get_cudnn_allow_tf32)
+    matrices = None if matrices == "highest" else matrices
     try:
         if matrices is not None:
             torch.set_float32_matmul_precision("highest")
         if convolutions is not None:
             torch._C._set_cudnn_allow_tf32(False)
         for operation in operations:
-            operation.fp32_precision = "ieee"
+            if operation.fp32_precision != "ieee":
+                operation.fp32_precision = "ieee"
         yield
     finally:
         if matrices is not None:
@@ -42,9 +45,10 @@ def full_float32() -> Iterator[None]:
         if convolutions is not None:
             torch._C._set_cudnn_allow_tf32(convolutions)
         for operation, precision in zip(operations, before, strict=True):
-            operation.fp32_precision = "none"  # as a wider setting has it
-            if operation.fp32_precision != precision:
-                operation.fp32_precision = precision
+            # Where a wider setting says the same, the operation is left to it.
+            for setting in ("none", precision):
+                if operation.fp32_precision != precision:
+                    operation.fp32_precision = setting
 
 
 def _read(setting: Any) -> Any:

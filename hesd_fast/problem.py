@@ -269,6 +269,14 @@ class Problem:
         """
         self._prepared()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What was read of tensors is about these tensors, which another process does not have.
+        return {**vars(self), "_digests": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _digests=WeakTensorKeyDictionary())
+        self._versions = [(name, tensor, version_of(tensor)) for name, tensor, _ in self._versions]
+
     def _prepared(self) -> _Facts:
         if self._facts is None:
             with self.session():
@@ -364,7 +372,7 @@ class Problem:
             result = function(self.model, batch)
         except RuntimeError as error:
             elsewhere = next(((path, leaf) for path, leaf, _ in before if leaf.device != self.device), None)
-            if elsewhere is None or "device" not in str(error):
+            if elsewhere is None or "same device" not in str(error):
                 raise
             raise ProblemError(
                 f"{elsewhere[0]} of batch {index} of the data is on {elsewhere[1].device} and the parameters on "

@@ -48,11 +48,13 @@ def panel_orthonormalize(
 
     rest = W.double()
     rows = len(rest)
-    squares = torch.cat([inner_products(rest[i : i + 1], rest[i]) for i in range(rows)])
+    squares = torch.zeros(rows, dtype=torch.float64)
+    for i in range(rows):
+        squares[i] = inner_products(rest[i : i + 1], rest[i])[0]
     if not bool(torch.isfinite(squares).all()):
         raise NumericalError("`W` has non-finite values; wanted finite vectors")
     if tolerance is None:
-        tolerance = 8 * torch.finfo(W.dtype).eps * float(squares.max().sqrt())
+        tolerance = 8 * torch.finfo(W.dtype).eps * math.sqrt(max(squares.tolist(), default=0.0))
     found = torch.zeros(0, rest.shape[1], dtype=torch.float64)
     factor = torch.zeros(rows, rows, dtype=torch.float64)
     weakest = math.inf

@@ -25,7 +25,7 @@ from torch import nn
 import hesd_fast as hesd
 import hesd_fast.basis as basis_module
 import hesd_fast.lanczos as lanczos_module
-from hesd_fast.basis import check_basis, default_directory, plan_basis
+from hesd_fast.basis import default_directory, plan_basis
 from hesd_fast.cli import main
 from hesd_fast.errors import PlanError, ProblemError
 from hesd_fast.lanczos import block_lanczos
@@ -102,8 +102,6 @@ REFUSED = [
 def test_what_does_not_exist_is_refused(scratch, options, error, message):
     with pytest.raises(error, match=message):
         plan(**options)
-    with pytest.raises(error, match=message):
-        check_basis(options.get("basis", "auto"), options.get("basis_dtype", "auto"), F32)
 
 
 def test_a_file_is_no_directory(scratch):

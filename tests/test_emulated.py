@@ -15,9 +15,9 @@ import torch
 
 import hesd_fast as hesd
 from hesd_fast import basis as hesd_basis
-from hesd_fast import cuda, kernels
+from hesd_fast import kernels
 from hesd_fast.analyze import memory_for_products
-from hesd_fast.errors import PlanError, ProblemError
+from hesd_fast.errors import EngineError, PlanError, ProblemError
 from hesd_fast.lanczos import LanczosRun
 from hesd_fast.operators import as_operator
 
@@ -106,6 +106,7 @@ def test_a_basis_on_a_device_goes_to_its_host_where_it_does_not_fit(monkeypatch,
         planned(working + staging - 1)
     assert planned(10**9, "host").place == "host"
     assert planned(10**9, tmp_path).place == "disk"
+    emulation.use_emulated_engine(monkeypatch)
     tiles = planned(10**9, "host").allocate()
     assert [tuple(tile.shape) for tile in tiles] == [(100, 65536)] * 15 + [(100, 10**6 - 15 * 65536)]
     assert all(tile.device.type == "cpu" for tile in tiles)
@@ -120,8 +121,8 @@ def test_a_basis_on_a_device_goes_to_its_host_where_it_does_not_fit(monkeypatch,
 
 def test_memory_of_the_host_is_pinned_as_it_is_and_let_go(monkeypatch):
     pinned, let_go = [], []
-    monkeypatch.setattr(cuda, "pin", lambda address, size: pinned.append((address, size)))
-    monkeypatch.setattr(cuda, "unpin", let_go.append)
+    monkeypatch.setattr(kernels, "pin", lambda address, size: pinned.append((address, size)))
+    monkeypatch.setattr(kernels, "unpin", let_go.append)
     plan = hesd_basis.BasisPlan(3, 10**5, torch.float32, None, torch.device("cuda"), host=True)
     tiles = plan.allocate()
     assert pinned == [(tiles[0].data_ptr(), 2 * 3 * 65536 * 4)]
@@ -135,9 +136,9 @@ def test_memory_of_the_host_is_pinned_as_it_is_and_let_go(monkeypatch):
     assert let_go == [pinned[0][0]]
 
     def refuse(address, size):
-        raise RuntimeError("no more of it")
+        raise EngineError("no more of it")
 
-    monkeypatch.setattr(cuda, "pin", refuse)
+    monkeypatch.setattr(kernels, "pin", refuse)
     with pytest.raises(PlanError, match=r"pinned memory .* no more of it; give basis=\"disk\""):
         plan.allocate()
     assert len(let_go) == 1
@@ -148,7 +149,7 @@ def test_products_may_keep_what_a_basis_elsewhere_leaves(monkeypatch):
     problem = hesd.Problem(model, hesd.losses.supervised(torch.nn.functional.cross_entropy), torch.zeros(1, 9))
     monkeypatch.setattr(sys.modules["hesd_fast.analyze"], "available_memory", lambda device: 10**6)
     working = 4 * 2 * problem.size * 4
-    for host, taken in ((False, 40 * problem.size * 4), (True, 0)):
+    for host, taken in ((False, 40 * problem.size * 4), (True, 2 * 40 * problem.size * 4)):  # two tiles come near
         basis = hesd_basis.BasisPlan(40, problem.size, torch.float32, None, torch.device("cuda"), host=host)
         assert memory_for_products(problem, basis, 2) == (10**6 - working - taken) // 2
 

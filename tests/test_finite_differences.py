@@ -136,3 +136,16 @@ def test_parameters_reached_another_way_are_refused():
     problem = Problem(Listed().double(), CROSS_ENTROPY, vectors(8))
     with pytest.raises(OperatorError, match="cannot move the weights of this model"):
         HessianOperator(problem, hvp="finite_differences").matvec(torch.ones(27, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_vector_that_is_not_finite_leaves_nothing_behind(name, bad):
+    torch.manual_seed(0)
+    problem = Problem(mlp(nn.Tanh).double(), CROSS_ENTROPY, [(x.double(), y) for x, y in vectors(8, 2)])
+    panel = torch.randn(1, problem.size, dtype=torch.float64)
+    wanted = HessianOperator(problem, hvp=name).matmat(panel)
+    operator = HessianOperator(problem, hvp=name)
+    with pytest.raises(OperatorError):
+        operator.matmat(torch.where(torch.arange(problem.size) == 3, bad, panel))
+    assert torch.equal(operator.matmat(panel), wanted)

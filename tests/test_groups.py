@@ -202,13 +202,19 @@ def test_graphs_that_run_out_of_memory_are_made_anew(monkeypatch):
     panels = {name: torch.eye(block.size, dtype=torch.float64)[:2] for name, block in operator.blocks.items()}
     wanted = operator.matmats(panels)
 
+    operator = GroupedHessianOperator(problem, "modules")
+    strategy = operator.strategy
+    check = strategy.check
+
     def too_much():
+        check()
+        assert strategy._kept
         raise torch.cuda.OutOfMemoryError("too much")
 
-    operator = GroupedHessianOperator(problem, "modules")
-    monkeypatch.setattr(operator.strategy, "check", too_much)
+    monkeypatch.setattr(strategy, "check", too_much)
     found = operator.matmats(panels)
     assert operator.strategy.name == "double_backward"
+    assert not strategy._kept
     assert all(torch.equal(found[name], wanted[name]) for name in panels)
 
 

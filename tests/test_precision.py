@@ -47,12 +47,16 @@ def settings():
 def _as_pytorch_starts():
     before = settings()
     yield
+    start_again()
+    assert settings() == before
+
+
+def start_again():
     torch.set_float32_matmul_precision("highest")
     torch._C._set_cudnn_allow_tf32(True)
     for setting in SETTINGS:
         starts = "tf32" if setting in (("cuda", "conv"), ("cuda", "rnn")) else "none"
         torch._C._set_fp32_precision_setter(*setting, starts)
-    assert settings() == before
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -63,14 +67,20 @@ def test_operations_are_in_float32_within_and_as_before_after(choice):
         inside = [torch._C._get_fp32_precision_getter(*setting) for setting in OPERATIONS]
         assert inside == ["ieee"] * len(OPERATIONS)
     assert settings() == before
-    # what inherited a wider setting still does
-    torch.backends.fp32_precision = "tf32" if choice != "everything tf32" else "ieee"
-    after = settings()
-    torch.backends.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("wider", ["tf32", "ieee"])
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice not in ("everything tf32", "cuda tf32")])
+def test_operations_follow_wider_settings_as_before(choice, wider):
+    CHOICES[choice]()
+    torch.backends.fp32_precision = wider
+    wanted = settings()
+    start_again()
+    CHOICES[choice]()
     with full_float32():
         pass
-    torch.backends.fp32_precision = "tf32" if choice != "everything tf32" else "ieee"
-    assert settings() == after
+    torch.backends.fp32_precision = wider
+    assert settings() == wanted
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import warnings
 from collections import UserDict
 from collections.abc import Iterator
@@ -288,6 +290,15 @@ def test_persistent_workers_are_named_where_they_shuffle_differently() -> None:
     problem = Problem(model(), mean, loader)
     with pytest.raises(ProblemError, match=r"differs .* persistent_workers=True, .* \(leave it out\); give data"):
         HessianOperator(problem).matvec(torch.ones(problem.size, dtype=torch.float64))
+
+
+def test_a_problem_can_be_pickled_and_copied() -> None:
+    torch.manual_seed(0)
+    problem = Problem(nn.Linear(3, 2), CROSS_ENTROPY, [(torch.randn(4, 3), torch.ones(4).long())])
+    wanted = HessianOperator(problem).matmat(torch.ones(1, 8))
+    for other in (pickle.loads(pickle.dumps(problem)), copy.deepcopy(problem)):
+        assert other.fingerprint == problem.fingerprint
+        assert torch.equal(HessianOperator(other).matmat(torch.ones(1, 8)), wanted)
 
 
 # Digests

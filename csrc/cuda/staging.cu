@@ -80,9 +80,20 @@ void finish() {
     check(cudaDeviceSynchronize(), "to wait for copies");
 }
 
+// For all devices, whichever is current.
+void pin(void* memory, std::int64_t bytes) {
+    check(cudaHostRegister(memory, static_cast<std::size_t>(bytes), cudaHostRegisterPortable), "to pin memory");
+}
+
+void unpin(void* memory) {
+    if (cudaHostUnregister(memory) != cudaSuccess) {
+        cudaGetLastError();
+    }
+}
+
 }  // namespace
 
-const Staging kStaging{fetch, arrived, send, finish};
+const Staging kStaging{fetch, arrived, send, finish, pin, unpin};
 
 std::int64_t staging_bytes(std::int64_t rows, std::int64_t columns, Precision precision) {
     return 2 * (rows * ((columns + 15) / 16 * 16) * element_bytes(precision) + 256);

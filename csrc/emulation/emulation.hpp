@@ -203,6 +203,11 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() { return cudaStreamSynchronize(nullptr); }
+constexpr unsigned cudaHostRegisterPortable = 1;
+inline cudaError_t cudaHostRegister(void* memory, std::size_t, unsigned) {
+    return reinterpret_cast<std::uintptr_t>(memory) % 4096 == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
 // Work is done when it is put on a stream, so streams and events are only names.
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
     static char name;

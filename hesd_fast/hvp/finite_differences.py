@@ -94,7 +94,7 @@ class FiniteDifferences(Strategy):
         ends = []
         for sign in self._signs():
             moved = [
-                (w.to(v.dtype) + sign * step * v).to(w.dtype)
+                w.clone() if sign == 0.0 else (w.to(v.dtype) + sign * step * v).to(w.dtype)
                 for w, v in zip(parameters, self.problem.unflatten(direction), strict=True)
             ]
             ends.append((self.problem.flatten(moved), self._gradient(term, moved, at_rest=sign == 0.0)))

@@ -65,8 +65,8 @@ class Trial:
     kept_bytes : int or None
         Predicted bytes kept from one product to the next.
     peak_bytes : int or None
-        Most memory of the process seen during the trial, without the vectors; None where there was none, or where the
-        system does not say.
+        Most memory of the process seen during the trial, without the vectors; None where there was none, where the
+        system does not say, or for problems on a device.
     note : str
         Why it was not tried, or what it said; else empty.
     """
@@ -103,7 +103,7 @@ class ProductPlan:
         What planning took.
     peak_bytes : int or None
         Predicted peak of the process's memory while products are made, without the vectors that are multiplied and
-        their products; None where the system does not say.
+        their products; None where the system does not say, or for problems on a device.
     """
 
     strategy: str

@@ -150,8 +150,9 @@ class JacobianOperator(ProblemOperator):
                 self.reason = message
             else:
                 yield from enumerate(tangents, first)
+                del tangents
                 continue
-            cuda.release_unused()  # after the error, whose frames hold what was made; reverse mode takes less memory
+            cuda.release_unused()  # after the error, whose frames hold what was made
             yield from ((first + j, tangent) for j, tangent in self._tangents(term, values, rows[first:]))
             return
 

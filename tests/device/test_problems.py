@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import cuda_bench
 import pytest
 import torch
@@ -192,6 +194,8 @@ def test_report_plan_and_scipy(device, tmp_path):
     assert hesd.load_report(tmp_path / "run.hesd.json").lambda_max == report.lambda_max
     assert REAL or report.cost.peak_bytes == 2**20  # the device's
     assert REAL or report.versions["device"] == device
+    (determinism,) = (check for check in report.checks if check.name == "determinism")
+    assert "allowed 0.00012" in determinism.detail  # sums of a GPU come in any order
     plan = hesd.plan(problem, max_steps=6)
     assert plan.peak_bytes is None
     assert all(trial.peak_bytes is None for trial in plan.products.trials)
@@ -204,6 +208,7 @@ def test_report_plan_and_scipy(device, tmp_path):
 def test_large_cross_entropies(device, monkeypatch):
     monkeypatch.setattr(softmax_cross_entropy, "SMALLEST", 1)
     monkeypatch.setattr(softmax_cross_entropy, "CUDA_CHUNK", 7 * 6)  # several chunks
+    assert len(softmax_cross_entropy._chunks(torch.zeros(20, 7, device=device))) == 4
     model, batches = model_and_data(20, 12, classes=7)
     options = {"max_steps": 5, "progress": False}
     wanted = hesd.analyze(model, LOSS, batches, **options)
@@ -221,6 +226,27 @@ def test_devices_that_do_not_fit_are_named(device):
     problem = Problem(move(model), LOSS, batches)
     with pytest.raises(OperatorError, match=f"is on cpu; give it on {TYPE}:0"):
         HessianOperator(problem).matmat(torch.zeros(1, problem.size))
+
+
+def test_what_a_device_says_is_not_taken_for_batches_elsewhere(device):
+    model, batches = model_and_data()
+
+    def loss(model, batch):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match=r"^CUDA error: device-side assert triggered$"):
+        Problem(move(model), loss, batches).prepare()
+
+
+def test_a_device_without_kernels_is_refused_before_any_work(device, monkeypatch):
+    model, batches = model_and_data()
+    monkeypatch.setattr(kernels, "_engine", SimpleNamespace(build_info=lambda: {"cuda": False}))
+
+    def loss(model, batch):
+        raise AssertionError("not to be computed")
+
+    with pytest.raises(EngineError, match=f"the problem is on {TYPE}:0; this build has kernels for the CPU only"):
+        hesd.analyze(move(model), loss, batches)
 
 
 def test_batches_that_a_loss_leaves_on_the_cpu_are_named(device):
