@@ -20,6 +20,7 @@
 #include "execution.hpp"
 #if defined(HESD_EMULATION)
 #include "emulation/host.hpp"
+#include "emulation/streams.hpp"
 #endif
 
 namespace py = pybind11;
@@ -262,6 +263,12 @@ class Backend {
 class Unlocked {
    public:
     explicit Unlocked(const hesd::Execution& execution) : scope_(execution) {}
+#if defined(HESD_EMULATION)
+    // The caller reads panels in the host's memory, and asks no device whether they are done.
+    ~Unlocked() { hesd::emulation::finish_all(); }
+    Unlocked(const Unlocked&) = delete;
+    Unlocked& operator=(const Unlocked&) = delete;
+#endif
 
    private:
     hesd::ExecutionScope scope_;
@@ -815,6 +822,8 @@ PYBIND11_MODULE(_engine, module) {
         }
         return found;
     });
+    // When work is done that was put on streams, see emulation/streams.hpp.
+    module.def("defer", &hesd::emulation::defer, py::arg("order"));
     // How often the host has waited for the emulated device since the last call.
     module.def("take_waits", &hesd::emulation::take_waits);
 #endif

@@ -22,6 +22,9 @@ from hesd_fast.lanczos import LanczosRun
 from hesd_fast.operators import as_operator
 
 THREADS = 256
+# When emulated work is done, see csrc/emulation/streams.hpp.
+ORDER_AT_ONCE, ORDER_FIRST, ORDER_LAST = -1, 0, 1
+ORDERS_AT_RANDOM = (2, 3, 4)
 FAULTS = emulation.FOLDER / "planted_faults.so"
 
 
@@ -91,6 +94,26 @@ def test_a_basis_that_stays_off_the_device_is_read_tile_by_tile(monkeypatch, tmp
     if mode != "window":
         # partial mode keeps it to the root of epsilon; a stored vector in bfloat16 is off by 2^-8 / sqrt(n)
         assert far.orthogonality <= (1e-5 if (mode, basis_dtype) == ("full", "float32") else 1e-3)
+
+
+@pytest.mark.parametrize("order", [ORDER_FIRST, ORDER_LAST, *ORDERS_AT_RANDOM])
+@pytest.mark.parametrize("mode", ["full", "partial", "window"])
+def test_no_order_of_the_streams_changes_a_bit(monkeypatch, tmp_path, mode, order):
+    generator = torch.Generator().manual_seed(4)
+    matrix = torch.randn(500, 500, generator=generator)
+    matrix = (matrix + matrix.T) / 50
+    emulation.use_emulated_engine(monkeypatch)
+    monkeypatch.setattr(hesd_basis, "TILE_COLUMNS", 64)
+    options = {"reorthogonalization": mode, "basis": tmp_path, "basis_dtype": "bfloat16"}
+    wanted = hesd.block_lanczos(matrix, 8, 3, **options)
+    emulation.engine().defer(order)
+    try:
+        found = hesd.block_lanczos(matrix, 8, 3, **options)
+    finally:
+        emulation.engine().defer(ORDER_AT_ONCE)
+    assert found.orthogonality == wanted.orthogonality
+    for one, other in zip(found.diagonal + found.offdiagonal, wanted.diagonal + wanted.offdiagonal, strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_a_basis_on_a_device_goes_to_its_host_where_it_does_not_fit(monkeypatch, tmp_path):
@@ -377,6 +400,16 @@ planted.reach_device_memory.restype = ctypes.c_float
 assert planted.reach_device_memory(ctypes.c_bool({by_copy}), ctypes.c_int64({length})) == 1.0"""
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == -signal_number, ended.stderr
+
+
+@pytest.mark.parametrize("order", [ORDER_AT_ONCE, ORDER_FIRST, ORDER_LAST, *ORDERS_AT_RANDOM])
+def test_a_stream_that_does_not_wait_for_another_shows(order):
+    planted = ctypes.CDLL(str(FAULTS))
+    planted.read_across_streams.restype = ctypes.c_float
+    assert planted.read_across_streams(ctypes.c_bool(True), ctypes.c_int64(order)) == 1.0
+    if order in (ORDER_AT_ONCE, ORDER_FIRST, ORDER_LAST):
+        found = planted.read_across_streams(ctypes.c_bool(False), ctypes.c_int64(order))
+        assert found == (0.0 if order == ORDER_FIRST else 1.0)
 
 
 def test_warp_functions_give_what_they_should():

@@ -136,8 +136,10 @@ void launch(const char* name, void (*kernel)(Parameters...), std::int64_t blocks
               name);
     }
 #if defined(HESD_EMULATION)
-    emulation::launch(name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
-                      static_cast<std::size_t>(shared), [&] { kernel(static_cast<Parameters>(arguments)...); });
+    emulation::put(stream(), [=] {
+        emulation::launch(name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+                          static_cast<std::size_t>(shared), [&] { kernel(static_cast<Parameters>(arguments)...); });
+    });
 #else
     // clang-format off
     kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<std::size_t>(shared), stream()>>>(

@@ -13,8 +13,11 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <utility>
+#include <vector>
 
 #include "emulation/host.hpp"
+#include "emulation/streams.hpp"
 
 #define HESD_KERNEL void
 #define HESD_DEVICE inline
@@ -168,7 +171,7 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cu
 enum cudaDeviceAttr { cudaDevAttrPageableMemoryAccess = 88, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = void*;
-using cudaEvent_t = void*;
+using cudaEvent_t = hesd::emulation::Event*;
 constexpr unsigned cudaEventDisableTiming = 2;
 constexpr unsigned cudaStreamNonBlocking = 1;
 
@@ -183,43 +186,61 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
-inline cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind, cudaStream_t) {
-    const hesd::emulation::Reach reach;
-    std::memcpy(target, source, bytes);
+// A copy from the host's pageable memory takes what is there when it is put on the stream.
+inline cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t stream) {
+    const auto* first = static_cast<const char*>(source);
+    std::vector<char> staged(first, kind == cudaMemcpyHostToDevice ? first + bytes : first);
+    hesd::emulation::put(stream, [target, source, bytes, kind, staged = std::move(staged)] {
+        const hesd::emulation::Reach reach;
+        std::memcpy(target, kind == cudaMemcpyHostToDevice ? staged.data() : source, bytes);
+    });
     return cudaSuccess;
 }
+// Tiles lie in pinned memory, which is read when the copy's turn comes.
 inline cudaError_t cudaMemcpy2DAsync(void* target, std::size_t target_pitch, const void* source,
                                      std::size_t source_pitch, std::size_t width, std::size_t height, cudaMemcpyKind,
-                                     cudaStream_t) {
-    const hesd::emulation::Reach reach;
-    for (std::size_t row = 0; row < height; ++row) {
-        std::memcpy(static_cast<char*>(target) + row * target_pitch,
-                    static_cast<const char*>(source) + row * source_pitch, width);
-    }
+                                     cudaStream_t stream) {
+    hesd::emulation::put(stream, [=] {
+        const hesd::emulation::Reach reach;
+        for (std::size_t row = 0; row < height; ++row) {
+            std::memcpy(static_cast<char*>(target) + row * target_pitch,
+                        static_cast<const char*>(source) + row * source_pitch, width);
+        }
+    });
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    hesd::emulation::finish(stream);
     hesd::emulation::count_wait();
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceSynchronize() { return cudaStreamSynchronize(nullptr); }
+inline cudaError_t cudaDeviceSynchronize() {
+    hesd::emulation::finish_all();
+    hesd::emulation::count_wait();
+    return cudaSuccess;
+}
 constexpr unsigned cudaHostRegisterPortable = 1;
 inline cudaError_t cudaHostRegister(void* memory, std::size_t, unsigned) {
     return reinterpret_cast<std::uintptr_t>(memory) % 4096 == 0 ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
-// Work is done when it is put on a stream, so streams and events are only names.
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-    static char name;
-    *stream = &name;
+    *stream = new char;
     return cudaSuccess;
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-    *event = nullptr;
+    *event = new hesd::emulation::Event;
     return cudaSuccess;
 }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    hesd::emulation::record(event, stream);
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+    hesd::emulation::wait_for(event, stream);
+    return cudaSuccess;
+}
 // What a block may have on every device since compute capability 8.0: 8.6 has the least.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 99 * 1024 : 0;

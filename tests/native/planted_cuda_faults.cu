@@ -111,6 +111,30 @@ HESD_PLANTED float reach_device_memory(bool by_copy, std::int64_t length) {
     return *static_cast<volatile float*>(there);
 }
 
+// Reads what another stream writes, after it or whenever.
+HESD_PLANTED float read_across_streams(bool after, std::int64_t order) {
+    const auto memory = hesd::emulation::device_memory(kThreads * sizeof(float));
+    auto* there = static_cast<float*>(memory.get());
+    cudaEvent_t written = nullptr;
+    hesd::Execution other;
+    cudaStreamCreateWithFlags(&other.stream, cudaStreamNonBlocking);
+    cudaEventCreateWithFlags(&written, cudaEventDisableTiming);
+    hesd::emulation::defer(order);
+    launch("fill", fill, 1, kThreads, 0, there, std::int64_t{0});  // this stream is used first
+    {
+        const hesd::ExecutionScope scope(other);
+        launch("fill", fill, 1, kThreads, 0, there, std::int64_t{kThreads});
+        cudaEventRecord(written, stream());
+    }
+    if (after) {
+        cudaStreamWaitEvent(stream(), written, 0);
+    }
+    float here = -1.0f;
+    to_host(&here, there, 1);
+    hesd::emulation::defer(hesd::emulation::at_once);
+    return here;
+}
+
 // Runs a kernel by name on `out` of kThreads numbers; the message of an error, or an empty string.
 HESD_PLANTED const char* run_planted_kernel(const char* name, float* out, const float* in, std::int64_t argument) {
     static char message[200];
