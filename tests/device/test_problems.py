@@ -291,6 +291,24 @@ def test_waits_of_a_product_do_not_grow_with_batches_or_parameters(device, hvp, 
     assert found[0] == found[1] <= 2
 
 
+@pytest.mark.skipif(REAL, reason="waits are counted on the pretended device")
+@pytest.mark.parametrize("kind", [GaussNewtonOperator, EmpiricalFisherOperator])
+@pytest.mark.parametrize("jvp", ["forward", "reverse"])
+def test_waits_of_other_matrices_do_not_grow_either(device, kind, jvp):
+    found = []
+    for sizes in ((8, 8), (8, 8, 8, 8, 8)):
+        model, batches = model_and_data(*sizes)
+        batches = [(x.to(device), y.to(device)) for x, y in batches]
+        operator = kind(Problem(move(model), LOSS, batches), jvp=jvp)
+        panel = kernels.empty_panel(2, operator.size, device=device)
+        kernels.fill_probes(panel, 1)
+        operator.matmat(panel)  # checks
+        with count_waits() as waits:
+            operator.matmat(panel)
+        found.append(waits())
+    assert found[0] == found[1] <= 2
+
+
 def test_data_on_a_device_is_read_again_when_it_has_changed(device):
     model, batches = model_and_data()
     batches = [(x.to(device), y.to(device)) for x, y in batches]
