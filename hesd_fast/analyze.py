@@ -127,17 +127,7 @@ def analyze(
     check_options(problem.size, chosen.max_steps, chosen.block_size, chosen.reorthogonalization, seed)
     _check_operator(operator, hvp)
     kernels.require_device(problem.device)
-    where = plan_blocks(
-        problem.size,
-        problem.dtype,
-        problem.device,
-        int(chosen.max_steps),
-        int(chosen.block_size),
-        chosen.reorthogonalization,
-        chosen.window,
-        basis,
-        basis_dtype,
-    )
+    where = basis_for(problem, problem.size, chosen, basis, basis_dtype)
     started = time.perf_counter()
     problem.prepare()
     _ = problem.fingerprint  # of the weights as they are now
@@ -295,6 +285,14 @@ def most_products(size: int, settings: Protocol) -> int:
     """Return how many vectors of length ``size`` a run multiplies at most."""
     products = int(settings.max_steps) * int(settings.block_size)
     return min(products, size) if settings.reorthogonalization in ORTHOGONAL_MODES else products
+
+
+def basis_for(
+    problem: Problem, size: int, settings: Protocol, basis: str | os.PathLike[str], basis_dtype: str | torch.dtype
+) -> BasisPlan:
+    """Choose where the Lanczos vectors of a run lie, all of its groups' together ``size`` numbers long."""
+    steps, width, kind, window = int(settings.max_steps), int(settings.block_size), *settings[2:]
+    return plan_blocks(size, problem.dtype, problem.device, steps, width, kind, window, basis, basis_dtype)
 
 
 def memory_for_products(problem: Problem, basis: BasisPlan, block_size: int) -> int | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from hesd_fast.analyze import (
     as_problem,
+    basis_for,
     memory_for_products,
     most_products,
     probes_of_all,
@@ -21,7 +22,7 @@ from hesd_fast.analyze import (
 )
 from hesd_fast.basis import TILE_COLUMNS
 from hesd_fast.errors import ProblemError
-from hesd_fast.lanczos import LanczosProgress, LanczosRun, check_options, plan_blocks
+from hesd_fast.lanczos import LanczosProgress, LanczosRun, check_options
 from hesd_fast.operators.checked import Deviations, combination_of, deviations
 from hesd_fast.operators.grouped import GroupedHessianOperator, Groups
 from hesd_fast.parameters import select_parameters
@@ -93,7 +94,7 @@ def analyze_groups(
     }
     size = sum(block.size for block in blocks.values())
     steps, width, kind, window = int(chosen.max_steps), int(chosen.block_size), *chosen[2:]
-    where = plan_blocks(size, problem.dtype, problem.device, steps, width, kind, window, basis, basis_dtype)
+    where = basis_for(problem, size, chosen, basis, basis_dtype)
     operator.strategy.memory_limit = memory_for_products(problem, where, width)
     problem.prepare()
     for block in blocks.values():

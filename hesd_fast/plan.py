@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from hesd_fast.analyze import memory_for_products, most_products, settings
+from hesd_fast.analyze import basis_for, memory_for_products, most_products, settings
 from hesd_fast.basis import BasisPlan
 from hesd_fast.errors import ProblemError
 from hesd_fast.hvp.planner import ProductPlan, choose
-from hesd_fast.lanczos import WORKING_BLOCKS, check_options, plan_blocks
+from hesd_fast.lanczos import WORKING_BLOCKS, check_options
 from hesd_fast.memory import peak_memory
 from hesd_fast.operators.checked import CHECK_VECTORS
 from hesd_fast.problem import Problem
@@ -82,17 +82,7 @@ def plan(
     chosen = settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
     check_options(problem.size, chosen.max_steps, chosen.block_size, chosen.reorthogonalization, seed=0)
     steps, block = int(chosen.max_steps), int(chosen.block_size)
-    where = plan_blocks(
-        problem.size,
-        problem.dtype,
-        problem.device,
-        steps,
-        block,
-        chosen.reorthogonalization,
-        chosen.window,
-        basis,
-        basis_dtype,
-    )
+    where = basis_for(problem, problem.size, chosen, basis, basis_dtype)
     strategy, products = choose(
         problem,
         block,

@@ -37,6 +37,12 @@ def model_and_data(*sizes, classes=3):
     return model, [(torch.randn(rows, 8), torch.randint(classes, (rows,))) for rows in sizes or (20, 12)]
 
 
+def probes_for(operator, count):
+    panel = kernels.empty_panel(count, operator.size, device=operator.device)
+    kernels.fill_probes(panel, 1)
+    return panel
+
+
 def assert_close(found, wanted, tolerance=1e-3):
     scale = max(abs(wanted.lambda_max.value), abs(wanted.lambda_min.value))
     for name in ("lambda_max", "lambda_min", "trace"):
@@ -102,8 +108,7 @@ def test_gauss_newton_and_fisher(device, kind, jvp):
 def test_forward_mode_that_runs_out_of_memory_gives_way_to_reverse_mode(device, monkeypatch):
     model, batches = model_and_data()
     operator = GaussNewtonOperator(Problem(move(model), LOSS, batches))
-    panel = kernels.empty_panel(2, operator.size, device=device)
-    kernels.fill_probes(panel, 1)
+    panel = probes_for(operator, 2)
     wanted = operator.matmat(panel)
     operator = GaussNewtonOperator(Problem(model, LOSS, batches))
 
@@ -267,6 +272,14 @@ def test_batches_that_a_loss_leaves_on_the_cpu_are_named(device):
 KEEP_WHAT_THEY_NEED = ("kept_graph", "kept_graph_batched", "linearized", "linearized_batched", "compiled")
 
 
+def waits_of_a_product(operator):
+    panel = probes_for(operator, 2)
+    operator.matmat(panel)  # prepares and checks
+    with count_waits() as waits:
+        operator.matmat(panel)
+    return waits()
+
+
 @pytest.mark.skipif(REAL, reason="waits are counted on the pretended device")
 @pytest.mark.parametrize("hvp", [name for name in ALL_STRATEGIES if "differences" not in name])
 @pytest.mark.parametrize("on_device", [False, True])
@@ -280,14 +293,9 @@ def test_waits_of_a_product_do_not_grow_with_batches_or_parameters(device, hvp, 
         batches = [(torch.randn(rows, 8), torch.randint(8, (rows,))) for rows in sizes]
         if on_device:
             batches = [(x.to(device), y.to(device)) for x, y in batches]
-        operator = HessianOperator(Problem(move(model), LOSS, batches), hvp=hvp)
-        panel = kernels.empty_panel(2, operator.size, device=device)
-        kernels.fill_probes(panel, 1)
-        operator.matmat(panel)  # prepares
-        with count_waits() as waits:
-            operator.matmat(panel)
+        waits = waits_of_a_product(HessianOperator(Problem(move(model), LOSS, batches), hvp=hvp))
         # the losses and whether the products are finite; inputs and targets on their way from the CPU
-        found.append(waits() - (0 if on_device or hvp in KEEP_WHAT_THEY_NEED else 2 * len(sizes)))
+        found.append(waits - (0 if on_device or hvp in KEEP_WHAT_THEY_NEED else 2 * len(sizes)))
     assert found[0] == found[1] <= 2
 
 
@@ -299,13 +307,7 @@ def test_waits_of_other_matrices_do_not_grow_either(device, kind, jvp):
     for sizes in ((8, 8), (8, 8, 8, 8, 8)):
         model, batches = model_and_data(*sizes)
         batches = [(x.to(device), y.to(device)) for x, y in batches]
-        operator = kind(Problem(move(model), LOSS, batches), jvp=jvp)
-        panel = kernels.empty_panel(2, operator.size, device=device)
-        kernels.fill_probes(panel, 1)
-        operator.matmat(panel)  # checks
-        with count_waits() as waits:
-            operator.matmat(panel)
-        found.append(waits())
+        found.append(waits_of_a_product(kind(Problem(move(model), LOSS, batches), jvp=jvp)))
     assert found[0] == found[1] <= 2
 
 
@@ -313,8 +315,7 @@ def test_data_on_a_device_is_read_again_when_it_has_changed(device):
     model, batches = model_and_data()
     batches = [(x.to(device), y.to(device)) for x, y in batches]
     operator = HessianOperator(Problem(move(model), LOSS, batches), hvp="double_backward")
-    panel = kernels.empty_panel(1, operator.size, device=device)
-    kernels.fill_probes(panel, 1)
+    panel = probes_for(operator, 1)
     operator.matmat(panel)
     batches[0][0].add_(0.0)  # written to, and as it was
     operator.matmat(panel)
