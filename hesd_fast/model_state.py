@@ -54,14 +54,6 @@ class RandomStreams:
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
 
-    @staticmethod
-    def equal(one: StreamState, other: StreamState) -> bool:
-        """Whether two states got from ``state()`` are the same."""
-        if len(one[0]) != len(other[0]) or one[2] != other[2]:
-            return False
-        same = all(torch.equal(a, b) for (_, a), (_, b) in zip(one[0], other[0], strict=True))
-        return same and repr(one[1]) == repr(other[1])
-
     def seed(self, seed: int) -> None:
         """Start every stream from ``seed``."""
         for generator in self._torch_generators():

@@ -73,17 +73,6 @@ class LossTerm:
         with nullcontext() if weights is None else problem._replaced(weights):
             return problem._call(problem.loss.outputs, self.index, self.batch)  # type: ignore[attr-defined]
 
-    @contextmanager
-    def watched_random_streams(self) -> Iterator[list[bool]]:
-        """Give a list that gets an item at the end, if numbers were taken from a random stream in an evaluation."""
-        drawn: list[bool] = []
-        streams = self._problem._streams
-        streams.seed(self.index + 1)
-        before = streams.state()
-        yield drawn
-        if not streams.equal(before, streams.state()):
-            drawn.append(True)
-
 
 @dataclass(frozen=True)
 class _Facts:

@@ -29,11 +29,8 @@ WORTH_KEEPING = 8
 SHORT_PANEL = 0.1
 """Seconds below which a panel is timed again, up to three times in all."""
 
-TRACING_SECONDS = 1.0, 0.006
-"""What tracing a batch takes about: once, and for each operation of its gradient's graph. Only decides about trials."""
-
 COMPILING_SECONDS = 8.0, 0.04
-"""The same of compiling a trace."""
+"""What compiling takes about: once, and for each operation of a gradient's graph. Only decides about trials."""
 
 CHECKED_PANELS = 3
 """Panels alive while a strategy is checked: the vectors, the products wanted, and those found."""
@@ -43,8 +40,6 @@ ORDER = (
     "kept_graph_batched",
     "double_backward_batched",
     "forward_over_reverse",
-    "linearized",
-    "linearized_batched",
     "compiled",
 )
 """Strategies in the order in which they are tried, after "double_backward"."""
@@ -235,9 +230,7 @@ class _Trials:
         for other in self.tried:
             strategy.take_over(other)
         expected = 3.0 * self.plain_seconds
-        if kind.family == "linearized" and not strategy.kept_bytes:
-            expected += TRACING_SECONDS[0] + TRACING_SECONDS[1] * self._operations()
-        elif kind.family == "compiled":
+        if kind.family == "compiled":
             expected += COMPILING_SECONDS[0] + COMPILING_SECONDS[1] * self._operations()
         if expected > seconds_left and name == KeptGraph.name:
             self.keep_graphs()
