@@ -90,12 +90,8 @@ class Strategy(ABC):
         problem.prepare()
         self.problem = problem
         with problem.session():
-            check_second_derivatives(problem, self.first_term())
+            check_second_derivatives(problem, problem.first_term())
             self.check()
-
-    def first_term(self) -> LossTerm:
-        """Return the first batch's loss term; a fresh one each time, since a loss may write to its batch."""
-        return next(iter(self.problem.terms()))
 
     def check(self) -> None:
         """Raise an OperatorError unless the strategy multiplies as plain double backward does."""
@@ -103,7 +99,7 @@ class Strategy(ABC):
         kernels.fill_probes(panel, 0)
         rows = vectors_of(self.problem, panel)
         wanted = torch.zeros_like(panel)
-        term = self.first_term()
+        term = self.problem.first_term()
         gradient = Gradient.of(self.problem, term.evaluate())
         for j, row in enumerate(rows):
             self._accumulate(term, [(j, with_row(gradient.multiply(row, keep_graph=j + 1 < len(rows))))], wanted)
@@ -116,7 +112,7 @@ class Strategy(ABC):
         if not math.isfinite(norm):
             return  # the operator names the parameter
         found = torch.zeros_like(wanted)
-        term = self.first_term()
+        term = self.problem.first_term()
         self._accumulate(term, self.attempt(term, rows), found)
         difference = float(torch.linalg.vector_norm(found.sub_(wanted)))
         if not agrees(difference, norm, self.problem.epsilon):

@@ -51,7 +51,7 @@ class FiniteDifferences(Strategy):
         self.problem = problem
         self.step, self.error = 0.0, float("inf")
         with problem.session():
-            term = self.first_term()
+            term = problem.first_term()
             generator = torch.Generator().manual_seed(0)
             # An arbitrary direction has next to no curvature; that of the gradient has much, and differences see it.
             gradient = Gradient.first_order(problem, term.evaluate())

@@ -47,7 +47,7 @@ class ForwardOverReverse(Strategy):
                 "than its module's attribute, as through a list (recurrent layers of torch.nn do); "
                 "use hvp='double_backward'"
             )
-        term.value = value.detach()
+        term.note(value)
 
     def _gradient(self, term: LossTerm) -> tuple[Gradient, tuple[Tensor, ...]]:
         """Return the function weights -> (gradient, loss), and the weights."""

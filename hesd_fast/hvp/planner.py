@@ -354,14 +354,14 @@ class _Trials:
         return None if peak is None or self.problem.device.type != "cpu" else peak - vectors * self.vector_bytes
 
     def _operations(self) -> int:
-        gradient = Gradient.of(self.problem, self.tried[0].first_term().evaluate())
+        gradient = Gradient.of(self.problem, self.problem.first_term().evaluate())
         return sum(1 for _ in graph_nodes([entry.grad_fn for entry in gradient.entries]))
 
     def _measure(self, strategy: Strategy) -> float:
         """Return the seconds of one panel on the batch: the least of a few where they are short."""
         seconds: list[float] = []
         while len(seconds) < 3 and sum(seconds) < SHORT_PANEL:
-            term = strategy.first_term()
+            term = self.problem.first_term()
             cuda.synchronize(self.problem.device)
             before = time.perf_counter()
             for _ in strategy.attempt(term, self.rows):

@@ -101,7 +101,7 @@ class KeptGraph(ReverseOverReverse):
         kernels.fill_probes(panel, 0)
         rows = vectors_of(self.problem, panel)
         first = torch.zeros_like(panel)
-        term = self.first_term()
+        term = self.problem.first_term()
         self._accumulate(term, self.attempt(term, rows), first)
         if term.index in self._kept:
             self.compare(rows, first)

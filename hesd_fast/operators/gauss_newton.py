@@ -99,7 +99,7 @@ class JacobianOperator(ProblemOperator):
 
     @abstractmethod
     def _middle(self, term: LossTerm, outputs: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-        """Return the map M of tangents, and alpha; note ``term.value``."""
+        """Return the map M of tangents, and alpha; let the term note the loss."""
 
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
         out.zero_()
@@ -253,7 +253,7 @@ class GaussNewtonOperator(JacobianOperator):
     def _middle(self, term: LossTerm, outputs: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
         leaf = outputs.detach().requires_grad_()
         loss = _loss_of(self.problem.loss, leaf, term.batch)
-        term.value = loss.detach()
+        term.note(loss)
         (slope,) = differentiate(loss, leaf, create_graph=True)
 
         def curvature(tangent: Tensor) -> Tensor:
