@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.losses import is_ready_made
 from hesd_fast.model_state import SESSIONS, ModelState, RandomStreams, borrowed, first_written, version_of
 from hesd_fast.parameters import ParameterLayout, Selection, check_hooks, check_model, select_parameters
+
+if TYPE_CHECKING:
+    from hesd_fast.hvp.derivative_check import DerivativeCheck
 
 Loss = Callable[[Any, Any], Any]
 
@@ -72,19 +75,23 @@ class LossTerm:
         if self._alone:
             self._problem._check_evaluated([(self.index, self.value)])
 
+    def evaluate_moved(self) -> Tensor:
+        """Return the batch's loss where the caller has moved the weights; it is not compared with that of before."""
+        return self._problem._batch_loss(self.index, self.batch)[0]
+
     def evaluate_at(self, weights: Sequence[Tensor]) -> Tensor:
         """Return the batch's loss with other tensors in the place of the selected parameters.
 
         For function transforms of PyTorch, whose tensors must not outlive them: :meth:`note` is left to the caller. A
         loss that requires gradients outside of the transform has reached a parameter by another way than its module.
         """
-        with self._problem._replaced(weights):
+        with self._problem.replaced(weights):
             return self._problem._batch_loss(self.index, self.batch)[0]
 
     def outputs(self, weights: Sequence[Tensor] | None = None) -> Any:
         """Return what ``loss.outputs(model, batch)`` does, with other tensors as the selected parameters if given."""
         problem = self._problem
-        with nullcontext() if weights is None else problem._replaced(weights):
+        with nullcontext() if weights is None else problem.replaced(weights):
             return problem._call(problem.loss.outputs, self.index, self.batch)  # type: ignore[attr-defined]
 
 
@@ -158,6 +165,9 @@ class Problem:
         self._versions: list[tuple[str, Tensor, int]] = []
         self._values: dict[str, int] = {}
         self._altered: dict[int, str] = {}
+        self.derivative_check: DerivativeCheck | None = None
+        """What :func:`hesd_fast.hvp.derivative_check.check_derivatives` has found, once it has looked."""
+        self.derivative_warning_given = False
 
     def restricted(self, names: Iterable[str]) -> Problem:
         """Return the same problem for some of its parameters; what reading the data has found holds for it too.
@@ -230,6 +240,10 @@ class Problem:
         """L at the current parameters, summed in float64."""
         facts = self._prepared()
         return math.fsum(w * v for w, v in zip(facts.weights, facts.values, strict=True) if w)
+
+    def loss_of(self, term: LossTerm) -> float:
+        """Return the loss of a term's batch that the first pass found."""
+        return self._prepared().values[term.index]
 
     @property
     def total_count(self) -> float:
@@ -406,7 +420,7 @@ class Problem:
         return result
 
     @contextmanager
-    def _replaced(self, weights: Sequence[Tensor]) -> Iterator[None]:
+    def replaced(self, weights: Sequence[Tensor]) -> Iterator[None]:
         """Let modules find other tensors in the place of the selected parameters, under every name they have."""
         replacements = {id(p): weight for p, weight in zip(self.parameters.values(), weights, strict=True)}
         changed = []

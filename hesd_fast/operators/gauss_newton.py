@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from hesd_fast import cuda, kernels
-from hesd_fast.errors import OperatorError, ProblemError
-from hesd_fast.hvp.base import Vectors, accumulate, agrees, first_line, quiet, stacked, vectors_of, with_row
+from hesd_fast.errors import OperatorError, ProblemError, first_line, raised_outside_of_libraries
+from hesd_fast.hvp.base import Vectors, accumulate, agrees, quiet, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import differentiate, refuse_dead_ends
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.problem import LossTerm, Problem
@@ -140,6 +140,8 @@ class JacobianOperator(ProblemOperator):
             except MemoryError:
                 raise
             except Exception as error:  # what transforms raise at code they cannot take has no common type
+                if raised_outside_of_libraries(error):
+                    raise
                 message = first_line(error)
                 if self.jvp == "forward" and isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
