@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hesd_fast import data as _data
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
+from hesd_fast.exact_operations import ExactOperations, operations_in
 from hesd_fast.losses import is_ready_made
 from hesd_fast.model_state import ModelState, RandomStreams, borrowed, first_written, version_of
 from hesd_fast.parameters import ParameterLayout, Selection, check_hooks, check_model, select_parameters
@@ -122,6 +123,12 @@ class Problem:
     batch_size : int, optional
         Samples per batch, 256 by default; only for a dataset.
 
+    Attributes
+    ----------
+    replaced_operations : tuple of str
+        Operations of PyTorch without a second derivative, or with a wrong one, that sessions replace by the same in
+        ordinary operations; found when the problem is prepared.
+
     Raises
     ------
     ProblemError
@@ -150,6 +157,8 @@ class Problem:
         self._layout = ParameterLayout(self.parameters)
         self._streams = RandomStreams(_data.loader_generators(self.data))
         self._state: ModelState | None = None
+        self.replaced_operations: tuple[str, ...] = ()
+        self._operations = ExactOperations()
         self._facts: _Facts | None = None
         self._digests: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()  # of tensors on a device
         self._versions: list[tuple[str, Tensor, int]] = []
@@ -176,6 +185,7 @@ class Problem:
         part.parameters = {name: parameter for name, parameter in self.parameters.items() if name in chosen}
         part._layout = ParameterLayout(part.parameters)
         part._state = None
+        part._operations = ExactOperations()
         return part
 
     @property
@@ -271,7 +281,7 @@ class Problem:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was read of tensors is about these tensors, which another process does not have.
-        return {**vars(self), "_digests": None}
+        return {**vars(self), "_digests": None, "_operations": ExactOperations()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _digests=WeakTensorKeyDictionary())
@@ -306,7 +316,10 @@ class Problem:
                 return
             self._check_unchanged()
             check_hooks(self.model, self.parameters)
-            with borrowed(self.model, list(self.parameters.values()), self.mode, self._streams) as self._state:
+            with (
+                borrowed(self.model, list(self.parameters.values()), self.mode, self._streams) as self._state,
+                self._operations.replacing(self.replaced_operations),
+            ):
                 try:
                     yield
                 finally:
@@ -404,7 +417,8 @@ class Problem:
             raise RuntimeError("a loss term was evaluated outside of a session; use `with problem.session():`")
         return self._state
 
-    def _first_pass(self) -> _Facts:
+    def _first_pass(self, before: Sequence[float] = ()) -> _Facts:
+        """Read the data; ``before`` has the first losses of a pass that ended where an operation was to be replaced."""
         values: list[float] = []
         counts: list[float] = []
         digests: list[int] = []
@@ -430,6 +444,12 @@ class Problem:
             dtype = loss.dtype
             if counts[-1] > 0:
                 self._check_first_value(loss, values[-1], index, first=sum(c > 0 for c in counts) == 1)
+                if found := operations_in(loss).keys() - self.replaced_operations:
+                    self.replaced_operations += tuple(sorted(found))
+                    self._operations.add(found)
+                    return self._first_pass(values)  # anew, so that all values are those of one function
+            if index < len(before):
+                self._check_replaced_value(before[index], values[-1], index, dtype)
         if not digests:
             raise ProblemError("the data yields no batch; give at least one (a used-up iterator yields none)")
         total = math.fsum(counts)
@@ -450,6 +470,15 @@ class Problem:
                 f"the loss of batch {index} does not depend on the selected parameters "
                 f"({', '.join(list(self.parameters)[:3])}{', ...' if len(parameters) > 3 else ''}); "
                 "select others, and do not hide them behind torch.no_grad, .detach(), .item() or a reentrant checkpoint"
+            )
+
+    def _check_replaced_value(self, before: float, value: float, index: int, dtype: torch.dtype) -> None:
+        """Raise an OperatorError unless a loss is the same to rounding as before operations were replaced."""
+        if not abs(value - before) <= 16.0 * math.sqrt(torch.finfo(dtype).eps) * abs(before):
+            raise OperatorError(
+                f"the loss of batch {index} is {before!r}, and {value!r} with {', '.join(self.replaced_operations)} in "
+                "ordinary operations, as exact products need them; if forward or loss draw random numbers of their own "
+                "or change the batch, mend that; else write these operations in ordinary ones yourself"
             )
 
     def _check_unchanged(self) -> None:

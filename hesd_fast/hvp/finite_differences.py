@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hesd_fast.autograd_graph import graph_nodes
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.base import Parts, Strategy, Vectors, vectors_of, with_row
-from hesd_fast.hvp.second_derivatives import Gradient, check_second_derivatives, graph_nodes
+from hesd_fast.hvp.second_derivatives import Gradient, check_second_derivatives
 from hesd_fast.problem import LossTerm, Problem
 
 TOLERANCE = 0.01

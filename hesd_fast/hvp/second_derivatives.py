@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from hesd_fast.autograd_graph import graph_nodes
 from hesd_fast.errors import OperatorError
+from hesd_fast.exact_operations import OPERATIONS, operations_in
 from hesd_fast.problem import LossTerm, Problem
 
 # What PyTorch says of an operation without a second derivative.
@@ -21,9 +23,6 @@ _NO_SECOND_DERIVATIVE = re.compile(
     r"|donated buffer",
     re.IGNORECASE,
 )
-
-# The fused kernel's backward pass uses the norm found by the forward pass, and autograd takes that for a constant.
-_WEIGHT_NORM = "_weight_norm_interface_backward"
 
 
 def differentiate(values: Any, sources: Any, cotangents: Any = None, **options: bool) -> tuple[Tensor | None, ...]:
@@ -111,14 +110,14 @@ def check_second_derivatives(problem: Problem, term: LossTerm) -> None:
             "the model uses reentrant activation checkpoints, which hide their parameters from torch.autograd.grad; "
             "call torch.utils.checkpoint with use_reentrant=False"
         )
-    if any(_plain(operation) == _plain(_WEIGHT_NORM) for operation in operations):
-        places = ", ".join(_culprits(problem, term, _WEIGHT_NORM)) or "the model"
-        raise OperatorError(
-            f"the second derivative of PyTorch's weight_norm (in {places}) is wrong; take it off with "
-            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), or remove_weight_norm(module) if it "
-            "is of the old kind, for the Hessian of the plain weight; or write g v / |v| in ordinary operations; or "
-            "leave its parameters out of the selection"
-        )
+    for name, node in operations_in(loss).items():
+        if OPERATIONS[name].silent:
+            places = ", ".join(_culprits(problem, term, node)) or "the model"
+            raise OperatorError(
+                f"a derivative of PyTorch's {name} (in {places}) that the Hessian needs is wrong, and the operation "
+                "cannot be replaced where it is, as in TorchScript or a compiled function; write it in Python, in "
+                "ordinary operations, or leave the parameters before it out of the selection"
+            )
     with naming_operations(problem, term):
         gradient = Gradient.with_second_derivative(problem, loss)
         gradient.multiply([torch.ones_like(parameter) for parameter in gradient.parameters], keep_graph=True)
@@ -187,16 +186,3 @@ def _is_culprit(node: Node, operation: str | None) -> bool:
 def _plain(name: str) -> str:
     """Return an operation's name without spelling: ``aten::_some_op_backward`` and ``SomeOpBackward0`` agree."""
     return re.sub(r"_|backward\d*$", "", name.lower())
-
-
-def graph_nodes(roots: list[Node | None], seen: set[Node] | None = None) -> Iterator[Node]:
-    """Yield the nodes of an autograd graph that are not in ``seen``, and add them to it."""
-    seen = set() if seen is None else seen
-    stack = [root for root in roots if root is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(following for following, _ in node.next_functions if following is not None)
