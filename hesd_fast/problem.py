@@ -26,7 +26,7 @@ from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.exact_operations import ExactOperations, operations_in
 from hesd_fast.losses import is_ready_made
 from hesd_fast.model_state import ModelState, RandomStreams, borrowed, first_written, version_of
-from hesd_fast.parameters import ParameterLayout, Selection, check_hooks, check_model, select_parameters
+from hesd_fast.parameters import ParameterLayout, Selection, as_real, check_hooks, check_model, select_parameters
 
 Loss = Callable[[Any, Any], Any]
 
@@ -116,7 +116,8 @@ class Problem:
         Every pass starts from the same random state, so a shuffling DataLoader yields the same batches each time.
     parameters
         Which parameters the Hessian is of: None for all that require gradients, a regular expression that must match a
-        whole name, exact names, or a predicate ``(name, parameter) -> bool``. A tied parameter counts once.
+        whole name, exact names, or a predicate ``(name, parameter) -> bool``. A tied parameter counts once. A complex
+        one is taken for the pairs of reals that ``torch.view_as_real`` shows.
     mode : {"eval", "train", "as_is"}
         The training flag of every module meanwhile (an overridden ``train`` method is not called). In train mode every
         batch has its own fixed random seed, so dropout draws the same mask at every pass.
@@ -190,7 +191,7 @@ class Problem:
 
     @property
     def size(self) -> int:
-        """n, the number of selected parameters."""
+        """n, the number of selected parameters; a complex one counts as two real ones."""
         return self._layout.size
 
     @property
@@ -200,7 +201,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of panels: float64 if any selected parameter is float64, else float32."""
+        """Precision of panels: float64 if any selected parameter is float64 or complex128, else float32."""
         return self._layout.dtype
 
     @property
@@ -216,7 +217,7 @@ class Problem:
     @property
     def parameter_norm_squared(self) -> float:
         """Squared Euclidean norm of the selected parameters, summed in float64."""
-        norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64) for p in self.parameters.values()]
+        norms = [torch.linalg.vector_norm(as_real(p.detach()), dtype=torch.float64) for p in self.parameters.values()]
         return float(torch.stack(norms).square().sum())
 
     def describe(self, column: int) -> str:
@@ -228,7 +229,7 @@ class Problem:
         return self._layout.flatten(tensors)
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Return one view of a vector (n,) per parameter, in the parameter's shape."""
+        """Return one view of a vector (n,) per parameter, in the parameter's shape; a complex one may be a copy."""
         return self._layout.unflatten(vector)
 
     @property

@@ -770,6 +770,18 @@ def test_functions_that_pytorch_calls_back_are_in_the_mode_too() -> None:
     assert relative(matrix(native), matrix(by_hand)) <= ROUNDING
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("ids", [torch.zeros(0, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.int64), FLAT[:1]])
+def test_bags_of_nothing_but_padding_or_nothing_are_zeros(mode: str, ids: Tensor) -> None:
+    model = nn.EmbeddingBag(8, 3, mode=mode, padding_idx=1)
+    arguments = (ids,) if ids.ndim == 2 else (ids, torch.zeros(2, dtype=torch.int64))
+    with ExactOperations().replacing(["embedding_bag"]):
+        found = model(*arguments)
+    assert torch.equal(found, torch.zeros(2, 3))
+    (gradient,) = torch.autograd.grad(found.exp().sum(), model.weight)
+    assert torch.equal(gradient, torch.zeros(8, 3))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("function", [functional.batch_norm, functional.instance_norm])
 @pytest.mark.parametrize("samples", [1, 5])

@@ -16,6 +16,7 @@ from hesd_fast import kernels
 from hesd_fast.data import leaves
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.second_derivatives import Gradient, check_second_derivatives
+from hesd_fast.parameters import as_real
 from hesd_fast.problem import LossTerm, Problem
 
 Vectors = list[list[Tensor]]
@@ -234,8 +235,11 @@ def first_line(error: Exception) -> str:
 
 
 def dense(part: Tensor) -> Tensor:
-    """Return a contiguous strided tensor without a graph; embeddings with sparse=True have sparse derivatives."""
-    return (part if part.layout is torch.strided else part.to_dense()).detach().contiguous()
+    """Return a contiguous strided tensor of reals without a graph; embeddings with sparse=True have sparse derivatives.
+
+    PyTorch's derivative by a complex parameter a + i b is that by a plus i times that by b.
+    """
+    return as_real((part if part.layout is torch.strided else part.to_dense()).detach()).contiguous()
 
 
 def with_row(parts: Parts) -> Parts:

@@ -126,14 +126,10 @@ class FiniteDifferences(Strategy):
             check_second_derivatives(self.problem, term)
         except OperatorError:
             return None
-        product = torch.zeros_like(direction)
-        parts = dict(
-            Gradient.of(self.problem, term.evaluate()).multiply(vectors_of(self.problem, direction[None])[0], False)
-        )
-        for i, part in enumerate(self.problem.unflatten(product)):
-            if i in parts:
-                part.copy_(parts[i])
-        return product
+        (vector,) = vectors_of(self.problem, direction[None])
+        parts = dict(Gradient.of(self.problem, term.evaluate()).multiply(vector, False))
+        zeros = (torch.zeros_like(part) for part in vector)
+        return self.problem.flatten([parts.get(i, zero).to_dense() for i, zero in enumerate(zeros)])
 
 
 class ForwardDifferences(FiniteDifferences):
