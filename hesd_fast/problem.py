@@ -23,9 +23,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hesd_fast import data as _data
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
+from hesd_fast.exact_operations import ExactOperations, operations_in
 from hesd_fast.losses import is_ready_made
 from hesd_fast.model_state import SESSIONS, ModelState, RandomStreams, borrowed, first_written, version_of
-from hesd_fast.parameters import ParameterLayout, Selection, check_hooks, check_model, select_parameters
+from hesd_fast.parameters import ParameterLayout, Selection, as_real, check_hooks, check_model, select_parameters
 
 if TYPE_CHECKING:
     from hesd_fast.hvp.derivative_check import DerivativeCheck
@@ -125,12 +126,19 @@ class Problem:
         Every pass starts from the same random state, so a shuffling DataLoader yields the same batches each time.
     parameters
         Which parameters the Hessian is of: None for all that require gradients, a regular expression that must match a
-        whole name, exact names, or a predicate ``(name, parameter) -> bool``. A tied parameter counts once.
+        whole name, exact names, or a predicate ``(name, parameter) -> bool``. A tied parameter counts once. A complex
+        one is taken for the pairs of reals that ``torch.view_as_real`` shows.
     mode : {"eval", "train", "as_is"}
         The training flag of every module meanwhile (an overridden ``train`` method is not called). In train mode every
         batch has its own fixed random seed, so dropout draws the same mask at every pass.
     batch_size : int, optional
         Samples per batch, 256 by default; only for a dataset.
+
+    Attributes
+    ----------
+    replaced_operations : tuple of str
+        Operations of PyTorch without a second derivative, or with a wrong one, that sessions replace by the same in
+        ordinary operations; found when the problem is prepared.
 
     Raises
     ------
@@ -160,6 +168,8 @@ class Problem:
         self._layout = ParameterLayout(self.parameters)
         self._streams = RandomStreams(_data.loader_generators(self.data))
         self._state: ModelState | None = None
+        self.replaced_operations: tuple[str, ...] = ()
+        self._operations = ExactOperations()
         self._facts: _Facts | None = None
         self._digests: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()  # of tensors on a device
         self._versions: list[tuple[str, Tensor, int]] = []
@@ -190,11 +200,12 @@ class Problem:
         part.parameters = {name: parameter for name, parameter in self.parameters.items() if name in chosen}
         part._layout = ParameterLayout(part.parameters)
         part._state = None
+        part._operations = ExactOperations()
         return part
 
     @property
     def size(self) -> int:
-        """n, the number of selected parameters."""
+        """n, the number of selected parameters; a complex one counts as two real ones."""
         return self._layout.size
 
     @property
@@ -204,7 +215,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of panels: float64 if any selected parameter is float64, else float32."""
+        """Precision of panels: float64 if any selected parameter is float64 or complex128, else float32."""
         return self._layout.dtype
 
     @property
@@ -220,7 +231,7 @@ class Problem:
     @property
     def parameter_norm_squared(self) -> float:
         """Squared Euclidean norm of the selected parameters, summed in float64."""
-        norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64) for p in self.parameters.values()]
+        norms = [torch.linalg.vector_norm(as_real(p.detach()), dtype=torch.float64) for p in self.parameters.values()]
         return float(torch.stack(norms).square().sum())
 
     def describe(self, column: int) -> str:
@@ -232,7 +243,7 @@ class Problem:
         return self._layout.flatten(tensors)
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Return one view of a vector (n,) per parameter, in the parameter's shape."""
+        """Return one view of a vector (n,) per parameter, in the parameter's shape; a complex one may be a copy."""
         return self._layout.unflatten(vector)
 
     @property
@@ -289,7 +300,7 @@ class Problem:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was read of tensors is about these tensors, which another process does not have.
-        return {**vars(self), "_digests": None}
+        return {**vars(self), "_digests": None, "_operations": ExactOperations()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _digests=WeakTensorKeyDictionary())
@@ -327,7 +338,10 @@ class Problem:
             self._check_unchanged()
             check_hooks(self.model, self.parameters)
             selected, unread = list(self.parameters.values()), self._facts is None
-            with borrowed(self.model, selected, self.mode, self._streams, copies=unread) as self._state:
+            with (
+                borrowed(self.model, selected, self.mode, self._streams, copies=unread) as self._state,
+                self._operations.replacing(self.replaced_operations),
+            ):
                 try:
                     self._check_values(self._state)
                     yield
@@ -440,7 +454,8 @@ class Problem:
             raise RuntimeError("a loss term was evaluated outside of a session; use `with problem.session():`")
         return self._state
 
-    def _first_pass(self) -> _Facts:
+    def _first_pass(self, before: Sequence[float] = ()) -> _Facts:
+        """Read the data; ``before`` has the first losses of a pass that ended where an operation was to be replaced."""
         values: list[float] = []
         counts: list[float] = []
         digests: list[int] = []
@@ -467,9 +482,15 @@ class Problem:
             if counts[-1] > 0:
                 is_first = sum(c > 0 for c in counts) == 1
                 self._check_first_value(loss, values[-1], index, is_first)
+                if found := operations_in(loss).keys() - self.replaced_operations:
+                    self.replaced_operations += tuple(sorted(found))
+                    self._operations.add(found)
+                    return self._first_pass(values)  # anew, so that all values are those of one function
                 del loss  # its graph
                 if is_first:
                     self._check_selection(index, batch, values[-1], dtype)
+            if index < len(before):
+                self._check_replaced_value(before[index], values[-1], index, dtype)
         if not digests:
             raise ProblemError("the data yields no batch; give at least one (a used-up iterator yields none)")
         total = math.fsum(counts)
@@ -508,6 +529,15 @@ class Problem:
                 f"selected ones require gradients, and {whole!r} with all that did; model or loss take another path "
                 "where a parameter does not require gradients. Take that out, or select all parameters and look at "
                 "some of them by hesd_fast.analyze_groups"
+            )
+
+    def _check_replaced_value(self, before: float, value: float, index: int, dtype: torch.dtype) -> None:
+        """Raise an OperatorError unless a loss is the same to rounding as before operations were replaced."""
+        if not abs(value - before) <= 16.0 * math.sqrt(torch.finfo(dtype).eps) * abs(before):
+            raise OperatorError(
+                f"the loss of batch {index} is {before!r}, and {value!r} with {', '.join(self.replaced_operations)} in "
+                "ordinary operations, as exact products need them; if forward or loss draw random numbers of their own "
+                "or change the batch, mend that; else write these operations in ordinary ones yourself"
             )
 
     def _check_unchanged(self) -> None:
