@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hesd_fast.errors import ProblemError
+from hesd_fast.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,8 +65,8 @@ def plot_densities(
         peak = max(peak, float(density.max()))
         color = f"C{number}"
         found = report.criteria
-        plain = str(name).replace("$", r"\$")
-        labels.append(f"{plain}: {report.hesd_type.name}, $r_e$ = {found.r_e:.3g}, k_mass = {found.k_mass:.3g}")
+        criteria = f"r_e = {found.r_e:.3g}, k_mass = {found.k_mass:.3g}"
+        labels.append(f"{printable(name)}: {report.hesd_type.name}, {criteria}")
         lines += axes.semilogy(grid, density, color=color, linewidth=1.2)
         axes.fill_between(grid, density, peak * 1e-30, color=color, alpha=0.15, linewidth=0)
         for extreme in (report.lambda_min, report.lambda_max):
@@ -79,6 +80,8 @@ def plot_densities(
     legend = figure.legend(lines, numbers, loc="outside upper left", fontsize="small", frameon=False)
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_text(label)  # given to legend(), a name with an underscore in front would be dropped
+        text.set_parse_math(False)  # or dollar signs would be taken for those around a formula
+        text.set_usetex(False)
     if path is not None:
         try:
             figure.savefig(path, dpi=150)
