@@ -24,7 +24,7 @@ from hesd_fast.problem import MODES
 from hesd_fast.records import MAY_BE_MISSING, read_record, shown
 from hesd_fast.report import OPERATOR_TITLES, Check, Cost, ProblemFacts, Report
 from hesd_fast.spectrum import SpectralMeasure
-from hesd_fast.tridiagonal import BlockTridiagonal
+from hesd_fast.tridiagonal import BlockTridiagonal, check_symmetric
 
 FORMAT = "hesd-fast report"
 FORMAT_VERSION = 2
@@ -78,11 +78,28 @@ class _Content:
 
 def write_report(report: Report, path: str | os.PathLike[str]) -> None:
     """Write a report as JSON; see :meth:`Report.save`."""
+    target, content = _path(path), content_of(report)
+    try:
+        _check_content(read_record(_Content, content))
+    except CheckpointError as error:
+        raise CheckpointError(f"the report cannot be saved, as it could not be read back: {error}") from error
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    try:
+        _write_whole(target, json.dumps({**header, **content}, indent=1, allow_nan=False))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(target)!r} cannot be written: {error}; give a path in a writable folder"
+        ) from error
+
+
+def content_of(report: Report) -> dict[str, Any]:
+    """Return what a report holds as values of JSON, without the name and the version of the format."""
     tridiagonal = report.measure.tridiagonal
     if tridiagonal is None:
-        raise CheckpointError("the report's measure has no block tridiagonal matrix; save reports of a run only")
-    target = _path(path)
-    content = _plain(
+        raise CheckpointError(
+            "the report's measure has no block tridiagonal matrix; only reports of a run can be saved"
+        )
+    content: dict[str, Any] = _plain(
         {
             "hesd_type": report.hesd_type.name,
             "type_evidence": asdict(report.type_evidence),
@@ -95,17 +112,7 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> None:
             "versions": report.versions,
         }
     )
-    try:
-        _check_content(read_record(_Content, content))
-    except CheckpointError as error:
-        raise CheckpointError(f"the report cannot be saved, as it could not be read back: {error}") from error
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    try:
-        _write_whole(target, json.dumps({**header, **content}, indent=1, allow_nan=False))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(target)!r} cannot be written: {error}; give a path in a writable folder"
-        ) from error
+    return content
 
 
 def load_report(path: str | os.PathLike[str]) -> Report:
@@ -142,6 +149,7 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     entries = {key: value for key, value in content.items() if key not in ("format", "format_version")}
     try:
         record = read_record(_Content, entries)
+        check_symmetric(record.tridiagonal, entries["tridiagonal"]["diagonal"], "tridiagonal.diagonal")
         _check_content(record)
         measure = _checked_measure(record)
     except CheckpointError as error:

@@ -302,9 +302,18 @@ class BlockTridiagonal:
             matrix.
         """
         try:
-            return read_record(cls, data)
+            matrix = read_record(cls, data)
+            check_symmetric(matrix, data["diagonal"])
+            return matrix
         except CheckpointError as error:
             raise CheckpointError(f"this is not a saved block tridiagonal matrix: {error}; save it again") from error
+
+
+def check_symmetric(matrix: BlockTridiagonal, written: Any, where: str = "diagonal") -> None:
+    """Raise a CheckpointError unless the diagonal blocks are exactly those written; the class makes them symmetric."""
+    for step, (block, rows) in enumerate(zip(matrix.diagonal, written, strict=True)):
+        if block.tolist() != [list(row) for row in rows]:
+            raise CheckpointError(f"{where}[{step}] is not symmetric, as every diagonal block is that was saved")
 
 
 def _frozen(array: npt.ArrayLike) -> Array:

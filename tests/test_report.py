@@ -230,6 +230,7 @@ def test_print_and_table_do_nothing_to_a_terminal(report):
     assert all(line.isprintable() for line in table.split("\n"))
     assert len(table.split("\n")) == 3
 
+
 @pytest.mark.parametrize("path", ["nowhere/hesd.png", "hesd.xyz"])
 def test_a_picture_that_cannot_be_written_names_the_file(report, tmp_path, path):
     with pytest.raises(hesd.ProblemError, match=rf"{path}' cannot be written: .*; give a path .*\.png, \.pdf or \.svg"):
