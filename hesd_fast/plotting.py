@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -48,7 +48,11 @@ def plot_densities(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    _check_reports(reports)
+    from hesd_fast.report import check_reports
+
+    check_reports(reports, "plot_densities")
+    if not reports:
+        raise ProblemError("there is no report to draw; give at least one")
     low = min(report.lambda_min.value for report in reports.values())
     high = max(report.lambda_max.value for report in reports.values())
     if sigma is None:
@@ -91,20 +95,3 @@ def plot_densities(
                 "give a path in a writable folder that ends in .png, .pdf or .svg"
             ) from error
     return figure
-
-
-def _check_reports(reports: Any) -> None:
-    from hesd_fast.report import Report
-
-    if not isinstance(reports, Mapping):
-        raise ProblemError(
-            f"plot_densities got a {type(reports).__name__}; give reports by name, as in {{'train': report}}"
-        )
-    if not reports:
-        raise ProblemError("there is no report to draw; give at least one")
-    for name, report in reports.items():
-        if not isinstance(report, Report):
-            raise ProblemError(
-                f"plot_densities got a {type(report).__name__} under {name!r}; give a Report, "
-                "as analyze and load_report return"
-            )

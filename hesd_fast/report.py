@@ -257,7 +257,13 @@ def summary(reports: Mapping[str, Report]) -> str:
     """Return a table of several reports, one a row: size, type, extreme eigenvalues, trace and criteria.
 
     Each number with the interval that its report gives for it, as in ``print(report)``.
+
+    Raises
+    ------
+    ProblemError
+        If something else than reports by name is given.
     """
+    check_reports(reports, "summary")
     columns: dict[str, Callable[[Report], Any]] = {
         "parameters": lambda report: f"{report.problem.size:,}",
         "type": lambda report: report.hesd_type.name,
@@ -273,3 +279,17 @@ def summary(reports: Mapping[str, Report]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def check_reports(reports: Any, function: str) -> None:
+    """Raise a ProblemError unless reports by name were given to the function of that name."""
+    if not isinstance(reports, Mapping):
+        raise ProblemError(
+            f"{function} got a {type(reports).__name__}; give reports by name, as in {{'train': report}}"
+        )
+    for name, report in reports.items():
+        if not isinstance(report, Report):
+            raise ProblemError(
+                f"{function} got a {type(report).__name__} under {name!r}; give a Report, "
+                "as analyze and load_report return"
+            )

@@ -238,6 +238,13 @@ def test_a_picture_that_cannot_be_written_names_the_file(report, tmp_path, path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_not_a_mapping_of_reports_makes_no_table(report):
+    with pytest.raises(hesd.ProblemError, match="summary got a list; give reports by name, as in {'train': report}"):
+        summary([report])
+    with pytest.raises(hesd.ProblemError, match="summary got a Estimate under 'a'; give a Report"):
+        summary({"a": report.trace})
+
+
 def test_what_is_not_a_mapping_of_reports_is_not_drawn(report):
     with pytest.raises(hesd.ProblemError, match="plot_densities got a Report; give reports by name"):
         plot_densities(report)
