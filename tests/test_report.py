@@ -239,7 +239,7 @@ def test_a_picture_that_cannot_be_written_names_the_file(report, tmp_path, path)
 
 
 def test_what_is_not_a_mapping_of_reports_makes_no_table(report):
-    with pytest.raises(hesd.ProblemError, match="summary got a list; give reports by name, as in {'train': report}"):
+    with pytest.raises(hesd.ProblemError, match="summary got a list; give reports by name"):
         summary([report])
     with pytest.raises(hesd.ProblemError, match="summary got a Estimate under 'a'; give a Report"):
         summary({"a": report.trace})
