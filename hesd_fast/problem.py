@@ -195,6 +195,7 @@ class Problem:
         if not chosen:
             raise ProblemError("no parameter is left; give the name of one at least")
         self.prepare()
+        _ = self.weights  # read once for all parts
         part = copy.copy(self)
         part.__dict__.pop("fingerprint", None)
         part.parameters = {name: parameter for name, parameter in self.parameters.items() if name in chosen}
@@ -273,18 +274,24 @@ class Problem:
         return [size for size, weight in zip(facts.sizes, facts.weights, strict=True) if weight]
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hexadecimal digest of parameters, buffers, selection, mode and data; cost: one reading of the weights."""
-        digests = self._prepared().digests
+    def weights(self) -> str:
+        """Hexadecimal digest of all parameters and buffers, with their names; cost: one reading of the weights."""
+        self.prepare()  # from then on a change of the weights is noticed
         self._check_unchanged()
         code = hashlib.blake2b(digest_size=16)
-        selected = {id(parameter) for parameter in self.parameters.values()}
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            code.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{id(tensor) in selected}".encode())
+            code.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             for part in _data.strided_parts(tensor):
                 code.update(_data.tensor_bytes(part))
-        code.update(f"{self.mode}|{digests}".encode())
         return code.hexdigest()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of the weights, the selection, the mode and the data; cost: that of `weights`."""
+        digests = self._prepared().digests
+        self._check_unchanged()
+        text = f"{self.weights}|{list(self.parameters)}|{self.mode}|{digests}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def prepare(self) -> None:
         """Read the data once, check every batch and its loss, and note what later passes must find again.
