@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc tests -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
-SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(filter csrc/%,$(CXX_FILES))
+SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt hesd_fast/__init__.py $(filter csrc/%,$(CXX_FILES))
 
 .PHONY: setup demo test emulated native-test cuda-build cuda-test cuda-bench cross-test lint format bench bench-report bench-smoke fashion-mnist clean
 

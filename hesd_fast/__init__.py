@@ -5,92 +5,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import torch as _torch  # before the extension, which shares its OpenMP runtime
+__version__ = "0.1.0"  # pyproject.toml and CMakeLists.txt read it here
 
-from hesd_fast import _engine, errors, kernels, losses
-from hesd_fast.analyze import analyze
-from hesd_fast.assessment import Assessment, Verdict, compare
-from hesd_fast.criteria import Criteria, criteria
-from hesd_fast.errors import (
-    CheckpointError,
-    EngineError,
-    HESDError,
-    HESDWarning,
-    NumericalError,
-    OperatorError,
-    PlanError,
-    ProblemError,
-)
-from hesd_fast.estimate import Estimate
-from hesd_fast.groups import analyze_groups
-from hesd_fast.hesd_type import HESDType, TypeEvidence, TypeThresholds, classify
-from hesd_fast.lanczos import LanczosProgress, block_lanczos
-from hesd_fast.operators import (
-    CurvatureOperator,
-    EmpiricalFisherOperator,
-    GaussNewtonOperator,
-    GroupedHessianOperator,
-    HessianOperator,
-    MatrixOperator,
-)
-from hesd_fast.plan import RunPlan, plan
-from hesd_fast.plotting import plot_densities
-from hesd_fast.problem import Problem
-from hesd_fast.report import Report, summary
-from hesd_fast.report_file import load_report
-from hesd_fast.spectrum import SpectralMeasure
-from hesd_fast.tridiagonal import BlockTridiagonal
+_FUNCTIONS = ("analyze", "criteria", "plan")
+"""The functions that have the name of the submodule they are in."""
 
-__version__: str = _engine.build_info()["version"]
+if TYPE_CHECKING:
+    from hesd_fast.public import *  # noqa: F403 - the names are listed there
+else:
+    # Importing the package loads nothing, not even PyTorch: `hesd --help` is there at once.
+
+    def __getattr__(name: str) -> Any:
+        """Load a submodule, or all public names together, when the first of them is asked for."""
+        if name == "_engine":
+            import torch  # noqa: F401 - before the extension, which shares its OpenMP runtime
+        if name not in _FUNCTIONS and find_spec(f"{__name__}.{name}"):
+            return import_module(f"{__name__}.{name}")
+        if name == "__all__" or not name.startswith("_"):
+            public = import_module(f"{__name__}.public")
+            for each in ("__all__", *public.__all__):
+                globals().setdefault(each, getattr(public, each))
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        """Return all names, also those that were not loaded yet."""
+        __getattr__("__all__")
+        return sorted(globals())
 
 
-def build_info() -> dict[str, Any]:
-    """Return what this build holds: version, compiler, instruction sets, threads, CUDA, and the PyTorch beside it."""
-    return {**_engine.build_info(), "torch": _torch.__version__}
+class _Package(ModuleType):
+    """A package in which an imported submodule does not take the place of the function that has its name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute, as Python does with every submodule that it has imported."""
+        if name not in _FUNCTIONS or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
 
 
-__all__ = [
-    "Assessment",
-    "BlockTridiagonal",
-    "CheckpointError",
-    "Criteria",
-    "CurvatureOperator",
-    "EmpiricalFisherOperator",
-    "EngineError",
-    "Estimate",
-    "GaussNewtonOperator",
-    "GroupedHessianOperator",
-    "HESDError",
-    "HESDType",
-    "HESDWarning",
-    "HessianOperator",
-    "LanczosProgress",
-    "MatrixOperator",
-    "NumericalError",
-    "OperatorError",
-    "PlanError",
-    "Problem",
-    "ProblemError",
-    "Report",
-    "RunPlan",
-    "SpectralMeasure",
-    "TypeEvidence",
-    "TypeThresholds",
-    "Verdict",
-    "analyze",
-    "analyze_groups",
-    "block_lanczos",
-    "build_info",
-    "classify",
-    "compare",
-    "criteria",
-    "errors",
-    "kernels",
-    "load_report",
-    "losses",
-    "plan",
-    "plot_densities",
-    "summary",
-]
+sys.modules[__name__].__class__ = _Package

@@ -12,19 +12,16 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import click
 
-import hesd_fast as hesd
-from hesd_fast.analyze import OPERATORS
-from hesd_fast.basis import BASIS_DTYPES
-from hesd_fast.demo import demo_problem
-from hesd_fast.hvp import ALL_STRATEGIES
-from hesd_fast.lanczos import REORTHOGONALIZATIONS
-from hesd_fast.operators.grouped import GROUPINGS, Groups
-from hesd_fast.report import summary
+import hesd_fast as hesd  # loads PyTorch when a command first uses it
+from hesd_fast import choices
 from hesd_fast.terminal import printable
+
+if TYPE_CHECKING:
+    from hesd_fast.operators.grouped import Groups
 
 P = ParamSpec("P")
 
@@ -36,7 +33,7 @@ def _plain_errors(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except hesd.HESDError as error:
+        except hesd.errors.HESDError as error:
             message = printable(error, keep="\n")  # the line breaks of messages are our own
             raise click.ClickException(f"{type(error).__name__}: {message}") from error
 
@@ -65,6 +62,8 @@ def _out_option(default: str) -> Callable[[Any], Any]:
 @_plain_errors
 def demo(out: Path, progress: bool) -> None:
     """Analyse the small digit classifier that ships with the package, on its training and its test images."""
+    from hesd_fast.demo import demo_problem
+
     _make_folder(out)
     reports = {}
     for split in ("train", "test"):
@@ -82,11 +81,13 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-steps", type=int, help="Block Lanczos steps.  [default: 100]"),
         click.option(
             "--reorthogonalization",
-            type=click.Choice(REORTHOGONALIZATIONS),
+            type=click.Choice(choices.REORTHOGONALIZATIONS),
             help="Against all vectors, those an estimate names, the last ten, or two blocks only.  [default: full]",
         ),
         click.option(
-            "--protocol", type=click.Choice(["lla"]), help="A published protocol; sets the three options above."
+            "--protocol",
+            type=click.Choice(choices.PROTOCOLS),
+            help="A published protocol; sets the three options above.",
         ),
         click.option(
             "--basis",
@@ -96,7 +97,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--basis-dtype",
-            type=click.Choice(["auto", *BASIS_DTYPES]),
+            type=click.Choice(["auto", *choices.BASIS_DTYPES]),
             default="auto",
             show_default=True,
             help="Precision that the Lanczos vectors are kept in.",
@@ -113,21 +114,21 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_run_options
 @click.option(
     "--operator",
-    type=click.Choice(list(OPERATORS)),
+    type=click.Choice(choices.OPERATORS),
     default="hessian",
     show_default=True,
     help="The matrix whose spectrum is wanted.",
 )
 @click.option(
     "--hvp",
-    type=click.Choice(["auto", *ALL_STRATEGIES]),
+    type=click.Choice(["auto", *choices.STRATEGIES]),
     default="auto",
     show_default=True,
     help="How products are made: the fastest exact way, found by trying, or the one named.",
 )
 @click.option(
     "--groups",
-    type=click.Choice(GROUPINGS),
+    type=click.Choice(choices.GROUPINGS),
     help="One spectrum for each module's own parameters, or for each parameter, of the Hessian's diagonal blocks.",
 )
 @click.option(
@@ -184,7 +185,7 @@ def analyze(
     if operator != "hessian":
         raise hesd.ProblemError(f"--operator {operator} has no groups; leave out --groups and --group, or --operator")
     reports = hesd.analyze_groups(problem, groups=chosen, **options)
-    click.echo(f"{summary(reports)}\n")
+    click.echo(f"{hesd.summary(reports)}\n")
     _write(reports, out, "groups")
 
 

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
-import scipy.optimize
+import scipy  # its parts are loaded when they are first used, which takes as long as all the rest
 
 from .tridiagonal import NOISE_MULTIPLE, Array, BlockTridiagonal
 

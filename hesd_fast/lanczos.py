@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hesd_fast import _engine, cuda, kernels
 from hesd_fast.basis import BasisPlan, plan_basis
+from hesd_fast.choices import REORTHOGONALIZATIONS
 from hesd_fast.errors import NumericalError, OperatorError, ProblemError
 from hesd_fast.memory import available_memory
 from hesd_fast.operators import as_operator
@@ -26,7 +27,6 @@ WORKING_BLOCKS = 3
 BASIS_SHARE = 0.75
 """Part of a CUDA device's free memory that vectors may take; products need some, and nothing is swapped there."""
 
-REORTHOGONALIZATIONS = ("full", "partial", "window", "none")
 PROBE_KINDS = ("rademacher", "gaussian")
 
 BREAKDOWN_MULTIPLE = 8.0

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from hesd_fast.analyze import PROTOCOLS
+from hesd_fast.choices import REORTHOGONALIZATIONS
 from hesd_fast.criteria import Criteria, criteria
 from hesd_fast.errors import CheckpointError, HESDError
 from hesd_fast.estimate import Estimate
 from hesd_fast.hesd_type import HESDType, TypeEvidence, decide_type
-from hesd_fast.lanczos import REORTHOGONALIZATIONS
 from hesd_fast.problem import MODES
 from hesd_fast.records import MAY_BE_MISSING, read_record, shown
 from hesd_fast.report import OPERATOR_TITLES, Check, Cost, ProblemFacts, Report

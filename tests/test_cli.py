@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
 
 import hesd_fast as hesd
+from hesd_fast.analyze import DEFAULT_BLOCK_SIZE, DEFAULT_MAX_STEPS
 from hesd_fast.cli import main
 
 PROBLEM = """
@@ -219,8 +221,32 @@ def test_info_shows_the_build():
         assert word in result.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("--version",), ("--help",), *((name, "--help") for name in sorted(main.commands)), ("analyze", "--x")],
+)
+def test_version_and_help_load_nothing_heavy(arguments):
+    code = (
+        "import atexit, sys\n"
+        "from hesd_fast.cli import main\n"
+        "heavy = ('torch', 'numpy', 'scipy', 'matplotlib', 'rich')\n"
+        "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
+        f"main({list(arguments)}, prog_name='hesd')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == (2 if "--x" in arguments else 0), done.stderr
+    assert done.stdout.endswith("[]\n")
+
+
+def test_help_names_the_defaults():
+    for command in ("analyze", "plan"):
+        shown = " ".join(run(command, "--help").output.split())
+        for default in (DEFAULT_BLOCK_SIZE, DEFAULT_MAX_STEPS, "full", "auto"):
+            assert f"[default: {default}]" in shown
+
+
 def test_version_and_help():
-    assert hesd.__version__ in run("--version").output
+    assert run("--version").output == f"hesd, version {hesd.__version__}\n"
     for command in ("demo", "analyze", "compare", "info"):
         assert command in run("--help").output
         assert run(command, "--help").exit_code == 0

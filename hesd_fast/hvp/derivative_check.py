@@ -1,7 +1,7 @@
 """Whether PyTorch's second derivative of a loss is the derivative of its first, which nothing else would notice.
 
-A function that keeps an intermediate result of its forward pass, a kernel whose backward pass leaves no graph, or a hook
-has right first derivatives and second ones that are not theirs, symmetric to the last bit. So the product with one
+A function that keeps an intermediate result of its forward pass, a kernel whose backward pass leaves no graph, or a
+hook has right first derivatives and second ones that are not theirs, symmetric to the last bit. So the product with one
 vector is compared with differences of gradients of one batch, parameter by parameter.
 """
 

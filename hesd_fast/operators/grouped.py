@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hesd_fast.choices import GROUPINGS
 from hesd_fast.errors import OperatorError, ProblemError
 from hesd_fast.hvp.base import accumulate
 from hesd_fast.hvp.derivative_check import DerivativeCheck, warn_of_wrong_derivatives
@@ -19,8 +20,6 @@ from hesd_fast.parameters import Selection, select_parameters
 from hesd_fast.problem import Problem
 
 Groups = Mapping[str, Selection] | str
-
-GROUPINGS = ("modules", "parameters")
 
 STRATEGIES = ("auto", DoubleBackward.name, KeptGraph.name)
 """How products with blocks can be made."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.sparse
+import scipy
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from hesd_fast import cuda
@@ -53,7 +52,7 @@ class MatrixOperator(OperatorBase):
         kind = np.dtype(matrix.dtype or np.float64)
         dtype = _panel_dtype(kind.itemsize, kind.kind == "f", kind.kind == "c")
         super().__init__(matrix.shape[0], dtype, torch.device("cpu"))
-        if isinstance(matrix, LinearOperator):
+        if is_scipy_operator(matrix):
             self._matrix = matrix
             self._check_linear_operator()
         elif scipy.sparse.issparse(matrix):
@@ -99,8 +98,9 @@ def as_operator(operator: Any) -> CurvatureOperator:
     if isinstance(operator, CurvatureOperator):
         return operator
     if (
-        isinstance(operator, Tensor | np.ndarray | LinearOperator)
+        isinstance(operator, Tensor | np.ndarray)
         or scipy.sparse.issparse(operator)
+        or is_scipy_operator(operator)
         or is_torch_operator(operator)
     ):
         return MatrixOperator(operator)
@@ -108,6 +108,13 @@ def as_operator(operator: Any) -> CurvatureOperator:
         f"{type(operator).__name__} is not an operator; give a HessianOperator, a symmetric matrix or linear operator, "
         "or an object with size, dtype, device, products and matmat(panel, out=None)"
     )
+
+
+def is_scipy_operator(operator: Any) -> bool:
+    """Whether something is a SciPy ``LinearOperator``."""
+    from scipy.sparse.linalg import LinearOperator
+
+    return isinstance(operator, LinearOperator)
 
 
 def is_torch_operator(operator: Any) -> bool:
