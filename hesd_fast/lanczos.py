@@ -247,8 +247,8 @@ class LanczosRun:
         except NumericalError as error:
             _name_non_finite(product, self._operator, error)
             raise
+        _check_scale(self._engine.scale, self._engine.recurrence_error)
         _check_symmetry(self._engine.recurrence_error, self._engine.scale, self._epsilon)
-        _check_scale(self._engine.scale)
 
     def result(self) -> BlockTridiagonal:
         """Return what the steps so far have found; in an orthogonal mode the basis is read once."""
@@ -339,12 +339,14 @@ def check_options(
         raise ProblemError(f"probe_kind is {probe_kind!r}; wanted one of {PROBE_KINDS}")
 
 
-def _check_scale(scale: float) -> None:
-    if 0.0 < scale < SMALLEST_SCALE:
-        raise OperatorError(
-            f"the products have norms of {scale:.3g}, which squared are lost to underflow; multiply the loss by a "
-            "power of two that brings its curvature near 1"
-        )
+def _check_scale(scale: float, error: float) -> None:
+    """Raise an OperatorError for products too small to be squared; an error beside a scale of zero shows some."""
+    if scale >= SMALLEST_SCALE or scale == error == 0.0:
+        return
+    raise OperatorError(
+        f"the products have norms of {scale:.3g}, which squared are lost to underflow; multiply the loss, or the "
+        "matrix, by a power of two that brings its curvature near 1"
+    )
 
 
 def _check_symmetry(error: float, scale: float, epsilon: float) -> None:

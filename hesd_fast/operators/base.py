@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from hesd_fast.errors import OperatorError
+from hesd_fast.operators.not_finite import cause_of_nan
 from hesd_fast.problem import Problem
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
+
+
+WRAPPED = "curvature_operator"
+"""The attribute of a SciPy operator that holds the operator it was made of."""
 
 
 @runtime_checkable
@@ -124,6 +129,10 @@ class OperatorBase(ABC):
         self._check_finite(panel, out)
         self.products += len(panel)
 
+    def _remedy(self, vector: Tensor) -> str:  # noqa: ARG002
+        """Return what to do about a product (1, n) that is not finite."""
+        return "finite numbers are wanted: check the matrix, or use a higher precision"
+
     def matvec(self, vector: Tensor) -> Tensor:
         """Return H times one vector (n,), as a vector (n,)."""
         if not isinstance(vector, Tensor) or vector.ndim != 1:
@@ -144,7 +153,10 @@ class OperatorBase(ABC):
             result: np.ndarray[Any, np.dtype[np.float64]] = products.T.double().cpu().numpy().reshape(columns.shape)
             return result
 
-        return LinearOperator((self.size, self.size), matvec=matmat, matmat=matmat, rmatvec=matmat, dtype=np.float64)
+        shape = (self.size, self.size)
+        found = LinearOperator(shape, matvec=matmat, matmat=matmat, rmatvec=matmat, dtype=np.float64)
+        setattr(found, WRAPPED, self)  # its products are not as precise as its dtype says
+        return found
 
     def _check_panel(self, name: str, panel: Any) -> None:
         if not isinstance(panel, Tensor):
@@ -168,10 +180,8 @@ class OperatorBase(ABC):
             bad = (~torch.isfinite(culprit)).nonzero()
             if len(bad):
                 row, column = bad[0].tolist()
-                raise OperatorError(
-                    f"{name} holds {float(culprit[row, column])} in vector {row} at {self.describe(column)}; "
-                    "finite numbers are wanted: check weights, data and loss, or use a higher precision"
-                )
+                found = f"{name} holds {float(culprit[row, column])} in vector {row} at {self.describe(column)}"
+                raise OperatorError(f"{found}; {self._remedy(panel[row : row + 1])}")
 
 
 class ProblemOperator(OperatorBase):
@@ -194,6 +204,22 @@ class ProblemOperator(OperatorBase):
     @abstractmethod
     def method(self) -> str:
         """Return how products are made, for reports."""
+
+    def _multiply_anew(self, panel: Tensor, out: Tensor) -> None:
+        """Multiply without what is kept from one product to the next."""
+        self._multiply(panel, out)
+
+    def _remedy(self, vector: Tensor) -> str:
+        wanted = "finite numbers are wanted"
+        if not bool(torch.isfinite(vector).all()):
+            return f"{wanted}: give vectors of finite numbers"
+        cause = cause_of_nan(lambda: self._multiply_anew(vector, torch.empty_like(vector)))
+        if not cause:
+            return f"{wanted}: check weights, data and loss for numbers near overflow, or use a higher precision"
+        remedy = "write it so that it has a derivative there, or leave the parameters before it out of the selection"
+        if cause.startswith("the second"):
+            remedy += ", or use hvp='finite_differences', which needs first derivatives alone"
+        return f"{cause}; {wanted}: {remedy}"
 
     def describe(self, column: int) -> str:
         """Return the name of the parameter that a column belongs to."""

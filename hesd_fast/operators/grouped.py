@@ -59,6 +59,12 @@ class HessianBlock(ProblemOperator):
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
         self.whole._multiply([(self, panel, out)])
 
+    def _multiply_anew(self, panel: Tensor, out: Tensor) -> None:
+        plain = DoubleBackward()
+        plain.problem = self.whole.problem
+        with self.whole.problem.session():
+            self.whole._apply(plain, [(self, panel, out)])
+
 
 class _Row(NamedTuple):
     """Where the product of one vector belongs."""

@@ -88,6 +88,11 @@ class HessianOperator(ProblemOperator):
             else:
                 self.strategy.apply(panel, out)
 
+    def _multiply_anew(self, panel: Tensor, out: Tensor) -> None:
+        plain = DoubleBackward()
+        plain.problem = self.problem
+        plain.apply(panel, out)
+
     def _prepare(self, block_size: int) -> None:
         if self.hvp == "auto":
             self.strategy, self.plan = choose(
