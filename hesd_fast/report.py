@@ -93,6 +93,8 @@ class ProblemFacts:
         Number of loss terms.
     fingerprint : str
         Digest of weights, selection, mode and data.
+    function : str
+        Which function of how many loss terms L is, in words; empty in reports of releases before it.
     """
 
     model: str
@@ -105,6 +107,7 @@ class ProblemFacts:
     batches: int
     terms: float
     fingerprint: str
+    function: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +228,9 @@ class Report:
         problem, cost, found = self.problem, self.cost, self.criteria
         tridiagonal = self.measure.tridiagonal
         steps = "" if tridiagonal is None else f"{tridiagonal.probes} probes x {tridiagonal.steps} steps, "
+        function = problem.function or f"of {problem.terms:,.0f} terms"
         rows: list[tuple[str, str]] = [
+            ("loss", f"{function}; {problem.batches:,} {'batch' if problem.batches == 1 else 'batches'}"),
             ("type", f"{self.hesd_type} ({self.hesd_type.name})"),
             ("  because", self.type_evidence.reason),
             *[("  to decide", text) for text in self.type_evidence.advice],
@@ -243,8 +248,7 @@ class Report:
         group = f", group {self.group!r}" if self.group else ""
         title = (
             f"{OPERATOR_TITLES[self.operator]} of {problem.model}{group}: {problem.size:,} parameters, "
-            f"loss {problem.loss:.4g} over {problem.terms:,.0f} terms in {problem.batches} batches, "
-            f"mode {problem.mode}, {problem.precision}"
+            f"loss {problem.loss:.4g}, mode {problem.mode}, {problem.precision}"
         )
         return "\n".join([title, *[f"  {name:<12}{text}" for name, text in rows]])
 
