@@ -119,7 +119,7 @@ def attributes(value: Any) -> list[tuple[str, Any]] | None:
     """
     if isinstance(value, Tensor | np.ndarray | PlainValue | type | nn.Module | Dataset | FunctionType | MethodType):
         return None
-    if _is_of_the_standard_library(value):
+    if _is_of_a_library(value):
         return None
     found: Any = None
     if callable(to_dict := getattr(value, "to_dict", None)):
@@ -132,10 +132,11 @@ def attributes(value: Any) -> list[tuple[str, Any]] | None:
     return [(f".{name}", item) for name, item in found.items()] or None
 
 
-def _is_of_the_standard_library(value: Any) -> bool:
+def _is_of_a_library(value: Any) -> bool:
     if isinstance(value, SimpleNamespace):
         return False
-    return type(value).__module__.partition(".")[0] in sys.stdlib_module_names
+    # An image of Pillow has public attributes that change when its file is read.
+    return type(value).__module__.partition(".")[0] in {*sys.stdlib_module_names, "PIL"}
 
 
 def _as_names(slots: Any) -> list[str]:

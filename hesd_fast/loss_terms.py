@@ -140,9 +140,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def _holds_ignored(value: Tensor | np.ndarray) -> bool:
+    """Whether a tensor may be one of labels, as which narrower integers do not serve, and some do not count."""
     if isinstance(value, np.ndarray):
-        return value.dtype.kind == "i" and bool((value == IGNORED).any())
-    if value.is_floating_point() or value.is_complex() or value.is_quantized or value.dtype is torch.bool:
+        return value.dtype in (np.int64, np.int32) and bool((value == IGNORED).any())
+    if value.dtype not in (torch.int64, torch.int32):
         return False
     return any(bool((part == IGNORED).any()) for part in _data.strided_parts(value))
 

@@ -276,7 +276,8 @@ class Problem:
     def prepare(self) -> None:
         """Read the data once, check every batch and its loss, and note what later passes must find again.
 
-        Does nothing the second time. Cost: one forward pass per batch, and a backward pass on the first.
+        Does nothing the second time. Cost: one forward pass per batch, a backward pass on the first, and for a loss of
+        one's own one more forward pass of a batch, in halves.
 
         Raises
         ------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -462,6 +464,14 @@ def test_ignored_targets_of_a_criterion() -> None:
     assert_same(hessian(Problem(model, supervised(functional.cross_entropy), batches)), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.float64])
+def test_numbers_that_are_no_labels_may_be_minus_100(dtype: torch.dtype) -> None:
+    x = torch.tensor([[156.0 if dtype is torch.uint8 else -100.0, 3.0]] * 3).to(dtype)  # 156 = -100 modulo 256
+    data = [(x, torch.randn(3, 2)), (x[:2], torch.randn(2, 2))]
+    problem = Problem(nn.Linear(2, 2), lambda m, b: squares(m, (b[0].double(), b[1])), data)
+    assert problem.total_count == 5
+
+
 # count=
 
 
@@ -509,6 +519,33 @@ def test_analyze_and_its_groups_take_a_count() -> None:
     assert reports["head"].problem.function == report.problem.function
     with pytest.raises(ProblemError, match="got a Problem and also count; give them to the Problem"):
         hesd.analyze(Problem(model, squares, batches, count=count), count=count)
+
+
+def test_reports_of_releases_without_a_description_load(tmp_path: Path) -> None:
+    report = hesd.analyze(nn.Linear(3, 2), supervised(nn.MSELoss()), pairs((4, 3)), max_steps=2, progress=False)
+    report.save(tmp_path / "report.json")
+    assert hesd.load_report(tmp_path / "report.json").problem.function == report.problem.function
+    content = json.loads((tmp_path / "report.json").read_text())
+    del content["problem"]["function"]
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    text = str(hesd.load_report(tmp_path / "report.json")).splitlines()[1]
+    assert text.split(maxsplit=1) == ["loss", "of 14 terms; 2 batches"]
+
+
+def test_the_gauss_newton_matrix_follows_a_count_that_is_given() -> None:
+    model, data = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), pairs((4, 3))
+    own = supervised(lambda output, targets: (output - targets).square().mean())
+    eye = torch.eye(14)
+    found, wanted, by_dimension = (
+        hesd.GaussNewtonOperator(problem).matmat(eye)
+        for problem in (
+            Problem(model, own, data, count=lambda batch: 2 * len(batch[0])),
+            Problem(model, supervised(nn.MSELoss()), data),
+            Problem(model, own, data),
+        )
+    )
+    assert_same(found, wanted)
+    assert_same(by_dimension, wanted)
 
 
 # Sums
