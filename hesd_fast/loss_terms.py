@@ -254,10 +254,11 @@ class TermCounter:
             return f"the criterion's sum divided by its {terms}"
         if not self._by_shape:
             return f"the mean over {terms}, counted by {'the loss, (sum, count)' if self._returned else 'count='}"
-        if not (self._shapes[0].ambiguity or self._shapes[0].ignored):
+        known = not (self._shapes[0].ambiguity or self._shapes[0].ignored)
+        if len(self._shapes) == 1:  # be it a mean or a sum
+            return f"the loss of one batch, as returned{f', of {terms}' if known else ''}"
+        if known:
             return f"the mean over {terms}, counted by the batches' leading dimension"
-        if len(self._shapes) == 1:
-            return "the mean loss of one batch"
         return f"the mean of the mean losses of {len(self._shapes):,} batches of the same shapes"
 
     @property
@@ -334,6 +335,38 @@ def _cut(value: Any, part: slice, samples: int) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be cut")
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The loss of a batch and of its two halves, with the numbers of their terms."""
+
+    index: int
+    value: float
+    count: float
+    values: list[float]
+    counts: list[float]
+
+    def is_sum(self, near: float, far: float) -> bool:
+        """Whether it is additive, to rounding, and clearly not a mean."""
+        return self._fits(sum(self.values), near) and not self._fits(self._mean, far)
+
+    def is_mean(self, near: float, far: float) -> bool:
+        """Whether it is the mean of its halves, to rounding, and clearly not their sum."""
+        return self._fits(self._mean, near) and not self._fits(sum(self.values), far)
+
+    @property
+    def _mean(self) -> float:
+        return sum(n * v for n, v in zip(self.counts, self.values, strict=True)) / self.count
+
+    def _fits(self, expected: float, tolerance: float) -> bool:
+        return abs(self.value - expected) <= tolerance * max(sum(map(abs, self.values)), abs(self.value))
+
+    def __str__(self) -> str:
+        return (
+            f"the loss of batch {self.index} is {self.value:.6g}, and of its two halves, of {self.counts[0]:g} and "
+            f"{self.counts[1]:g} terms, {self.values[0]:.6g} and {self.values[1]:.6g}"
+        )
+
+
 class ReadingCheck:
     """Compares the loss of one batch with those of its halves: a sum is additive, a mean is their mean.
 
@@ -355,12 +388,12 @@ class ReadingCheck:
 
     def __init__(self, evaluate: Evaluate, count: Count | None, epsilon: float) -> None:
         self._evaluate, self._count = evaluate, count
-        self._near = min(max(64 * epsilon, 1e-5), 1e-3)
+        self._tolerances = min(max(64 * epsilon, 1e-5), 1e-3), self.FAR
         self._cut: tuple[int, tuple[Any, Any], float, float] | None = None
         self._done = False
 
     def see(self, index: int, batch: Any, value: float, returned: Any) -> None:
-        """Look at the next batch; the mean of a single batch is right whatever it is.
+        """Look at the next batch; a single batch needs no weight, so its loss may be either.
 
         Raises
         ------
@@ -370,17 +403,28 @@ class ReadingCheck:
         if self._done:
             return
         if self._cut is None and math.isfinite(value) and (cut := halves(batch)) is not None:
-            whole = self._number_of(batch, returned)
-            self._cut = index, cut, value, whole
-        if self._cut is not None and (returned is not None or index > 0):
-            self._done = True
-            first, cut, value, whole = self._cut
-            self._cut = None
-            found = self._of_halves(first, cut)
-            if found is not None:
-                _refuse_contradiction(first, value, whole, *found, self._near, self.FAR, returned is not None)
+            self._cut = index, cut, value, self._number_of(batch, returned)
+        if self._cut is None or (returned is None and index == 0):
+            return
+        reading = self._read()
+        if reading is not None and returned is not None and reading.is_mean(*self._tolerances):
+            raise ProblemError(
+                f"{reading}: that is their mean, but (sum, count) was returned, so the Hessian would be "
+                f"{reading.count:g} times too small; return the sum of the terms, as in (mean * count, count), or the "
+                "mean alone"
+            )
+        if reading is not None and returned is None and reading.is_sum(*self._tolerances):
+            raise ProblemError(
+                f"{reading}: that is their sum, also if it is divided by a fixed number, but a loss without a count is "
+                f"taken for the mean of its terms; return the mean, or (sum, count), here ({reading.value:.6g}, "
+                f"{reading.count:g})"
+            )
 
-    def _of_halves(self, index: int, cut: tuple[Any, Any]) -> tuple[list[float], list[float]] | None:
+    def _read(self) -> Reading | None:
+        """Evaluate the loss on the halves; None if that fails, or if the counts do not add up."""
+        if self._cut is None:
+            return None
+        (index, cut, value, count), self._cut, self._done = self._cut, None, True
         values, counts = [], []
         try:
             with warnings.catch_warnings():
@@ -391,42 +435,12 @@ class ReadingCheck:
                     counts.append(self._number_of(half, returned))
         except Exception:  # the loss need not take halves, and fails at them in its own way
             return None
-        return (values, counts) if all(map(math.isfinite, [*values, *counts])) else None
+        finite = all(map(math.isfinite, [*values, *counts, count]))
+        if not finite or count <= 0 or abs(sum(counts) - count) > 1e-3 * count:
+            return None
+        return Reading(index, value, count, values, counts)
 
     def _number_of(self, batch: Any, returned: Any) -> float:
         if returned is not None:
             return float(returned)
         return float(BatchShape(0, batch).leading if self._count is None else self._count(batch))
-
-
-def _refuse_contradiction(
-    index: int,
-    value: float,
-    count: float,
-    values: list[float],
-    counts: list[float],
-    near: float,
-    far: float,
-    returned: bool,
-) -> None:
-    if count <= 0 or abs(sum(counts) - count) > near * count:
-        return
-    total = sum(values)
-    mean = sum(c * v for c, v in zip(counts, values, strict=True)) / count
-    scale = max(sum(map(abs, values)), abs(value))
-    fits, taken = (mean, total) if returned else (total, mean)
-    if abs(value - fits) > near * scale or abs(value - taken) <= far * scale:
-        return
-    seen = (
-        f"the loss of batch {index} is {value:.6g}, and of its two halves, of {counts[0]:g} and {counts[1]:g} terms, "
-        f"{values[0]:.6g} and {values[1]:.6g}"
-    )
-    if returned:
-        raise ProblemError(
-            f"{seen}: that is their mean, but (sum, count) was returned, so the Hessian would be {count:g} times too "
-            "small; return the sum of the terms, as in (mean * count, count), or the mean alone"
-        )
-    raise ProblemError(
-        f"{seen}: that is their sum, also if it is divided by a fixed number, but a loss without a count is taken for "
-        f"the mean of its terms; return the mean, or (sum, count), here ({value:.6g}, {count:g})"
-    )

@@ -121,6 +121,8 @@ def supervised(criterion: Callable[[Any, Any], Tensor]) -> OutputLoss:
             f"criterion of type {type(criterion).__name__} is not callable; give a torch loss module, "
             "for example nn.CrossEntropyLoss()"
         )
+    if isinstance(criterion, type):
+        raise ProblemError(f"criterion is the class {criterion.__name__}; give an instance, {criterion.__name__}()")
     criterion = _as_module(criterion)
     signature = _signature(criterion)
     if signature is not None and not _takes(signature, None, None):

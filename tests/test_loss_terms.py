@@ -277,7 +277,8 @@ def test_one_batch_needs_no_count(case: Ambiguous) -> None:
     wanted = dense_hessian(model, lambda m: case.loss(m, batch), dict(model.named_parameters()))
     assert_same(hessian(problem), wanted)
     between_batches = any(words in case.cause for words in ("in more than", "structures", "items"))
-    assert (problem.loss_description == "the mean loss of one batch") != between_batches
+    assert problem.loss_description.startswith("the loss of one batch, as returned")
+    assert problem.loss_description.endswith("terms") == between_batches
 
 
 @pytest.mark.parametrize("case", AMBIGUOUS, ids=str)
@@ -450,7 +451,7 @@ def test_ignored_labels_of_a_model_that_computes_its_loss() -> None:
     # The model computes its loss in float32.
     assert abs(counted.loss_value - ready.loss_value) <= 16 * torch.finfo(torch.float32).eps * ready.loss_value
     one = Problem(model, own_loss, batches[:1])
-    assert one.loss_description == "the mean loss of one batch"
+    assert one.loss_description == "the loss of one batch, as returned"
 
 
 def test_ignored_targets_of_a_criterion() -> None:
@@ -595,7 +596,14 @@ def test_a_sum_without_a_count_is_noticed(loss: Any, numbers: tuple[int, ...]) -
         r"or \(sum, count\), here \(",
     ):
         Problem(nn.Linear(3, 2), loss, pairs(numbers)).prepare()
-    Problem(nn.Linear(3, 2), loss, pairs(numbers)[:1]).prepare()  # the Hessian of the one loss that there is
+
+
+def test_a_sum_of_one_batch_is_the_function_whose_hessian_it_is() -> None:
+    model, data = nn.Linear(3, 2), pairs((5,))
+    problem = Problem(model, sum_of_squares, data)
+    assert problem.loss_description == "the loss of one batch, as returned, of 5 terms"
+    wanted = dense_hessian(model, lambda m: sum_of_squares(m, data[0]), dict(model.named_parameters()))
+    assert_same(hessian(problem), wanted)
 
 
 @pytest.mark.parametrize("numbers", [*PAIRS, (4,)])

@@ -271,6 +271,8 @@ def test_bad_supervised_input() -> None:
     x = torch.ones(2, 8)
     with pytest.raises(ProblemError, match="reduction='none'; use 'mean'"):
         supervised(nn.MSELoss(reduction="none"))
+    with pytest.raises(ProblemError, match=r"criterion is the class MSELoss; give an instance, MSELoss\(\)"):
+        supervised(nn.MSELoss)
     with pytest.raises(ProblemError, match="criterion of type str is not callable"):
         supervised("cross_entropy")
     with pytest.raises(ProblemError, match=r"keys \['x'\]; give a pair"):
