@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +15,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesd_fast import cuda
 from hesd_fast.errors import OperatorError
+from hesd_fast.memory import available_memory
 from hesd_fast.precision import full_float32, without_cudnn
 
 StreamState = tuple[list[tuple[torch.Generator, Tensor]], dict[str, Any], tuple[Any, ...]]
 
 _ABSENT = object()
+
+SESSIONS = threading.RLock()
+"""Held while a model is borrowed: random streams and precision settings are those of the whole process."""
+
+COPY_SHARE = 0.125
+"""Part of the available memory that copies of weights may take while it is not known yet that the loss leaves them."""
+
+_DIGEST_ROW = 1024
 
 
 class RandomStreams:
@@ -54,14 +64,6 @@ class RandomStreams:
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
 
-    @staticmethod
-    def equal(one: StreamState, other: StreamState) -> bool:
-        """Whether two states got from ``state()`` are the same."""
-        if len(one[0]) != len(other[0]) or one[2] != other[2]:
-            return False
-        same = all(torch.equal(a, b) for (_, a), (_, b) in zip(one[0], other[0], strict=True))
-        return same and repr(one[1]) == repr(other[1])
-
     def seed(self, seed: int) -> None:
         """Start every stream from ``seed``."""
         for generator in self._torch_generators():
@@ -75,15 +77,26 @@ class ModelState:
 
     Buffers, and tensors that are plain attributes of a module, are set aside: each forward pass gets fresh copies of
     the buffers, so the originals are never written to, and every pass computes the same function. Plain attributes are
-    not copied, since they may share memory on purpose; a write into one is noticed.
+    not copied, since they may share memory on purpose; a write into one is noticed. So is a write into a weight, also
+    one that autograd does not see (through ``.data``), by a digest of the values.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What is borrowed.
+    copies : bool
+        Whether to copy the values, so that they can be put back should the loss write to them; not done where they
+        would take more than :data:`COPY_SHARE` of the available memory.
 
     Attributes
     ----------
     versions : list of (str, tensor, int)
         Name, tensor and version of every parameter and original buffer.
+    digests : dict of str to int
+        Of the values of every parameter, original buffer and plain attribute that is a tensor, by name.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, copies: bool = False) -> None:
         self._modules = list(model.modules())
         self._training = [module.training for module in self._modules]
         self._buffers = [dict(module._buffers) for module in self._modules]
@@ -94,6 +107,17 @@ class ModelState:
         self._gradients = [parameter.grad for parameter in self._parameters.values()]
         self.versions = _versions_of([*model.named_parameters(), *model.named_buffers()])
         self._attribute_versions = _versions_of(_tensor_attributes(model))
+        # What .data is now: forward may give a parameter other memory, as model.double() does.
+        self._memory = [tensor.detach() for _, tensor, _ in self._watched]
+        names = [name for name, _, _ in self._watched]
+        self.digests = dict(zip(names, digests_of(self._memory), strict=True))
+        self._copies = _copies_that_fit(self._memory) if copies else None
+        self._written: str | None = None
+        self._is_lost = False
+
+    @property
+    def _watched(self) -> list[tuple[str, Tensor, int]]:
+        return [*self.versions, *self._attribute_versions]
 
     def set_training(self, training: bool) -> None:
         """Set the training flag of every module, without the side effects that an overridden ``train`` may have."""
@@ -107,6 +131,22 @@ class ModelState:
             parameter.requires_grad_(id(parameter) in wanted)
             parameter.grad = None
 
+    @contextmanager
+    def as_the_user_has_it(self) -> Iterator[bool]:
+        """Let the parameters require gradients that did when the model was borrowed, beside the selected ones.
+
+        Gives whether these are more than the selected ones.
+        """
+        before = [parameter.requires_grad for parameter in self._parameters.values()]
+        wanted = [one or other for one, other in zip(before, self._requires_grad, strict=True)]
+        try:
+            for parameter, requires_grad in zip(self._parameters.values(), wanted, strict=True):
+                parameter.requires_grad_(requires_grad)
+            yield wanted != before
+        finally:
+            for parameter, requires_grad in zip(self._parameters.values(), before, strict=True):
+                parameter.requires_grad_(requires_grad)
+
     def refresh_buffers(self) -> None:
         """Give the model fresh copies of its buffers; cost: one copy of all of them."""
         copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
@@ -117,17 +157,41 @@ class ModelState:
         self._put_back_tensors(copies)
 
     def check_unwritten(self) -> None:
-        """Raise an OperatorError if a parameter, an original buffer or a tensor attribute was written to in place."""
-        if (written := first_written([*self.versions, *self._attribute_versions])) is not None:
-            raise OperatorError(
-                f"{written!r} was written to in place while the loss was computed, so the loss is not one fixed "
-                "function and the model is no longer as it was; reload it, and make forward and loss leave the weights "
-                "alone; state that forward has to write belongs into a buffer (register_buffer)"
-            )
+        """Raise an OperatorError if a parameter, an original buffer or a tensor attribute was written to or replaced.
+
+        Values are put back first where there are copies of them. Cost: two readings of the weights.
+        """
+        self._put_back_values()
+        if self._written is None:
+            return
+        outcome = "the model is no longer as it was; reload it" if self._is_lost else "its values have been put back"
+        raise OperatorError(
+            f"{self._written!r} was written to in place while the loss was computed, or was given other memory, so the "
+            f"loss is not one fixed function; {outcome}, and make forward and loss leave the weights alone; state "
+            "that forward has to write belongs into a buffer (register_buffer)"
+        )
+
+    def _put_back_values(self) -> None:
+        """Put back memory and values of what was written to, and note the first of its names."""
+        written = first_written(self._watched)
+        for (name, tensor, _), memory in zip(self._watched, self._memory, strict=True):
+            if not _same_memory(tensor, memory):
+                written = written or name
+                tensor.data = memory
+        for position, (name, digest) in enumerate(zip(self.digests, digests_of(self._memory), strict=True)):
+            if digest == self.digests[name]:
+                continue
+            written = written or name
+            if self._copies is None:
+                self._is_lost = True
+            else:
+                self._memory[position].data.copy_(self._copies[position])
+        self._written = self._written or written
 
     def restore(self) -> None:
-        """Put everything back; cost: no copies."""
+        """Put everything back; cost: two readings of the weights."""
         self._put_back_tensors({})
+        self._put_back_values()
         for module, training in zip(self._modules, self._training, strict=True):
             module.training = training
         for parameter, requires_grad, gradient in zip(
@@ -165,6 +229,71 @@ def first_written(versions: Iterable[tuple[str, Tensor, int]]) -> str | None:
     return next((name for name, tensor, version in versions if version_of(tensor) != version), None)
 
 
+def digests_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Return a number for each tensor that is another one, all but certainly, when a value is.
+
+    The bytes are summed as 64-bit integers, by rows and by columns, each with a weight of its own. Cost: two readings,
+    at the speed of memory; one wait for a device.
+    """
+    found = [0] * len(tensors)
+    places: dict[torch.device, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        if _has_plain_memory(tensor) and tensor.numel():
+            places.setdefault(tensor.device, []).append(position)
+    for positions in places.values():
+        sums = torch.stack([_digest(tensors[position]) for position in positions]).tolist()
+        for position, value in zip(positions, sums, strict=True):
+            found[position] = value
+    return found
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    values = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    if values.stride() != (1,) or values.data_ptr() % 8:
+        values = values.clone(memory_format=torch.contiguous_format)
+    octets = values.view(torch.uint8)
+    whole = octets[: len(octets) // 8 * 8].view(torch.int64)
+    rows = whole[: len(whole) // _DIGEST_ROW * _DIGEST_ROW].view(-1, _DIGEST_ROW)
+    rest = whole[rows.numel() :]
+    last = octets[len(whole) * 8 :].to(torch.int64)
+    weighted = [rows.sum(0), rows.sum(1), rest, last]
+    return torch.stack([(part * _weights(len(part), 2 * k + 3, part)).sum() for k, part in enumerate(weighted)]).sum()
+
+
+def _weights(count: int, start: int, like: Tensor) -> Tensor:
+    return torch.arange(start, start + 2 * count, 2, device=like.device)  # odd: no product of a change is lost
+
+
+def _has_plain_memory(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
+    )
+
+
+def _same_memory(tensor: Tensor, memory: Tensor) -> bool:
+    """Whether a tensor still has the memory that a detached one of before shows."""
+    if tensor.dtype != memory.dtype or tensor.shape != memory.shape or tensor.device != memory.device:
+        return False
+    if not _has_plain_memory(memory):
+        return True
+    return tensor.data_ptr() == memory.data_ptr() and tensor.stride() == memory.stride()
+
+
+def _copies_that_fit(tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return copies of tensors, or None where they would take too much of the memory."""
+    plain = [tensor for tensor in tensors if _has_plain_memory(tensor)]
+    needed: dict[torch.device, int] = {}
+    for tensor in plain:
+        needed[tensor.device] = needed.get(tensor.device, 0) + tensor.nbytes
+    for device, size in needed.items():
+        available = available_memory(device)
+        if available is not None and size > COPY_SHARE * available:
+            return None
+    return [tensor.clone() if _has_plain_memory(tensor) else tensor for tensor in tensors]
+
+
 def _versions_of(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor, int]]:
     return [(name, tensor, version_of(tensor)) for name, tensor in tensors]
 
@@ -178,12 +307,13 @@ def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def borrowed(
-    model: nn.Module, selected: Sequence[nn.Parameter], mode: str, streams: RandomStreams
+    model: nn.Module, selected: Sequence[nn.Parameter], mode: str, streams: RandomStreams, copies: bool
 ) -> Iterator[ModelState]:
     """Borrow a model: set its mode and differentiable parameters, and give it back exactly as it was.
 
     Meanwhile float32 operations are in float32, attention runs in the MATH backend, the only one with a second
-    derivative, and recurrent layers on GPUs without cuDNN, whose ones have none, nor a first one in eval mode.
+    derivative, recurrent layers on GPUs without cuDNN, whose ones have none, nor a first one in eval mode, and
+    transformer layers without their fast path, which is another function where no parameter requires gradients.
     Attributes of modules that are not tensors (lists, dictionaries, numbers) are not looked at: what a forward pass
     puts there stays.
 
@@ -193,7 +323,7 @@ def borrowed(
         At the end, if the forward pass wrote to a weight, to a tensor that is a plain attribute of a module, or to a
         buffer behind the model's back.
     """
-    state = ModelState(model)
+    state = ModelState(model, copies)
     random_state = streams.state()
     try:
         if mode != "as_is":
@@ -201,9 +331,21 @@ def borrowed(
         state.set_selected(selected)
         state.refresh_buffers()
         recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        with sdpa_kernel(SDPBackend.MATH), full_float32(), without_cudnn(recurrent):
+        with sdpa_kernel(SDPBackend.MATH), full_float32(), without_cudnn(recurrent), _without_fast_path():
             yield state
     finally:
-        state.restore()
-        streams.set_state(random_state)
+        try:
+            state.restore()
+        finally:
+            streams.set_state(random_state)
     state.check_unwritten()
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

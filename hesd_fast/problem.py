@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,11 @@ from hesd_fast import data as _data
 from hesd_fast.errors import HESDError, OperatorError, ProblemError
 from hesd_fast.loss_terms import Count, ReadingCheck, TermCounter, warn_of_fraction
 from hesd_fast.losses import is_ready_made
-from hesd_fast.model_state import ModelState, RandomStreams, borrowed, first_written, version_of
+from hesd_fast.model_state import SESSIONS, ModelState, RandomStreams, borrowed, first_written, version_of
 from hesd_fast.parameters import ParameterLayout, Selection, check_hooks, check_model, select_parameters
+
+if TYPE_CHECKING:
+    from hesd_fast.hvp.derivative_check import DerivativeCheck
 
 Loss = Callable[[Any, Any], Any]
 
@@ -44,44 +47,51 @@ class LossTerm:
         Share of the batch: count / total count for a mean loss, 1 / total count for a ``(sum, count)`` loss.
     """
 
-    def __init__(self, problem: Problem, index: int, batch: Any, weight: float) -> None:
+    def __init__(self, problem: Problem, index: int, batch: Any, weight: float, alone: bool = False) -> None:
         self._problem = problem
+        self._alone = alone
         self.index = index
         self.batch = batch
         self.weight = weight
         self.value: Tensor | None = None
 
     def evaluate(self) -> Tensor:
-        """Return the batch's loss, a scalar with its graph; cost: one forward pass."""
+        """Return the batch's loss, a scalar with its graph; cost: one forward pass.
+
+        Raises
+        ------
+        OperatorError
+            If the loss is not that of the first pass: now for a term of :meth:`Problem.first_term`, else at the end of
+            the pass.
+        """
         loss, _ = self._problem._batch_loss(self.index, self.batch)
-        self.value = loss.detach()
+        self.note(loss)
         return loss
+
+    def note(self, value: Tensor) -> None:
+        """Take a value of the loss that was computed in another way, to be compared with that of the first pass."""
+        self.value = value.detach()
+        if self._alone:
+            self._problem._check_evaluated([(self.index, self.value)])
+
+    def evaluate_moved(self) -> Tensor:
+        """Return the batch's loss where the caller has moved the weights; it is not compared with that of before."""
+        return self._problem._batch_loss(self.index, self.batch)[0]
 
     def evaluate_at(self, weights: Sequence[Tensor]) -> Tensor:
         """Return the batch's loss with other tensors in the place of the selected parameters.
 
-        For function transforms of PyTorch, whose tensors must not outlive them: ``value`` is left to the caller. A loss
-        that requires gradients outside of the transform has reached a parameter by another way than its module.
+        For function transforms of PyTorch, whose tensors must not outlive them: :meth:`note` is left to the caller. A
+        loss that requires gradients outside of the transform has reached a parameter by another way than its module.
         """
-        with self._problem._replaced(weights):
+        with self._problem.replaced(weights):
             return self._problem._batch_loss(self.index, self.batch)[0]
 
     def outputs(self, weights: Sequence[Tensor] | None = None) -> Any:
         """Return what ``loss.outputs(model, batch)`` does, with other tensors as the selected parameters if given."""
         problem = self._problem
-        with nullcontext() if weights is None else problem._replaced(weights):
+        with nullcontext() if weights is None else problem.replaced(weights):
             return problem._call(problem.loss.outputs, self.index, self.batch)  # type: ignore[attr-defined]
-
-    @contextmanager
-    def watched_random_streams(self) -> Iterator[list[bool]]:
-        """Give a list that gets an item at the end, if numbers were taken from a random stream in an evaluation."""
-        drawn: list[bool] = []
-        streams = self._problem._streams
-        streams.seed(self.index + 1)
-        before = streams.state()
-        yield drawn
-        if not streams.equal(before, streams.state()):
-            drawn.append(True)
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,11 @@ class Problem:
         self._facts: _Facts | None = None
         self._digests: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()  # of tensors on a device
         self._versions: list[tuple[str, Tensor, int]] = []
+        self._values: dict[str, int] = {}
         self._altered: dict[int, str] = {}
+        self.derivative_check: DerivativeCheck | None = None
+        """What :func:`hesd_fast.hvp.derivative_check.check_derivatives` has found, once it has looked."""
+        self.derivative_warning_given = False
 
     def restricted(self, names: Iterable[str]) -> Problem:
         """Return the same problem for some of its parameters; what reading the data has found holds for it too.
@@ -238,6 +252,10 @@ class Problem:
         facts = self._prepared()
         return math.fsum(w * v for w, v in zip(facts.weights, facts.values, strict=True) if w)
 
+    def loss_of(self, term: LossTerm) -> float:
+        """Return the loss of a term's batch that the first pass found."""
+        return self._prepared().values[term.index]
+
     @property
     def total_count(self) -> float:
         """Number of loss terms in the data."""
@@ -300,14 +318,16 @@ class Problem:
                 facts = self._first_pass()
                 state = self._borrowed_state()
                 state.check_unwritten()  # an outer session would tell only when all the work is done
-                self._facts, self._versions = facts, state.versions
+                self._facts, self._versions, self._values = facts, state.versions, state.digests
         return self._facts
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Borrow the model while terms are evaluated; on leaving, also by an exception, it is exactly as before.
 
-        Sessions nest, and an inner one costs next to nothing. Gradients are enabled whatever the caller has set.
+        Sessions nest, and an inner one costs next to nothing. Gradients are enabled whatever the caller has set. A
+        session sets what belongs to the whole process (random streams, precision, attention), so there is one at a
+        time: another thread waits for its end, whatever the problem.
 
         Raises
         ------
@@ -317,14 +337,16 @@ class Problem:
         OperatorError
             If the forward pass wrote to the weights.
         """
-        with torch.inference_mode(False), torch.enable_grad():
+        with SESSIONS, torch.inference_mode(False), torch.enable_grad():
             if self._state is not None:
                 yield
                 return
             self._check_unchanged()
             check_hooks(self.model, self.parameters)
-            with borrowed(self.model, list(self.parameters.values()), self.mode, self._streams) as self._state:
+            selected, unread = list(self.parameters.values()), self._facts is None
+            with borrowed(self.model, selected, self.mode, self._streams, copies=unread) as self._state:
                 try:
+                    self._check_values(self._state)
                     yield
                 finally:
                     self._state = None
@@ -357,7 +379,21 @@ class Problem:
         if index + 1 != len(facts.digests):
             counts = f"this pass has {index + 1} batches, the first had {len(facts.digests)}"
             raise ProblemError(self._data_changed(counts))
-        self._check_losses(facts, evaluated)
+        if evaluated:
+            self._check_evaluated(evaluated)
+
+    def first_term(self) -> LossTerm:
+        """Return the first loss term, in a session, for trials; its losses are compared as soon as they are there.
+
+        A fresh one each time, since a loss may write to its batch.
+        """
+        facts = self._prepared()
+        for index, batch in self._batches():
+            if _data.digest(batch, self._digests) != facts.digests[index]:
+                raise ProblemError(self._data_changed(f"batch {index} differs from that of the first pass", index))
+            if facts.weights[index]:
+                return LossTerm(self, index, batch, facts.weights[index], alone=True)
+        raise ProblemError(self._data_changed("no batch of this pass has loss terms"))
 
     def _batches(self) -> Iterator[tuple[int, Any]]:
         # The data has a random stream of its own, so that what a forward pass draws does not decide what comes next.
@@ -417,7 +453,7 @@ class Problem:
         return result
 
     @contextmanager
-    def _replaced(self, weights: Sequence[Tensor]) -> Iterator[None]:
+    def replaced(self, weights: Sequence[Tensor]) -> Iterator[None]:
         """Let modules find other tensors in the place of the selected parameters, under every name they have."""
         replacements = {id(p): weight for p, weight in zip(self.parameters.values(), weights, strict=True)}
         changed = []
@@ -454,8 +490,10 @@ class Problem:
             dtype = loss.dtype
             if counter.add(index, batch, count):
                 self._check_first_value(loss, values[-1], index, first=not depends)
+                del loss  # its graph
+                if not depends:
+                    self._check_selection(index, batch, values[-1], dtype)
                 depends = True
-            del loss
             if reading is not None:
                 warned = warned or warn_of_fraction(index, batch, count)
                 if index not in self._altered:
@@ -479,6 +517,24 @@ class Problem:
                 "select others, and do not hide them behind torch.no_grad, .detach(), .item() or a reentrant checkpoint"
             )
 
+    def _check_selection(self, index: int, batch: Any, value: float, dtype: torch.dtype) -> None:
+        """Raise an OperatorError if the loss is another one with all parameters that the user differentiates by.
+
+        Code that asks whether a parameter requires gradients is another function for every selection. Cost: one forward
+        pass of one batch, where the selection leaves something out.
+        """
+        with self._borrowed_state().as_the_user_has_it() as differs:
+            if not differs:
+                return
+            whole = float(self._batch_loss(index, batch)[0].detach())
+        if not self._is_same(whole, value, dtype):
+            raise OperatorError(
+                f"the loss depends on which parameters are selected: batch {index} gives {value!r} where only the "
+                f"selected ones require gradients, and {whole!r} with all that did; model or loss take another path "
+                "where a parameter does not require gradients. Take that out, or select all parameters and look at "
+                "some of them by hesd_fast.analyze_groups"
+            )
+
     def _check_unchanged(self) -> None:
         present = dict(self.model.named_parameters())
         stale = next((name for name, parameter in self.parameters.items() if present.get(name) is not parameter), None)
@@ -486,6 +542,13 @@ class Problem:
             stale = first_written(self._versions)
         if stale is not None:
             raise ProblemError(f"{stale!r} of the model has changed since the problem was made; make a new Problem")
+
+    def _check_values(self, state: ModelState) -> None:
+        """Raise a ProblemError if weights are other ones than at the first pass, also where autograd did not see it."""
+        now = state.digests
+        changed = next((name for name, value in self._values.items() if now.get(name, value) != value), None)
+        if changed is not None:
+            raise ProblemError(f"{changed!r} of the model has changed since the problem was made; make a new Problem")
 
     def _data_changed(self, what: str, index: int | None = None) -> str:
         found = f"the data changed between two passes: {what}; "
@@ -505,20 +568,25 @@ class Problem:
             )
         return f"{found}{likely}; give data that is the same each time, as list(data) is"
 
-    def _check_losses(self, facts: _Facts, evaluated: list[tuple[int, Tensor]]) -> None:
-        if not evaluated:
-            return
+    def _check_evaluated(self, evaluated: list[tuple[int, Tensor]]) -> None:
+        """Raise an OperatorError if a loss is not that of the first pass, or weights were written to."""
+        self._borrowed_state().check_unwritten()
+        facts = self._prepared()
         found = torch.stack([value.double() for _, value in evaluated]).tolist()
-        epsilon = torch.finfo(facts.dtype).eps
-        # A GPU's atomic additions come in any order. Many ulps of a half-precision loss would let everything pass.
-        ulps = 2 if epsilon > 1e-6 else 64 if self.device.type == "cpu" else 1024
         for (index, _), value in zip(evaluated, found, strict=True):
             wanted = facts.values[index]
-            if not abs(value - wanted) <= ulps * epsilon * abs(wanted):
+            if not self._is_same(value, wanted, facts.dtype):
                 raise OperatorError(
                     f"the loss is not deterministic: batch {index} gave {wanted!r} at first and now {value!r}, "
                     f"from the same data and random seed; {likely_causes(self.model)}"
                 )
+
+    def _is_same(self, value: float, wanted: float, dtype: torch.dtype) -> bool:
+        """Whether two values of a loss differ by no more than two evaluations of one function may."""
+        epsilon = torch.finfo(dtype).eps
+        # A GPU's atomic additions come in any order. Many ulps of a half-precision loss would let everything pass.
+        ulps = 2 if epsilon > 1e-6 else 64 if self.device.type == "cpu" else 1024
+        return abs(value - wanted) <= ulps * epsilon * abs(wanted)
 
 
 def _check_loss_function(loss: Any) -> None:

@@ -123,19 +123,107 @@ def test_the_report_says_what_the_differences_are_worth():
     assert report.lambda_max.value == pytest.approx(exact.lambda_max.value, rel=1e-6)
 
 
-def test_parameters_reached_another_way_are_refused():
-    class Listed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(8, 3)
-            self.weights = [self.linear.weight]
+class Listed(nn.Module):
+    """Reaches its weights through a list, as recurrent layers of PyTorch do."""
 
-        def forward(self, x):
-            return nn.functional.linear(x, self.weights[0], self.linear.bias)
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+        self.weights = [self.linear.weight]
 
-    problem = Problem(Listed().double(), CROSS_ENTROPY, vectors(8))
-    with pytest.raises(OperatorError, match="cannot move the weights of this model"):
-        HessianOperator(problem, hvp="finite_differences").matvec(torch.ones(27, dtype=torch.float64))
+    def forward(self, x):
+        return nn.functional.linear(x, self.weights[0], self.linear.bias).tanh()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x.view(len(x), 2, 4))[0][:, -1])
+
+
+class Checkpointed(nn.Module):
+    """Runs its first layers again in the backward pass."""
+
+    def __init__(self, everything=False):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 6), nn.Softplus(), nn.Linear(6, 3))
+        self.depth = 5 if everything else 3
+
+    def forward(self, x):
+        first, rest = self.layers[: self.depth], self.layers[self.depth :]
+        return rest(torch.utils.checkpoint.checkpoint(first, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("build", [Listed, Recurrent, Checkpointed, lambda: Checkpointed(True)])
+def test_moved_weights_are_seen_by_all_code_that_uses_them(build, name):
+    torch.manual_seed(0)
+    model, data = build().double(), vectors(8, 3)
+    problem = Problem(model, CROSS_ENTROPY, data)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    panel = torch.randn(2, problem.size, dtype=torch.float64)
+    found = HessianOperator(problem, hvp=name).matmat(panel)
+    assert relative(found, HessianOperator(problem).matmat(panel)) <= {BOTH[0]: 1e-7, BOTH[1]: 1e-5}[name]
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+class Sinc(nn.Module):
+    """A filter bank whose second derivative is not a number in PyTorch where the sinc is at its top."""
+
+    def __init__(self, by_hand):
+        super().__init__()
+        self.cut, self.head, self.by_hand = nn.Parameter(torch.tensor([0.3, 0.7])), nn.Linear(2, 3), by_hand
+
+    def forward(self, x):
+        angle = self.cut[:, None] * torch.arange(-3.0, 5.0)
+        if self.by_hand:
+            shifted = torch.where(angle == 0, 1.0, torch.pi * angle)
+            taps = torch.where(angle == 0, 1 - (torch.pi * angle) ** 2 / 6, shifted.sin() / shifted)
+        else:
+            taps = torch.sinc(angle)
+        return self.head((x @ taps.T).tanh())
+
+
+def test_an_exact_product_that_is_not_finite_is_no_measure_of_differences():
+    torch.manual_seed(0)
+    model, data = Sinc(by_hand=False).double(), vectors(8)
+    operator = HessianOperator(Problem(model, CROSS_ENTROPY, data), hvp="finite_differences")
+    panel = torch.randn(3, operator.size, dtype=torch.float64)
+    found = operator.matmat(panel)
+    assert operator.strategy.error > 0
+    model.by_hand = True
+    wanted = HessianOperator(Problem(model, CROSS_ENTROPY, data)).matmat(panel)
+    assert relative(found, wanted) <= 1e-7
+
+
+def test_a_loss_that_is_linear_in_its_parameters_has_zero_differences():
+    problem = Problem(nn.Linear(8, 3).double(), lambda m, b: m(b[0]).sum(), vectors(8))
+    operator = HessianOperator(problem, hvp="finite_differences")
+    assert float(operator.matvec(torch.ones(problem.size, dtype=torch.float64)).abs().max()) <= 1e-7
+
+
+def test_gradients_that_pytorch_cannot_compute_elsewhere_are_an_error_of_ours():
+    class Fragile(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            context.save_for_backward(x)
+            return x**2
+
+        @staticmethod
+        def backward(context, gradient):
+            (x,) = context.saved_tensors
+            if not torch.equal(x, wanted[0]):
+                return gradient.view(-1, 7)  # of another size than x
+            return 2 * x * gradient
+
+    model, data, wanted = nn.Linear(8, 3).double(), vectors(8), []
+    wanted.append(model(data[0][0]).detach())
+    problem = Problem(model, lambda m, b: Fragile.apply(m(b[0])).mean(), data)
+    with pytest.raises(OperatorError, match=r"gradient of batch 0 cannot be computed where the weights are moved"):
+        HessianOperator(problem, hvp="finite_differences").matvec(torch.ones(problem.size, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", BOTH)

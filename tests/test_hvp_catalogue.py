@@ -20,8 +20,7 @@ from hesd_fast.problem import Problem
 EXACT = list(STRATEGIES)
 REVERSE_BATCHED = ["double_backward_batched", "kept_graph_batched"]
 KEPT_GRAPH = ["kept_graph", "kept_graph_batched"]
-LINEARIZED = ["linearized", "linearized_batched"]
-FORWARD = ["forward_over_reverse", *LINEARIZED]
+FORWARD = ["forward_over_reverse"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,19 +54,7 @@ REFUSALS = [
         ("once-differentiable-later",),
         EXACT,
         "there is no second derivative in the second batch, and a first batch that has one must not hide that",
-        r"no second derivative|setup_context|Functionalize rule",
-    ),
-    Refusal(
-        ("dropout-train", "attention-dropout-train", "encoder-layer-train", "bert-train", "checkpoint-dropout-train"),
-        LINEARIZED,
-        "tracing runs the forward pass twice, and the second time draws other numbers",
-        "draws random numbers|saved tensor hooks",
-    ),
-    Refusal(
-        ("strided",),
-        ["linearized_batched"],
-        "PyTorch traces a view that a batch of vectors does not have",
-        "view size is not compatible",
+        r"no second derivative|setup_context",
     ),
     Refusal(
         ("padding", "bert-train"),
@@ -111,12 +98,6 @@ REFUSALS = [
     ),
     Refusal(("lstm-packed",), FORWARD, "transforms do not know packed sequences", "data pointer"),
     Refusal(
-        ("branch", "loop", "gpt2", "llama"),
-        LINEARIZED,
-        "code that looks at values cannot be traced; transformers' look at their masks",
-        "value out of a tracing tensor",
-    ),
-    Refusal(
         ("slopes",),
         FORWARD,
         "torch.autograd.grad in the loss does not work within transforms",
@@ -132,19 +113,13 @@ REFUSALS = [
         ("function-split", "function-vmap", "function-split-later"),
         FORWARD,
         "a forward derivative wants the jvp of the function",
-        "jvp|vmap support|Functionalize rule",
+        "jvp|vmap support",
     ),
     Refusal(
         ("function-jvp",),
-        ["forward_over_reverse"],
+        FORWARD,
         "all vectors at once want the vmap rule of the function",
         "vmap support",
-    ),
-    Refusal(
-        ("function-jvp", "function-jvp-vmap"),
-        LINEARIZED,
-        "a trace without operations in place cannot be had of a function of one's own",
-        "Functionalize rule|in place",
     ),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -11,9 +12,14 @@ from models import vectors
 from torch import nn
 from torch.nn import functional
 
+import hesd_fast as hesd
 from hesd_fast.errors import OperatorError, ProblemError
+from hesd_fast.hvp import STRATEGIES
+from hesd_fast.model_state import digests_of
 from hesd_fast.operators import HessianOperator
 from hesd_fast.problem import MODES, Problem
+
+NAMES = (r"first\..*", r"last\..*", ".*")
 
 
 class Stateful(nn.Module):
@@ -171,8 +177,13 @@ def test_unselected_parameters_build_no_graph() -> None:
         required.append([name for name, parameter in model.named_parameters() if parameter.requires_grad])
         return noisy_loss(model, batch)
 
-    Problem(model, watching_loss, vectors(4), parameters=["first.weight"]).prepare()
-    assert required == [["first.weight"]]
+    problem = Problem(model, watching_loss, vectors(4), parameters=["first.weight"])
+    problem.prepare()
+    # The second evaluation sees whether the loss is another one with those that the user differentiates by.
+    assert required == [["first.weight"], [name for name, _ in model.named_parameters()]]
+    with problem.session():
+        next(iter(problem.terms())).evaluate()
+    assert required[2:] == [["first.weight"]]
 
 
 def test_loss_that_calls_backward_leaves_gradients_alone() -> None:
@@ -194,9 +205,127 @@ def test_written_weights_are_an_error() -> None:
                 self.weight.mul_(0.99)
             return super().forward(x)
 
-    problem = Problem(Decaying(8, 3), lambda m, b: m(b[0].float()).square().mean(), vectors(4))
+    model = Decaying(8, 3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    problem = Problem(model, squared, vectors(4))
     with pytest.raises(OperatorError, match=r"'weight' was written to in place .* leave the weights alone"):
         problem.prepare()
+    assert equal(before, {name: p.detach() for name, p in model.named_parameters()})
+
+
+def scale(model: nn.Module) -> None:
+    model[0].weight.data.mul_(1.5)
+
+
+def clamp(model: nn.Module) -> None:
+    model[0].weight.data.clamp_(-0.05, 0.05)
+
+
+def swap(model: nn.Module) -> None:
+    rows = model[0].weight.data
+    rows.copy_(rows.flip(0))  # the same numbers in other places
+
+
+def average(model: nn.Module) -> None:
+    model[1].weight.data.lerp_(torch.zeros_like(model[1].weight), 1e-3)
+
+
+def buffer(model: nn.Module) -> None:
+    model.original.data.add_(1)
+
+
+def attribute(model: nn.Module) -> None:
+    model.plain.data.add_(1)
+
+
+def double(model: nn.Module) -> None:
+    model[0].double()
+    model[0].float()
+
+
+def other_memory(model: nn.Module) -> None:
+    model[1].bias.data = model[1].bias.data + 1
+
+
+WRITES = [
+    (scale, "0.weight"),
+    (clamp, "0.weight"),
+    (swap, "0.weight"),
+    (average, "1.weight"),
+    (buffer, "statistic"),
+    (attribute, "plain"),
+    (double, "0.weight"),
+    (other_memory, "1.bias"),
+]
+
+
+@pytest.mark.parametrize("hvp", ["auto", "double_backward", "finite_differences"])
+@pytest.mark.parametrize(("write", "name"), WRITES, ids=[write.__name__ for write, _ in WRITES])
+def test_weights_written_past_autograd_are_an_error_and_come_back(write, name: str, hvp: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3))
+    model.register_buffer("statistic", torch.ones(2))
+    model.original, model.plain = model.statistic, torch.ones(3)
+    model[0].bias.grad, data = torch.ones(5), vectors(4, 6)
+    before = snapshot(model)
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        write(model)
+        return squared(model, batch)
+
+    operator = HessianOperator(Problem(model, loss, data), hvp=hvp)
+    message = rf"{name}' was written to in place .*other memory.*values have been put back.* leave the weights alone"
+    with pytest.raises(OperatorError, match=message):
+        operator.matvec(torch.ones(operator.size))
+    assert_same(before, snapshot(model))
+    assert torch.equal(model.plain, torch.ones(3))
+
+
+def test_a_write_long_after_the_first_pass_is_an_error_too() -> None:
+    model, calls = nn.Linear(8, 3), []
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 12:
+            model.weight.data.mul_(1 + 1e-6)
+        return squared(model, batch)
+
+    problem = Problem(model, loss, vectors(4, 6))
+    with pytest.raises(OperatorError, match=r"'weight' was written to in place .* reload it"):
+        hesd.analyze(problem, hvp="double_backward", max_steps=20, progress=False)
+    assert len(calls) in (12, 13)  # at the end of the pass
+
+
+def test_weights_changed_past_autograd_between_products_are_an_error() -> None:
+    model = stateful()
+    operator = HessianOperator(Problem(model, noisy_loss, vectors(4)))
+    operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+    model.last.weight.data[0, 0] += 1e-12
+    with pytest.raises(ProblemError, match=r"'last\.weight' of the model has changed .* make a new Problem"):
+        operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool])
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 4 * 1024 + 3, 3 * 8 * 1024])
+def test_a_digest_changes_with_every_value_and_place(dtype: torch.dtype, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    tensor = torch.randint(0, 2, (size,), generator=generator).to(dtype)
+    (whole,) = digests_of([tensor])
+    assert digests_of([tensor.clone()]) == [whole]
+    for position in {0, size // 3, size // 2, size - 1}:
+        other = tensor.clone()
+        other[position] = ~other[position] if dtype is torch.bool else other[position] + 1
+        assert digests_of([other]) != [whole]
+    if size > 9:
+        assert digests_of([tensor.roll(1)]) != [whole]
+    (strided,) = digests_of([torch.stack([tensor, tensor], 1)[:, 0]])
+    assert strided == whole
+
+
+def test_digests_of_tensors_without_elements_or_memory_are_numbers() -> None:
+    odd = [torch.empty(0), torch.ones(3).to_sparse(), torch.empty(2, device="meta"), torch.ones(5)[1:]]
+    assert len(digests_of(odd)) == 4
+    assert digests_of(odd)[:3] == [0, 0, 0]
 
 
 class Counting(nn.Module):
@@ -278,3 +407,90 @@ def test_shared_buffers_stay_shared() -> None:
     Problem(model, loss, vectors(4)).prepare()
     assert seen == [True]
     assert model[0].running_mean is model[1].running_mean
+
+
+def random_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    # Nothing but a source that no seed reaches makes it another function at every call.
+    scale = random.SystemRandom().random()
+    return functional.cross_entropy(model(batch[0]), batch[1]) * (1 + scale)
+
+
+@pytest.mark.parametrize("hvp", ["auto", *STRATEGIES])
+@pytest.mark.parametrize("sizes", [(6,), (6, 4)])
+def test_a_random_loss_is_refused_also_where_its_graph_is_kept(hvp: str, sizes: tuple[int, ...]) -> None:
+    problem = Problem(stateful(), random_loss, vectors(*sizes))
+    operator = HessianOperator(problem, hvp=hvp)
+    with pytest.raises(OperatorError, match="the loss is not deterministic: batch 0 gave"):
+        operator.matvec(torch.ones(problem.size, dtype=torch.float64))
+
+
+class Padded(nn.Module):
+    """A transformer encoder with masks of padding, which in PyTorch has a fast path without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.1, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.arange(5)[None] >= torch.tensor([5, 3, 2, 4])[:, None]
+        return self.head(self.encoder(x, src_key_padding_mask=mask).mean(1))
+
+
+def test_the_block_of_a_selection_is_that_of_the_whole_hessian() -> None:
+    torch.manual_seed(0)
+    model, batch = Padded().double(), (torch.randn(4, 5, 8).double(), torch.randint(3, (4,)))
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return functional.cross_entropy(model(batch[0]), batch[1])
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    whole, head = Problem(model, loss, batch), Problem(model, loss, batch, parameters=r"head\..*")
+    assert head.loss_value == pytest.approx(whole.loss_value, rel=64 * 2.0**-52)
+    columns = slice(whole.size - head.size, None)
+    panel = torch.zeros(head.size, whole.size, dtype=torch.float64)
+    panel[:, columns] = torch.eye(head.size)
+    wanted = HessianOperator(whole).matmat(panel)[:, columns]
+    found = HessianOperator(head).matmat(torch.eye(head.size, dtype=torch.float64))
+    assert torch.linalg.vector_norm(found - wanted) <= 64 * 2.0**-52 * torch.linalg.vector_norm(wanted)
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_a_loss_that_depends_on_the_selection_is_refused() -> None:
+    class Shortcut(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self[0](x)
+            return self[1](hidden.tanh() if self[0].weight.requires_grad else hidden)
+
+    model, data = Shortcut(nn.Linear(8, 5), nn.Linear(5, 3)), vectors(4)
+    before = snapshot(model)
+    Problem(model, squared, data).prepare()
+    with pytest.raises(
+        OperatorError, match=r"depends on which parameters are selected: batch 0 gives .*analyze_groups"
+    ):
+        Problem(model, squared, data, parameters=r"1\..*").prepare()
+    assert_same(before, snapshot(model))
+
+
+def test_threads_that_analyse_one_model_get_its_numbers_each() -> None:
+    model, data = stateful(), vectors(6, 4)
+
+    def problem(names: str) -> Problem:
+        return Problem(model, noisy_loss, data, parameters=names, mode="train")
+
+    wanted = {names: HessianOperator(problem(names)).matmat(torch.eye(problem(names).size).double()) for names in NAMES}
+    before, found = snapshot(model), []
+
+    def run(names: str) -> None:
+        for _ in range(5):
+            operator = HessianOperator(problem(names))
+            product = operator.matmat(torch.eye(operator.size).double())
+            found.append(torch.equal(product, wanted[names]))
+
+    threads = [threading.Thread(target=run, args=(names,)) for names in NAMES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 5 * len(NAMES)
+    assert_same(before, snapshot(model))

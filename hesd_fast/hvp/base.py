@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hesd_fast import kernels
 from hesd_fast.data import leaves
-from hesd_fast.errors import OperatorError
-from hesd_fast.hvp.second_derivatives import Gradient, check_second_derivatives
+from hesd_fast.errors import OperatorError, first_line, raised_outside_of_libraries
+from hesd_fast.hvp.derivative_check import check_derivatives
+from hesd_fast.hvp.second_derivatives import Gradient
 from hesd_fast.problem import LossTerm, Problem
 
 Vectors = list[list[Tensor]]
@@ -90,12 +91,8 @@ class Strategy(ABC):
         problem.prepare()
         self.problem = problem
         with problem.session():
-            check_second_derivatives(problem, self.first_term())
+            check_derivatives(problem)
             self.check()
-
-    def first_term(self) -> LossTerm:
-        """Return the first batch's loss term; a fresh one each time, since a loss may write to its batch."""
-        return next(iter(self.problem.terms()))
 
     def check(self) -> None:
         """Raise an OperatorError unless the strategy multiplies as plain double backward does."""
@@ -103,7 +100,7 @@ class Strategy(ABC):
         kernels.fill_probes(panel, 0)
         rows = vectors_of(self.problem, panel)
         wanted = torch.zeros_like(panel)
-        term = self.first_term()
+        term = self.problem.first_term()
         gradient = Gradient.of(self.problem, term.evaluate())
         for j, row in enumerate(rows):
             self._accumulate(term, [(j, with_row(gradient.multiply(row, keep_graph=j + 1 < len(rows))))], wanted)
@@ -116,7 +113,7 @@ class Strategy(ABC):
         if not math.isfinite(norm):
             return  # the operator names the parameter
         found = torch.zeros_like(wanted)
-        term = self.first_term()
+        term = self.problem.first_term()
         self._accumulate(term, self.attempt(term, rows), found)
         difference = float(torch.linalg.vector_norm(found.sub_(wanted)))
         if not agrees(difference, norm, self.problem.epsilon):
@@ -137,6 +134,8 @@ class Strategy(ABC):
         except (OperatorError, torch.cuda.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # what transforms raise at code they cannot take has no common type
+            if raised_outside_of_libraries(error):
+                raise
             raise OperatorError(
                 f"hvp={self.name!r} cannot multiply by the Hessian of this problem; use hvp='double_backward', or "
                 f"'auto'. PyTorch says: {first_line(error)}"
@@ -226,11 +225,6 @@ def accumulate(
 def agrees(difference: float, norm: float, epsilon: float) -> bool:
     """Whether two ways to a product of some norm differ by no more than rounding may do; not a number is too much."""
     return difference <= min(16.0 * math.sqrt(epsilon), LARGEST_DISAGREEMENT) * norm
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def dense(part: Tensor) -> Tensor:

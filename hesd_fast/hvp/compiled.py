@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from hesd_fast import kernels
-from hesd_fast.errors import HESDWarning, OperatorError
-from hesd_fast.hvp.base import Parts, Vectors, agrees, first_line, vectors_of, with_row
+from hesd_fast.errors import HESDWarning, OperatorError, first_line
+from hesd_fast.hvp.base import Parts, Vectors, agrees, vectors_of, with_row
 from hesd_fast.hvp.reverse_over_reverse import ReverseOverReverse, gradient_to_keep
 from hesd_fast.hvp.second_derivatives import Gradient, naming_operations
 from hesd_fast.problem import LossTerm

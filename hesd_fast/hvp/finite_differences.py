@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from hesd_fast.errors import OperatorError
-from hesd_fast.hvp.base import Parts, Strategy, Vectors, vectors_of, with_row
-from hesd_fast.hvp.second_derivatives import Gradient, check_second_derivatives, graph_nodes
+from hesd_fast.hvp.base import Parts, Strategy, Vectors, with_row
+from hesd_fast.hvp.derivative_check import check_derivatives
+from hesd_fast.hvp.differences import Moved, gradient_at, length_of_weights, quotient
+from hesd_fast.hvp.second_derivatives import Gradient, direction_with, product_along_gradient
 from hesd_fast.problem import LossTerm, Problem
 
 TOLERANCE = 0.01
@@ -22,9 +24,10 @@ STEPS = tuple(10.0**exponent for exponent in (-1, -1.5, -2, -2.5, -3, -3.5, -4, 
 class FiniteDifferences(Strategy):
     """Central differences, H v = (g(w + h v) - g(w - h v)) / 2 h: two gradients a vector.
 
-    Only for smooth losses, and for models without a second derivative. The step is the one of :data:`STEPS` with the
-    smallest error on the first batch, against an exact product or, where there is none, against the step before. What
-    is divided by is the step that rounding has left. For weights that all have one dtype; memory: two copies of them.
+    Only for smooth losses, and for models without a second derivative, or one that is not that of their gradients. The
+    step is the one of :data:`STEPS` with the smallest error on the first batch, against an exact product or, where
+    there is none to be trusted, against the step before. What is divided by is the step that rounding has left. The
+    weights are moved where they lie, and put back bit for bit. Memory: a copy of the weights and two gradients.
 
     Attributes
     ----------
@@ -51,23 +54,15 @@ class FiniteDifferences(Strategy):
         self.problem = problem
         self.step, self.error = 0.0, float("inf")
         with problem.session():
-            term = self.first_term()
-            generator = torch.Generator().manual_seed(0)
-            # An arbitrary direction has next to no curvature; that of the gradient has much, and differences see it.
-            gradient = Gradient.first_order(problem, term.evaluate())
-            noise = torch.randn(problem.size, dtype=problem.dtype, generator=generator, device="cpu")
-            noise = noise.to(problem.device)
-            direction = gradient / _norm(gradient) + noise / _norm(noise) if _norm(gradient) > 0 else noise
-            exact = self._exact(term, direction)
+            term = problem.first_term()
+            direction, exact = self._direction_and_product(term)
             previous: Tensor | None = None
             for step in STEPS:
                 found = self._difference(term, direction, step)
-                reference = exact if exact is not None else previous
-                previous = found
-                if reference is None or not bool(torch.isfinite(found).all()):
+                reference, previous = exact if exact is not None else previous, found
+                if reference is None:
                     continue
-                scale = _norm(reference)
-                error = _norm(found - reference) / scale if scale > 0 else 0.0
+                error = _relative_error(found, reference)
                 if error < self.error:
                     self.step, self.error = step, error
         if not self.error <= TOLERANCE:
@@ -84,55 +79,28 @@ class FiniteDifferences(Strategy):
             product = self._difference(term, self.problem.flatten(row), self.step)
             yield j, with_row(list(enumerate(self.problem.unflatten(product))))
 
+    def _direction_and_product(self, term: LossTerm) -> tuple[Tensor, Tensor | None]:
+        """Return what steps are tried along, and the exact product with it, if there is one that can be trusted."""
+        try:
+            direction, product = product_along_gradient(self.problem, term)
+        except OperatorError:
+            return direction_with(self.problem, Gradient.first_order(self.problem, term.evaluate())), None
+        trusted = bool(torch.isfinite(product).all()) and check_derivatives(self.problem).agrees is not False
+        return direction, product if trusted else None
+
     def _difference(self, term: LossTerm, direction: Tensor, relative: float) -> Tensor:
-        parameters = [parameter.detach() for parameter in self.problem.parameters.values()]
-        weights = self.problem.flatten(parameters)
         length = _norm(direction)
         if length == 0.0:
             return torch.zeros_like(direction)
-        step = relative * max(_norm(weights), 1.0) / length
-        ends = []
-        for sign in self._signs():
-            moved = [
-                w.clone() if sign == 0.0 else (w.to(v.dtype) + sign * step * v).to(w.dtype)
-                for w, v in zip(parameters, self.problem.unflatten(direction), strict=True)
-            ]
-            ends.append((self.problem.flatten(moved), self._gradient(term, moved, at_rest=sign == 0.0)))
-        (start, gradient), (end, other) = ends
-        # Rounding to the weights' precision has turned the step; its part along the direction is what was gone.
-        realised = float(torch.dot((end - start).double(), direction.double())) / length**2
-        if realised == 0.0:
-            return torch.full_like(direction, torch.nan)
-        return (other - gradient) / realised
+        step = relative * length_of_weights(self.problem) / length
+        behind, ahead = (self._gradient(term, direction, sign * step) for sign in self._signs())
+        return quotient(behind, ahead)
 
     def _signs(self) -> tuple[float, float]:
         return -1.0, 1.0
 
-    def _gradient(self, term: LossTerm, weights: list[Tensor], at_rest: bool) -> Tensor:  # noqa: ARG002
-        leaves = [weight.requires_grad_() for weight in weights]
-        loss = term.evaluate_at(leaves)
-        selected = {id(parameter) for parameter in self.problem.parameters.values()}
-        for node in graph_nodes([loss.grad_fn]):
-            if id(getattr(node, "variable", None)) in selected:
-                raise OperatorError(
-                    f"hvp={self.name!r} cannot move the weights of this model: it reaches a selected parameter by "
-                    "another way than its module's attribute, as through a list; use hvp='double_backward'"
-                )
-        return Gradient.first_order(self.problem, loss, leaves)
-
-    def _exact(self, term: LossTerm, direction: Tensor) -> Tensor | None:
-        try:
-            check_second_derivatives(self.problem, term)
-        except OperatorError:
-            return None
-        product = torch.zeros_like(direction)
-        parts = dict(
-            Gradient.of(self.problem, term.evaluate()).multiply(vectors_of(self.problem, direction[None])[0], False)
-        )
-        for i, part in enumerate(self.problem.unflatten(product)):
-            if i in parts:
-                part.copy_(parts[i])
-        return product
+    def _gradient(self, term: LossTerm, direction: Tensor, step: float) -> Moved:
+        return gradient_at(self.problem, term, direction, step)
 
 
 class ForwardDifferences(FiniteDifferences):
@@ -148,16 +116,24 @@ class ForwardDifferences(FiniteDifferences):
     def _signs(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def _gradient(self, term: LossTerm, weights: list[Tensor], at_rest: bool) -> Tensor:
-        if not at_rest:
-            return super()._gradient(term, weights, at_rest)
-        if term.index in self._kept:
-            kept: Tensor = self._kept[term.index]
-            return kept
-        gradient = super()._gradient(term, weights, at_rest)
-        if self.may_keep(term, [gradient]):
+    def _gradient(self, term: LossTerm, direction: Tensor, step: float) -> Moved:
+        if step != 0.0:
+            return super()._gradient(term, direction, step)
+        if term.index not in self._kept:
+            gradient = Gradient.first_order(self.problem, term.evaluate())
+            if not self.may_keep(term, [gradient]):
+                return Moved(gradient, 0.0)
             self._kept[term.index] = gradient
-        return gradient
+        return Moved(self._kept[term.index], 0.0)
+
+
+def _relative_error(found: Tensor, reference: Tensor) -> float:
+    """Return how far a product is from another, relative to that one's norm; infinite where this says nothing."""
+    difference, scale = _norm(found - reference), _norm(reference)
+    if difference == 0.0:
+        return 0.0
+    error = difference / scale if scale > 0.0 else float("inf")
+    return error if error == error else float("inf")  # not a number
 
 
 def _norm(vector: Tensor) -> float:

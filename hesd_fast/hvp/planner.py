@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from hesd_fast import cuda, kernels
-from hesd_fast.errors import HESDWarning, OperatorError
+from hesd_fast.errors import HESDWarning, OperatorError, first_line
 from hesd_fast.hvp import STRATEGIES
-from hesd_fast.hvp.base import Strategy, Vectors, first_line, vectors_of
+from hesd_fast.hvp.base import Strategy, Vectors, vectors_of
+from hesd_fast.hvp.graphs import graph_nodes
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph
-from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes
+from hesd_fast.hvp.second_derivatives import Gradient
 from hesd_fast.memory import MemoryWatch, resident_memory
 from hesd_fast.problem import Problem
 
@@ -29,11 +30,8 @@ WORTH_KEEPING = 8
 SHORT_PANEL = 0.1
 """Seconds below which a panel is timed again, up to three times in all."""
 
-TRACING_SECONDS = 1.0, 0.006
-"""What tracing a batch takes about: once, and for each operation of its gradient's graph. Only decides about trials."""
-
 COMPILING_SECONDS = 8.0, 0.04
-"""The same of compiling a trace."""
+"""What compiling takes about: once, and for each operation of a gradient's graph. Only decides about trials."""
 
 CHECKED_PANELS = 3
 """Panels alive while a strategy is checked: the vectors, the products wanted, and those found."""
@@ -43,8 +41,6 @@ ORDER = (
     "kept_graph_batched",
     "double_backward_batched",
     "forward_over_reverse",
-    "linearized",
-    "linearized_batched",
     "compiled",
 )
 """Strategies in the order in which they are tried, after "double_backward"."""
@@ -235,9 +231,7 @@ class _Trials:
         for other in self.tried:
             strategy.take_over(other)
         expected = 3.0 * self.plain_seconds
-        if kind.family == "linearized" and not strategy.kept_bytes:
-            expected += TRACING_SECONDS[0] + TRACING_SECONDS[1] * self._operations()
-        elif kind.family == "compiled":
+        if kind.family == "compiled":
             expected += COMPILING_SECONDS[0] + COMPILING_SECONDS[1] * self._operations()
         if expected > seconds_left and name == KeptGraph.name:
             self.keep_graphs()
@@ -361,14 +355,14 @@ class _Trials:
         return None if peak is None or self.problem.device.type != "cpu" else peak - vectors * self.vector_bytes
 
     def _operations(self) -> int:
-        gradient = Gradient.of(self.problem, self.tried[0].first_term().evaluate())
+        gradient = Gradient.of(self.problem, self.problem.first_term().evaluate())
         return sum(1 for _ in graph_nodes([entry.grad_fn for entry in gradient.entries]))
 
     def _measure(self, strategy: Strategy) -> float:
         """Return the seconds of one panel on the batch: the least of a few where they are short."""
         seconds: list[float] = []
         while len(seconds) < 3 and sum(seconds) < SHORT_PANEL:
-            term = strategy.first_term()
+            term = self.problem.first_term()
             cuda.synchronize(self.problem.device)
             before = time.perf_counter()
             for _ in strategy.attempt(term, self.rows):

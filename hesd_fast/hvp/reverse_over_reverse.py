@@ -12,7 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from hesd_fast import kernels
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.base import BlockVectors, Parts, Strategy, Vectors, stacked, vectors_of, with_row
-from hesd_fast.hvp.second_derivatives import Gradient, graph_nodes, naming_operations
+from hesd_fast.hvp.graphs import graph_nodes
+from hesd_fast.hvp.second_derivatives import Gradient, naming_operations
 from hesd_fast.problem import LossTerm
 
 
@@ -101,7 +102,7 @@ class KeptGraph(ReverseOverReverse):
         kernels.fill_probes(panel, 0)
         rows = vectors_of(self.problem, panel)
         first = torch.zeros_like(panel)
-        term = self.first_term()
+        term = self.problem.first_term()
         self._accumulate(term, self.attempt(term, rows), first)
         if term.index in self._kept:
             self.compare(rows, first)

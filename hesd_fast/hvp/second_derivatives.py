@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from hesd_fast.errors import OperatorError
+from hesd_fast.hvp.graphs import PlacedNodes, graph_nodes, plain_name
 from hesd_fast.problem import LossTerm, Problem
 
 # What PyTorch says of an operation without a second derivative.
@@ -102,16 +103,67 @@ class Gradient:
         return [(i, product) for i, product in zip(chosen, products, strict=True) if product is not None]
 
 
-def check_second_derivatives(problem: Problem, term: LossTerm) -> None:
-    """Raise an OperatorError if an operation in one batch's loss has no second derivative."""
+def product_along_gradient(problem: Problem, term: LossTerm) -> tuple[Tensor, Tensor]:
+    """Return a vector (n,) that has much of the gradient in it, and the product of one batch's Hessian with it.
+
+    An arbitrary direction has next to no curvature; that of the gradient has much, and differences see it. The row of
+    an embedding's padding, which PyTorch takes for a constant, is left out.
+
+    Raises
+    ------
+    OperatorError
+        If an operation has no second derivative.
+    """
     loss = term.evaluate()
+    _refuse_operations(problem, term, loss)
+    with naming_operations(problem, term):
+        gradient = Gradient.with_second_derivative(problem, loss)
+        slopes = dict(zip(gradient.positions, gradient.entries, strict=True))
+        flat = problem.flatten(
+            [_dense(slopes.get(i, torch.zeros_like(p))) for i, p in enumerate(problem.parameters.values())]
+        )
+        direction = direction_with(problem, flat)
+        parts = zip(problem.parameters.values(), problem.unflatten(direction), strict=True)
+        product = torch.zeros_like(direction)
+        views = problem.unflatten(product)
+        for i, part in gradient.multiply([part.to(p.dtype) for p, part in parts], keep_graph=False):
+            views[i].copy_(_dense(part))
+    return direction, product
+
+
+def direction_with(problem: Problem, gradient: Tensor) -> Tensor:
+    """Return the sum of a gradient and noise, of lengths 2 and 1 so that they never cancel, without rows of padding."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(problem.size, dtype=problem.dtype, generator=generator, device="cpu").to(problem.device)
+    direction: Tensor = noise / torch.linalg.vector_norm(noise)
+    length = torch.linalg.vector_norm(gradient)
+    if 0.0 < float(length) < float("inf"):
+        direction.add_(gradient * (2.0 / length))
+    padded = {
+        id(module.weight): module.padding_idx
+        for module in problem.model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
+    }
+    for parameter, part in zip(problem.parameters.values(), problem.unflatten(direction), strict=True):
+        if id(parameter) in padded:
+            part[padded[id(parameter)]] = 0.0
+    return direction
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    values: Tensor = tensor.detach()
+    return values if values.layout is torch.strided else values.to_dense()
+
+
+def _refuse_operations(problem: Problem, term: LossTerm, loss: Tensor) -> None:
+    """Raise an OperatorError at operations that are known to hide something, or to be wrong."""
     operations = {node.name() for node in graph_nodes([loss.grad_fn])}
     if "CheckpointFunctionBackward" in operations:
         raise OperatorError(
             "the model uses reentrant activation checkpoints, which hide their parameters from torch.autograd.grad; "
             "call torch.utils.checkpoint with use_reentrant=False"
         )
-    if any(_plain(operation) == _plain(_WEIGHT_NORM) for operation in operations):
+    if any(plain_name(operation) == plain_name(_WEIGHT_NORM) for operation in operations):
         places = ", ".join(_culprits(problem, term, _WEIGHT_NORM)) or "the model"
         raise OperatorError(
             f"the second derivative of PyTorch's weight_norm (in {places}) is wrong; take it off with "
@@ -119,9 +171,6 @@ def check_second_derivatives(problem: Problem, term: LossTerm) -> None:
             "is of the old kind, for the Hessian of the plain weight; or write g v / |v| in ordinary operations; or "
             "leave its parameters out of the selection"
         )
-    with naming_operations(problem, term):
-        gradient = Gradient.with_second_derivative(problem, loss)
-        gradient.multiply([torch.ones_like(parameter) for parameter in gradient.parameters], keep_graph=True)
 
 
 @contextmanager
@@ -139,15 +188,19 @@ def naming_operations(problem: Problem, term: LossTerm) -> Iterator[None]:
 def _no_second_derivative(problem: Problem, term: LossTerm, operation: str | None, message: str) -> str:
     culprits = _culprits(problem, term, operation)
     names = operation or ", ".join(sorted(set(culprits.values()))) or "an operation of the model or the loss"
-    where = f" (in {', '.join(culprits)})" if culprits else ""
-    remedy = "replace it by an implementation of ordinary PyTorch operations, or leave the parameters before it out"
+    where = f"in {', '.join(culprits)}, " if culprits else ""
+    remedy = (
+        "replace it by an implementation of ordinary PyTorch operations, leave the parameters before it out, or use "
+        "hvp='finite_differences', which needs first derivatives alone"
+    )
     if "scaled_dot_product" in names:
         remedy = "do not force a flash or memory-efficient attention backend in the model; the MATH backend has one"
     elif "compile" in message.lower():
-        remedy = "give the model without torch.compile"
+        remedy = "give the model without torch.compile, or use hvp='finite_differences'"
     elif "cudnn_rnn" in names:
         remedy = "run the model under torch.backends.cudnn.flags(enabled=False)"
-    return f"{names}{where} has no second derivative; {remedy}. PyTorch says: {message.splitlines()[0]}"
+    said = message.splitlines()[0]
+    return f"{names} ({where}batch {term.index}) has no second derivative; {remedy}. PyTorch says: {said}"
 
 
 def _culprits(problem: Problem, term: LossTerm, operation: str | None) -> dict[str, str]:
@@ -155,25 +208,10 @@ def _culprits(problem: Problem, term: LossTerm, operation: str | None) -> dict[s
 
     Without an operation's name, the once_differentiable functions are looked for.
     """
-    seen: set[Node] = set()
     found: dict[str, str] = {}
-
-    def look(name: str, output: Any) -> None:
-        outputs = [leaf.grad_fn for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        for node in graph_nodes(outputs, seen):
-            if _is_culprit(node, operation):
-                found.setdefault(name, node.name())
-
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: look(f"module {name!r}", output))
-        for name, module in problem.model.named_modules()
-    ]
-    try:
-        loss = term.evaluate()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    look("the loss", loss)
+    for place, node in PlacedNodes(problem.model).collect(term):
+        if _is_culprit(node, operation):
+            found.setdefault(place, node.name())
     return found
 
 
@@ -181,22 +219,4 @@ def _is_culprit(node: Node, operation: str | None) -> bool:
     if operation is None:
         backward = getattr(getattr(type(node), "_forward_cls", None), "backward", None)
         return getattr(backward, "__wrapped__", None) is not None
-    return _plain(node.name()) == _plain(operation.split("::")[-1])
-
-
-def _plain(name: str) -> str:
-    """Return an operation's name without spelling: ``aten::_some_op_backward`` and ``SomeOpBackward0`` agree."""
-    return re.sub(r"_|backward\d*$", "", name.lower())
-
-
-def graph_nodes(roots: list[Node | None], seen: set[Node] | None = None) -> Iterator[Node]:
-    """Yield the nodes of an autograd graph that are not in ``seen``, and add them to it."""
-    seen = set() if seen is None else seen
-    stack = [root for root in roots if root is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(following for following, _ in node.next_functions if following is not None)
+    return plain_name(node.name()) == plain_name(operation.split("::")[-1])

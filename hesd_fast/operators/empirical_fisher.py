@@ -62,7 +62,7 @@ class EmpiricalFisherOperator(JacobianOperator):
     def _middle(self, term: LossTerm, outputs: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
         _check_independent(self.problem.model)
         with torch.no_grad():
-            term.value = _loss_of(self.problem.loss, outputs.detach(), term.batch)
+            term.note(_loss_of(self.problem.loss, outputs.detach(), term.batch))
             sums, counts = self._terms(outputs.detach(), term.batch)
         if term.index not in self._added_up:  # once: data and losses are the same at every pass
             _check_terms(sums, counts, term)

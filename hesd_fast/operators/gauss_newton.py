@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from hesd_fast import cuda, kernels
-from hesd_fast.errors import OperatorError, ProblemError
-from hesd_fast.hvp.base import Vectors, accumulate, agrees, first_line, quiet, stacked, vectors_of, with_row
+from hesd_fast.errors import OperatorError, ProblemError, first_line, raised_outside_of_libraries
+from hesd_fast.hvp.base import Vectors, accumulate, agrees, quiet, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import differentiate, refuse_dead_ends
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.problem import LossTerm, Problem
@@ -99,7 +99,7 @@ class JacobianOperator(ProblemOperator):
 
     @abstractmethod
     def _middle(self, term: LossTerm, outputs: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-        """Return the map M of tangents, and alpha; note ``term.value``."""
+        """Return the map M of tangents, and alpha; let the term note the loss."""
 
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
         out.zero_()
@@ -140,6 +140,8 @@ class JacobianOperator(ProblemOperator):
             except MemoryError:
                 raise
             except Exception as error:  # what transforms raise at code they cannot take has no common type
+                if raised_outside_of_libraries(error):
+                    raise
                 message = first_line(error)
                 if self.jvp == "forward" and isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
@@ -253,7 +255,7 @@ class GaussNewtonOperator(JacobianOperator):
     def _middle(self, term: LossTerm, outputs: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
         leaf = outputs.detach().requires_grad_()
         loss = _loss_of(self.problem.loss, leaf, term.batch)
-        term.value = loss.detach()
+        term.note(loss)
         (slope,) = differentiate(loss, leaf, create_graph=True)
 
         def curvature(tangent: Tensor) -> Tensor:

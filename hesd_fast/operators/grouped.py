@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesd_fast.errors import OperatorError, ProblemError
 from hesd_fast.hvp.base import accumulate
+from hesd_fast.hvp.derivative_check import DerivativeCheck, warn_of_wrong_derivatives
 from hesd_fast.hvp.planner import give_up
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph, ReverseOverReverse
 from hesd_fast.operators.base import ProblemOperator
@@ -50,6 +51,11 @@ class HessianBlock(ProblemOperator):
     def method(self) -> str:
         """Return the name of the strategy."""
         return self.strategy.name
+
+    @property
+    def derivatives(self) -> DerivativeCheck | None:
+        """Whether products of all groups together are derivatives of gradients; None before the first one."""
+        return self.whole.problem.derivative_check
 
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
         self.whole._multiply([(self, panel, out)])
@@ -182,6 +188,7 @@ class GroupedHessianOperator:
                 give_up(strategy)
             if not strategy._kept:  # refused, or the first batch does not fit
                 self.strategy = plain
+        warn_of_wrong_derivatives(self.problem)
         self._is_prepared = True
 
     def _apply(self, strategy: ReverseOverReverse, work: list[tuple[HessianBlock, Tensor, Tensor]]) -> None:

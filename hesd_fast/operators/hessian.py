@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import ALL_STRATEGIES, DoubleBackward, Strategy
+from hesd_fast.hvp.derivative_check import DerivativeCheck, warn_of_wrong_derivatives
 from hesd_fast.hvp.planner import ProductPlan, choose, give_up
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.problem import Problem
@@ -70,6 +71,11 @@ class HessianOperator(ProblemOperator):
         """Return the name of the strategy."""
         return self.strategy.name
 
+    @property
+    def derivatives(self) -> DerivativeCheck | None:
+        """Whether products are derivatives of gradients; None before the first one, and for finite differences."""
+        return self.problem.derivative_check if self.strategy.exact else None
+
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
         with self.problem.session():
             if not self._is_prepared:
@@ -93,6 +99,8 @@ class HessianOperator(ProblemOperator):
             )
         else:
             self.strategy.prepare(self.problem)
+        if self.strategy.exact:
+            warn_of_wrong_derivatives(self.problem)
         self._is_prepared = True
 
 

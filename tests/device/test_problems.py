@@ -269,7 +269,7 @@ def test_batches_that_a_loss_leaves_on_the_cpu_are_named(device):
 
 # What the host waits for
 
-KEEP_WHAT_THEY_NEED = ("kept_graph", "kept_graph_batched", "linearized", "linearized_batched", "compiled")
+KEEP_WHAT_THEY_NEED = ("kept_graph", "kept_graph_batched", "compiled")
 
 
 def waits_of_a_product(operator):

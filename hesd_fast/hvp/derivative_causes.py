@@ -1,0 +1,147 @@
+"""What in a model or a loss may make PyTorch's second derivative differ from that of its first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hesd_fast.hvp.graphs import PlacedNodes, graph_nodes, plain_name
+from hesd_fast.problem import LossTerm, Problem
+
+_NORM_UNDER_A_GRADIENT = re.compile(r"(Layer|Batch|Group|Instance|Rms|RMS)_?Norm\w*BackwardBackward", re.IGNORECASE)
+
+# Their derivatives jump where the argument passes a point, so that steps over many such points find another curvature.
+_KINKS = re.compile(
+    r"^(relu|threshold|hardtanh|leakyrelu|prelu|rrelu|abs|clamp|maximum|minimum|max|min|fmax|fmin|amax|amin|aminmax|sort"
+    r"|adaptivemaxpool|fractionalmaxpool|topk|kthvalue|median|nanmedian|mode|cummax|cummin|hardshrink|softshrink|where"
+    r"|l1loss|multimargin|multilabelmargin|cdist|pdist)"
+)
+
+
+def has_kinks(term: LossTerm) -> bool:
+    """Whether the graph of a batch's loss has operations whose derivatives jump."""
+    loss = term.evaluate_moved()
+    return any(_KINKS.match(plain_name(node.name())) for node in graph_nodes([loss.grad_fn]))
+
+
+def causes_of_wrong_derivatives(problem: Problem, term: LossTerm) -> str:
+    """Return sentences that name what was found, and what to do about each; cost: one forward pass."""
+    watched = _Watched(problem.model)
+    functions: dict[str, list[str]] = {}
+    norms: dict[str, list[str]] = {}
+    foreign: dict[str, list[str]] = {}
+    for place, node in watched.collect(term):
+        function, name = getattr(type(node), "_forward_cls", None), node.name()
+        if function is not None:
+            functions.setdefault(function.__name__, []).append(place)
+        elif _NORM_UNDER_A_GRADIENT.search(name):
+            norms.setdefault(re.sub(r"BackwardBackward\d*$", "", name), []).append(place)
+        elif "CppNode" in name or "NotImplemented" in name:
+            foreign.setdefault(name, []).append(place)
+    sentences = [
+        *_about_functions(functions),
+        *_about_hooks(watched.hooks),
+        *_about_norms(norms),
+        *_about_foreign(foreign),
+    ]
+    sentences = sentences or list(_about_detached(watched.detached))
+    return " ".join(sentences) or "No Function, hook or norm under a gradient was found that explains it."
+
+
+def _about_functions(found: dict[str, list[str]]) -> Iterator[str]:
+    for name, places in found.items():
+        yield (
+            f"Likely cause: the autograd Function {name} (in {_listed(places)}); its backward is differentiated as it "
+            "is written, so it must compute from the inputs of forward that it saves (ctx.save_for_backward(input)), "
+            "in operations of PyTorch with gradients enabled, and keep no intermediate result, unless another "
+            "derivative is what it means (a straight-through, surrogate or reversed gradient)."
+        )
+
+
+def _about_hooks(places: list[str]) -> Iterator[str]:
+    if places:
+        yield (
+            f"Likely cause: the gradient hook that is registered (register_hook) in {_listed(places)}; take it out for "
+            "the analysis, unless the changed gradient is what it means."
+        )
+
+
+def _about_norms(found: dict[str, list[str]]) -> Iterator[str]:
+    for name, places in found.items():
+        yield (
+            f"Likely cause: {name} under a gradient (in {_listed(places)}): the loss holds the derivative of a norm, "
+            "whose own second derivative takes mean and deviation for constants in PyTorch; write the norm in ordinary "
+            "operations."
+        )
+
+
+def _about_foreign(found: dict[str, list[str]]) -> Iterator[str]:
+    for name, places in found.items():
+        yield (
+            f"Likely cause: the operation {name} (in {_listed(places)}), which is not PyTorch's own; its backward pass "
+            "must be differentiable itself."
+        )
+
+
+def _about_detached(places: list[str]) -> Iterator[str]:
+    if places:
+        yield (
+            f"Likely cause: .detach() or .data in {_listed(places)}, which makes a part of the loss a constant to the "
+            "gradient that moves with the weights (a stopped or straight-through gradient); the product then is that "
+            "of the loss with this part held where it is."
+        )
+
+
+def _listed(places: list[str]) -> str:
+    different = list(dict.fromkeys(places))
+    return ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
+
+
+class _Watched(PlacedNodes):
+    """The nodes of a loss's graph, and where hooks were registered and tensors taken out of the graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.hooks: list[str] = []
+        self.detached: list[str] = []
+
+    @contextmanager
+    def _following(self) -> Iterator[None]:
+        register = Tensor.register_hook
+
+        def noting(tensor: Tensor, hook: Any) -> Any:
+            self.hooks.append(self.place)
+            return register(tensor, hook)  # type: ignore[no-untyped-call]
+
+        Tensor.register_hook = noting  # type: ignore[method-assign]
+        try:
+            with super()._following(), _Detachments(lambda: self.detached.append(self.place)):
+                yield
+        finally:
+            Tensor.register_hook = register  # type: ignore[method-assign]
+
+
+class _Detachments(TorchFunctionMode):
+    """Calls back where a tensor with a gradient is taken out of the graph."""
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function."""
+        first = args[0] if args else None
+        if function in _DETACHING and isinstance(first, Tensor) and first.requires_grad:
+            self._note()
+        return function(*args, **(kwargs or {}))
+
+
+_DETACHING = (Tensor.detach, torch.detach, Tensor.detach_, Tensor.data.__get__)  # type: ignore[attr-defined]

@@ -1,0 +1,87 @@
+"""Autograd graphs: their nodes, and where in a model each was made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from hesd_fast.problem import LossTerm
+
+
+def graph_nodes(roots: Iterable[Node | None], seen: set[Node] | None = None) -> Iterator[Node]:
+    """Yield the nodes of an autograd graph that are not in ``seen``, and add them to it."""
+    seen = set() if seen is None else seen
+    stack = [root for root in roots if root is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(following for following, _ in node.next_functions if following is not None)
+
+
+def plain_name(name: str) -> str:
+    """Return an operation's name without spelling: ``aten::_some_op_backward`` and ``SomeOpBackward0`` agree."""
+    return re.sub(r"_|backward\d*$", "", name.lower())
+
+
+class PlacedNodes:
+    """The nodes of a loss's graph, each with the innermost module that made it.
+
+    Attributes
+    ----------
+    found : list of (str, Node)
+        Place and node.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen: set[Node] = set()
+        self._inside: list[str] = []
+        self.found: list[tuple[str, Node]] = []
+
+    @property
+    def place(self) -> str:
+        """Where the evaluation is now."""
+        return self._inside[-1] if self._inside else "the loss"
+
+    def collect(self, term: LossTerm) -> list[tuple[str, Node]]:
+        """Evaluate a loss term and return its nodes with their places."""
+        with self._following():
+            loss = term.evaluate_moved()
+        self._look(loss)
+        return self.found
+
+    def _look(self, values: Any) -> None:
+        """Note what has been made since the last look: here."""
+        roots = [leaf.grad_fn for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+        self.found += [(self.place, node) for node in graph_nodes(roots, self._seen)]
+
+    @contextmanager
+    def _following(self) -> Iterator[None]:
+        handles = []
+        for name, module in self._model.named_modules():
+            place = f"module {name!r}" if name else "the model"
+
+            def enter(_module: nn.Module, inputs: Any, options: Any, place: str = place) -> None:
+                self._look((inputs, options))  # made outside of the module
+                self._inside.append(place)
+
+            def leave(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                self._look(output)
+                self._inside.pop()
+
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
