@@ -38,7 +38,8 @@ from hesd_fast.operators import (
 from hesd_fast.plan import RunPlan, plan
 from hesd_fast.plotting import plot_densities
 from hesd_fast.problem import Problem
-from hesd_fast.report import Report, load_report, summary
+from hesd_fast.report import Report, summary
+from hesd_fast.report_file import load_report
 from hesd_fast.spectrum import SpectralMeasure
 from hesd_fast.tridiagonal import BlockTridiagonal
 

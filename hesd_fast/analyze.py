@@ -28,6 +28,7 @@ from hesd_fast.problem import Loss, Problem, likely_causes
 from hesd_fast.progress import ProductProgress
 from hesd_fast.report import Check, Cost, ProblemFacts, Report
 from hesd_fast.spectrum import SpectralMeasure
+from hesd_fast.terminal import printable
 from hesd_fast.tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
 
 DEFAULT_BLOCK_SIZE = 4
@@ -192,12 +193,14 @@ def report_of(
         model=type(problem.model).__name__,
         size=problem.size,
         parameters=tuple(problem.parameters),
+        shapes=tuple(tuple(parameter.shape) for parameter in problem.parameters.values()),
         mode=problem.mode,
         precision=str(problem.dtype).removeprefix("torch."),
         loss=problem.loss_value,
         parameter_norm_squared=problem.parameter_norm_squared,
         batches=problem.batch_count,
         terms=problem.total_count,
+        weights=problem.weights,
         fingerprint=problem.fingerprint,
         function=problem.loss_description,
     )
@@ -210,7 +213,8 @@ def report_of(
     for check in checks:
         if not check.passed and check.name != "derivatives":  # of which the operator has warned
             group = f" of group {options['group']!r}" if "group" in options else ""
-            warnings.warn(f"the check of {check.name}{group} failed: {check.detail}", HESDWarning, stacklevel=3)
+            text = printable(f"the check of {check.name}{group} failed: {check.detail}")
+            warnings.warn(text, HESDWarning, stacklevel=3)
     cost = Cost(
         hvps=tridiagonal.products,
         seconds=time.perf_counter() - started,

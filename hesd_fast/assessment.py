@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from .comparability import check_comparable, notes
 from .criteria import Criteria
 from .errors import ProblemError
 from .estimate import Estimate
 from .hesd_type import HESDType, TypeEvidence
+from .terminal import printable
 
 
 @runtime_checkable
@@ -126,12 +128,15 @@ class Assessment:
         One for each other data set, in the order given.
     thresholds : ComparisonThresholds
         The numbers of the rule, with its version.
+    notes : tuple of str
+        Differences between the reports that do not forbid the comparison and that a reader has to know.
     """
 
     reference: str
     reference_type: HESDType
     entries: tuple[Comparison, ...]
     thresholds: ComparisonThresholds
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"reference {self.reference}: {self.reference_type}"]
@@ -142,10 +147,16 @@ class Assessment:
                 f"  {name}: {change.reference} -> {change.other}, change {change.difference}, ratio {change.ratio}"
                 for name, change in entry.changes.items()
             ]
-        return "\n".join(lines)
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(printable(line) for line in lines)
 
 
-def compare(reports: Mapping[str, TypedReport], *, thresholds: ComparisonThresholds | None = None) -> Assessment:
+def compare(
+    reports: Mapping[str, TypedReport],
+    *,
+    thresholds: ComparisonThresholds | None = None,
+    weights_may_differ: bool = False,
+) -> Assessment:
     """Return what the spectra say about generalization from the first data set to each of the others.
 
     Both spectra must be mainly positive; a quasi-singular or mainly negative one makes the criteria not applicable, an
@@ -159,17 +170,25 @@ def compare(reports: Mapping[str, TypedReport], *, thresholds: ComparisonThresho
     ``k_hn`` is shown and decides nothing, because it depends on the number of Lanczos steps. The intervals are combined
     as if their errors could be opposite, which is cautious.
 
+    What is compared are data sets, so everything else must be the same: operator, group, model class, names and shapes
+    of the parameters, module mode, precision, protocol, exponents and weights. That the loss is the same function
+    cannot be seen. Where the numbers of loss terms or of Lanczos steps differ, the assessment has a note. A measure
+    made by hand is compared for what it has.
+
     Parameters
     ----------
     reports : mapping of str to report
         At least two; the first is the reference.
     thresholds : ComparisonThresholds, optional
         The allowed growth.
+    weights_may_differ : bool
+        Compare checkpoints of one network, as on the same data after more training.
 
     Raises
     ------
     ProblemError
-        If something else is given, there are fewer than two reports, or their criteria have different exponents.
+        If something else is given, there are fewer than two reports, or two of them cannot be compared; it names both,
+        and what differs.
 
     References
     ----------
@@ -178,22 +197,9 @@ def compare(reports: Mapping[str, TypedReport], *, thresholds: ComparisonThresho
     _check_reports(reports)
     thresholds = ComparisonThresholds() if thresholds is None else thresholds
     (reference_name, reference), *others = reports.items()
-    for name, report in others:
-        matrices = [getattr(one, "operator", "hessian") for one in (reference, report)]
-        if len(set(matrices)) > 1:
-            raise ProblemError(
-                f"{name!r} is of the operator {matrices[1]!r}, the reference {reference_name!r} of {matrices[0]!r}; "
-                "compare spectra of the same operator"
-            )
-        ours = (reference.criteria.exponent, reference.criteria.mass_exponent)
-        theirs = (report.criteria.exponent, report.criteria.mass_exponent)
-        if ours != theirs:
-            raise ProblemError(
-                f"{name!r} has the criterion exponents {theirs}, the reference {reference_name!r} has {ours}; "
-                "compute both with the same exponents"
-            )
+    check_comparable(reports, weights_may_differ)
     entries = tuple(_compare_one(reference_name, reference, name, report, thresholds) for name, report in others)
-    return Assessment(reference_name, reference.hesd_type, entries, thresholds)
+    return Assessment(reference_name, reference.hesd_type, entries, thresholds, tuple(notes(reports)))
 
 
 def _check_reports(reports: Any) -> None:

@@ -24,6 +24,7 @@ from hesd_fast.hvp import ALL_STRATEGIES
 from hesd_fast.lanczos import REORTHOGONALIZATIONS
 from hesd_fast.operators.grouped import GROUPINGS, Groups
 from hesd_fast.report import summary
+from hesd_fast.terminal import printable
 
 P = ParamSpec("P")
 
@@ -36,7 +37,8 @@ def _plain_errors(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except hesd.HESDError as error:
-            raise click.ClickException(f"{type(error).__name__}: {error}") from error
+            message = printable(error, keep="\n")  # the line breaks of messages are our own
+            raise click.ClickException(f"{type(error).__name__}: {message}") from error
 
     return run
 
@@ -219,14 +221,20 @@ def plan(target: str, **options: Any) -> None:
 
 @main.command()
 @click.argument("reports", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--weights-may-differ", is_flag=True, help="Compare checkpoints of one network, not data sets under one checkpoint."
+)
 @_plain_errors
-def compare(reports: tuple[Path, ...]) -> None:
-    """Compare saved reports by the unified methodology; the first is the reference."""
+def compare(reports: tuple[Path, ...], weights_may_differ: bool) -> None:
+    """Compare saved reports by the unified methodology; the first is the reference.
+
+    All must be of the same network, weights, parameters, mode and precision; what differs is the data.
+    """
     names = [str(path) for path in reports]
     if len(set(names)) < len(names):
         names = [f"{number}. {name}" for number, name in enumerate(names, start=1)]
     loaded = [hesd.load_report(path) for path in reports]
-    click.echo(str(hesd.compare(dict(zip(names, loaded, strict=True)))))
+    click.echo(hesd.compare(dict(zip(names, loaded, strict=True)), weights_may_differ=weights_may_differ))
 
 
 @main.command()
@@ -256,7 +264,7 @@ def _write(reports: dict[str, hesd.Report], out: Path, picture: str) -> None:
         report.save(paths[-1])
     paths.append(out / f"{picture}.png")
     hesd.plot_densities(reports, paths[-1])
-    click.echo("wrote " + ", ".join(str(path) for path in paths))
+    click.echo("wrote " + ", ".join(printable(path) for path in paths))
 
 
 def _load_problem(target: str) -> hesd.Problem:

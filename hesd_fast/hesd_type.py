@@ -134,7 +134,23 @@ def classify(
     noise = criteria.resolution if noise is None else noise
     if not (noise >= 0.0 and math.isfinite(noise)):
         raise ProblemError(f"noise must be finite and not negative, got {noise!r}; leave it out if it was not measured")
-    largest, smallest, balance = measure.lambda_max, measure.lambda_min, criteria.balance
+    scale = loss_value, parameter_norm_squared
+    return decide_type(measure.lambda_max, measure.lambda_min, criteria, scale, noise, thresholds)
+
+
+def decide_type(
+    largest: Estimate,
+    smallest: Estimate,
+    criteria: Criteria,
+    scale: tuple[float | None, float | None],
+    noise: float,
+    thresholds: TypeThresholds,
+) -> tuple[HESDType, TypeEvidence]:
+    """Return what `classify` does, from the extreme eigenvalues in place of the measure.
+
+    ``scale`` is the loss and the squared parameter norm. The same numbers give the same type and words everywhere.
+    """
+    balance = criteria.balance
     negated = Estimate(-smallest.value, -smallest.high, -smallest.low, smallest.method)
     curvature = Estimate(
         max(largest.value, negated.value, 0.0),
@@ -142,7 +158,7 @@ def classify(
         max(largest.high, negated.high, 0.0),
         "intervals of the extreme eigenvalues",
     )
-    sharpness = _sharpness(curvature, loss_value, parameter_norm_squared)
+    sharpness = _sharpness(curvature, *scale)
 
     def verdict(hesd_type: HESDType, reason: str, *advice: str) -> tuple[HESDType, TypeEvidence]:
         numbers = (largest, smallest, balance, curvature, sharpness, noise, thresholds)
@@ -184,7 +200,9 @@ def _sharpness(curvature: Estimate, loss_value: float | None, parameter_norm_squ
     if loss_value <= 0.0:  # the scale of such a loss means nothing
         return None
     factor = parameter_norm_squared / loss_value
-    return Estimate(curvature.value * factor, curvature.low * factor, curvature.high * factor, curvature.method)
+    ends = (curvature.value, curvature.low, curvature.high)
+    value, low, high = (end * factor if end and factor else 0.0 for end in ends)  # 0 times an infinite end is 0
+    return Estimate(value, low, high, curvature.method)
 
 
 def _what_is_missing(

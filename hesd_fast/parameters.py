@@ -34,7 +34,7 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ProblemError(f"parameter {name!r} was made in inference mode; build the model outside of it")
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if (parameter.is_floating_point() or parameter.is_complex()) and not torch.isfinite(parameter).all():
             raise ProblemError(f"parameter {name!r} holds NaN or Inf; give a model with finite weights")
 
 
@@ -118,10 +118,10 @@ def _closest(name: str, known: list[str]) -> str:
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
-    if not parameter.is_floating_point():
+    if not (parameter.is_floating_point() or parameter.is_complex()):
         raise ProblemError(
-            f"parameter {name!r} has dtype {parameter.dtype}; only real floating-point parameters have a Hessian here, "
-            "leave it out of the selection"
+            f"parameter {name!r} has dtype {parameter.dtype}; only floating-point parameters have a Hessian, leave it "
+            "out of the selection"
         )
 
 
@@ -167,6 +167,9 @@ def check_hooks(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> None:
 class ParameterLayout:
     """Where each parameter lies in a vector of length n: one after the other, each in row-major order.
 
+    A complex parameter of k elements has 2 k columns, as ``torch.view_as_real`` lays them: the real part of an element
+    and then its imaginary part.
+
     Parameters
     ----------
     parameters
@@ -175,20 +178,22 @@ class ParameterLayout:
     Attributes
     ----------
     offsets : list of int
-        First column of each parameter; parameter i has the columns ``[offsets[i], offsets[i] + numel_i)``.
+        First column of each parameter; those of parameter i end where those of the next begin.
     size : int
         n, the number of columns.
     dtype : torch.dtype
-        float64 if any parameter is float64, else float32.
+        float64 if any parameter is float64 or complex128, else float32.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         self.names = list(parameters)
         self.shapes = [parameter.shape for parameter in parameters.values()]
-        ends = list(accumulate((parameter.numel() for parameter in parameters.values()), initial=0))
+        self._is_complex = [parameter.is_complex() for parameter in parameters.values()]
+        widths = (p.numel() * (2 if p.is_complex() else 1) for p in parameters.values())
+        ends = list(accumulate(widths, initial=0))
         self.offsets = ends[:-1]
         self.size = ends[-1]
-        double = any(parameter.dtype == torch.float64 for parameter in parameters.values())
+        double = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in parameters.values())
         self.dtype = torch.float64 if double else torch.float32
 
     def describe(self, column: int) -> str:
@@ -205,13 +210,33 @@ class ParameterLayout:
                 f"flatten got tensors of shapes {[tuple(s) for s in shapes]}; "
                 f"give one per parameter, of shapes {[tuple(s) for s in self.shapes]}"
             )
-        return torch.cat([tensor.detach().reshape(-1).to(self.dtype) for tensor in tensors])
+        if [tensor.is_complex() for tensor in tensors] != self._is_complex:
+            raise ProblemError(
+                f"flatten got tensors of dtypes {[tensor.dtype for tensor in tensors]}; give complex ones for complex "
+                "parameters and real ones for the others"
+            )
+        return torch.cat([as_real(tensor.detach()).reshape(-1).to(self.dtype) for tensor in tensors])
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Return one view of a vector (n,) per parameter, in the parameter's shape."""
+        """Return one view of a vector (n,) per parameter, in the parameter's shape.
+
+        That of a complex parameter is complex, and a copy where it begins at an odd place of memory.
+        """
         if vector.shape != (self.size,):
             raise ProblemError(f"unflatten got shape {tuple(vector.shape)}; give a vector of shape ({self.size},)")
+        ends = [*self.offsets[1:], self.size]
         return [
-            vector[offset : offset + shape.numel()].view(shape)
-            for offset, shape in zip(self.offsets, self.shapes, strict=True)
+            (_as_complex(vector[start:end]) if is_complex else vector[start:end]).view(shape)
+            for start, end, shape, is_complex in zip(self.offsets, ends, self.shapes, self._is_complex, strict=True)
         ]
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as pairs of reals in a last dimension of 2, others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _as_complex(vector: Tensor) -> Tensor:
+    """Return the complex numbers (k,) whose real and imaginary parts take turns in a vector (2 k,)."""
+    pairs = vector.view(-1, 2)
+    return torch.view_as_complex(pairs.clone() if pairs.storage_offset() % 2 else pairs)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hesd_fast.errors import ProblemError
+from hesd_fast.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +48,11 @@ def plot_densities(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    _check_reports(reports)
+    from hesd_fast.report import check_reports
+
+    check_reports(reports, "plot_densities")
+    if not reports:
+        raise ProblemError("there is no report to draw; give at least one")
     low = min(report.lambda_min.value for report in reports.values())
     high = max(report.lambda_max.value for report in reports.values())
     if sigma is None:
@@ -64,8 +69,8 @@ def plot_densities(
         peak = max(peak, float(density.max()))
         color = f"C{number}"
         found = report.criteria
-        plain = str(name).replace("$", r"\$")
-        labels.append(f"{plain}: {report.hesd_type.name}, $r_e$ = {found.r_e:.3g}, k_mass = {found.k_mass:.3g}")
+        criteria = f"r_e = {found.r_e:.3g}, k_mass = {found.k_mass:.3g}"
+        labels.append(f"{printable(name)}: {report.hesd_type.name}, {criteria}")
         lines += axes.semilogy(grid, density, color=color, linewidth=1.2)
         axes.fill_between(grid, density, peak * 1e-30, color=color, alpha=0.15, linewidth=0)
         for extreme in (report.lambda_min, report.lambda_max):
@@ -79,6 +84,8 @@ def plot_densities(
     legend = figure.legend(lines, numbers, loc="outside upper left", fontsize="small", frameon=False)
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_text(label)  # given to legend(), a name with an underscore in front would be dropped
+        text.set_parse_math(False)  # or dollar signs would be taken for those around a formula
+        text.set_usetex(False)
     if path is not None:
         try:
             figure.savefig(path, dpi=150)
@@ -88,20 +95,3 @@ def plot_densities(
                 "give a path in a writable folder that ends in .png, .pdf or .svg"
             ) from error
     return figure
-
-
-def _check_reports(reports: Any) -> None:
-    from hesd_fast.report import Report
-
-    if not isinstance(reports, Mapping):
-        raise ProblemError(
-            f"plot_densities got a {type(reports).__name__}; give reports by name, as in {{'train': report}}"
-        )
-    if not reports:
-        raise ProblemError("there is no report to draw; give at least one")
-    for name, report in reports.items():
-        if not isinstance(report, Report):
-            raise ProblemError(
-                f"plot_densities got a {type(report).__name__} under {name!r}; give a Report, "
-                "as analyze and load_report return"
-            )

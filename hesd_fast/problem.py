@@ -21,10 +21,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hesd_fast import data as _data
 from hesd_fast.errors import HESDError, OperatorError, ProblemError
+from hesd_fast.exact_operations import ExactOperations, operations_in
 from hesd_fast.loss_terms import Count, ReadingCheck, TermCounter, warn_of_fraction
 from hesd_fast.losses import is_ready_made
 from hesd_fast.model_state import SESSIONS, ModelState, RandomStreams, borrowed, first_written, version_of
-from hesd_fast.parameters import ParameterLayout, Selection, check_hooks, check_model, select_parameters
+from hesd_fast.parameters import ParameterLayout, Selection, as_real, check_hooks, check_model, select_parameters
 
 if TYPE_CHECKING:
     from hesd_fast.hvp.derivative_check import DerivativeCheck
@@ -127,7 +128,8 @@ class Problem:
         Every pass starts from the same random state, so a shuffling DataLoader yields the same batches each time.
     parameters
         Which parameters the Hessian is of: None for all that require gradients, a regular expression that must match a
-        whole name, exact names, or a predicate ``(name, parameter) -> bool``. A tied parameter counts once.
+        whole name, exact names, or a predicate ``(name, parameter) -> bool``. A tied parameter counts once. A complex
+        one is taken for the pairs of reals that ``torch.view_as_real`` shows.
     mode : {"eval", "train", "as_is"}
         The training flag of every module meanwhile (an overridden ``train`` method is not called). In train mode every
         batch has its own fixed random seed, so dropout draws the same mask at every pass.
@@ -135,6 +137,12 @@ class Problem:
         Samples per batch, 256 by default; only for a dataset.
     count : callable, optional
         ``count(batch)`` is the number of terms that a mean loss is the mean of; only for a loss without a count.
+
+    Attributes
+    ----------
+    replaced_operations : tuple of str
+        Operations of PyTorch without a second derivative, or with a wrong one, that sessions replace by the same in
+        ordinary operations; found when the problem is prepared.
 
     Raises
     ------
@@ -171,6 +179,8 @@ class Problem:
         self._layout = ParameterLayout(self.parameters)
         self._streams = RandomStreams(_data.loader_generators(self.data))
         self._state: ModelState | None = None
+        self.replaced_operations: tuple[str, ...] = ()
+        self._operations = ExactOperations()
         self._facts: _Facts | None = None
         self._digests: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()  # of tensors on a device
         self._versions: list[tuple[str, Tensor, int]] = []
@@ -196,16 +206,18 @@ class Problem:
         if not chosen:
             raise ProblemError("no parameter is left; give the name of one at least")
         self.prepare()
+        _ = self.weights  # read once for all parts
         part = copy.copy(self)
         part.__dict__.pop("fingerprint", None)
         part.parameters = {name: parameter for name, parameter in self.parameters.items() if name in chosen}
         part._layout = ParameterLayout(part.parameters)
         part._state = None
+        part._operations = ExactOperations()
         return part
 
     @property
     def size(self) -> int:
-        """n, the number of selected parameters."""
+        """n, the number of selected parameters; a complex one counts as two real ones."""
         return self._layout.size
 
     @property
@@ -215,7 +227,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of panels: float64 if any selected parameter is float64, else float32."""
+        """Precision of panels: float64 if any selected parameter is float64 or complex128, else float32."""
         return self._layout.dtype
 
     @property
@@ -231,7 +243,7 @@ class Problem:
     @property
     def parameter_norm_squared(self) -> float:
         """Squared Euclidean norm of the selected parameters, summed in float64."""
-        norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64) for p in self.parameters.values()]
+        norms = [torch.linalg.vector_norm(as_real(p.detach()), dtype=torch.float64) for p in self.parameters.values()]
         return float(torch.stack(norms).square().sum())
 
     def describe(self, column: int) -> str:
@@ -243,7 +255,7 @@ class Problem:
         return self._layout.flatten(tensors)
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Return one view of a vector (n,) per parameter, in the parameter's shape."""
+        """Return one view of a vector (n,) per parameter, in the parameter's shape; a complex one may be a copy."""
         return self._layout.unflatten(vector)
 
     @property
@@ -278,18 +290,24 @@ class Problem:
         return [size for size, weight in zip(facts.sizes, facts.weights, strict=True) if weight]
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hexadecimal digest of parameters, buffers, selection, mode and data; cost: one reading of the weights."""
-        digests = self._prepared().digests
+    def weights(self) -> str:
+        """Hexadecimal digest of all parameters and buffers, with their names; cost: one reading of the weights."""
+        self.prepare()  # from then on a change of the weights is noticed
         self._check_unchanged()
         code = hashlib.blake2b(digest_size=16)
-        selected = {id(parameter) for parameter in self.parameters.values()}
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            code.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{id(tensor) in selected}".encode())
+            code.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             for part in _data.strided_parts(tensor):
                 code.update(_data.tensor_bytes(part))
-        code.update(f"{self.mode}|{digests}".encode())
         return code.hexdigest()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of the weights, the selection, the mode and the data; cost: that of `weights`."""
+        digests = self._prepared().digests
+        self._check_unchanged()
+        text = f"{self.weights}|{list(self.parameters)}|{self.mode}|{digests}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def prepare(self) -> None:
         """Read the data once, check every batch and its loss, and note what later passes must find again.
@@ -306,7 +324,7 @@ class Problem:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was read of tensors is about these tensors, which another process does not have.
-        return {**vars(self), "_digests": None}
+        return {**vars(self), "_digests": None, "_operations": ExactOperations()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _digests=WeakTensorKeyDictionary())
@@ -344,7 +362,10 @@ class Problem:
             self._check_unchanged()
             check_hooks(self.model, self.parameters)
             selected, unread = list(self.parameters.values()), self._facts is None
-            with borrowed(self.model, selected, self.mode, self._streams, copies=unread) as self._state:
+            with (
+                borrowed(self.model, selected, self.mode, self._streams, copies=unread) as self._state,
+                self._operations.replacing(self.replaced_operations),
+            ):
                 try:
                     self._check_values(self._state)
                     yield
@@ -473,7 +494,8 @@ class Problem:
             raise RuntimeError("a loss term was evaluated outside of a session; use `with problem.session():`")
         return self._state
 
-    def _first_pass(self) -> _Facts:
+    def _first_pass(self, before: Sequence[float] = ()) -> _Facts:
+        """Read the data; ``before`` has the first losses of a pass that ended where an operation was to be replaced."""
         values: list[float] = []
         digests: list[int] = []
         sizes: list[int] = []
@@ -490,10 +512,16 @@ class Problem:
             dtype = loss.dtype
             if counter.add(index, batch, count):
                 self._check_first_value(loss, values[-1], index, first=not depends)
+                if found := operations_in(loss).keys() - self.replaced_operations:
+                    self.replaced_operations += tuple(sorted(found))
+                    self._operations.add(found)
+                    return self._first_pass(values)  # anew, so that all values are those of one function
                 del loss  # its graph
                 if not depends:
                     self._check_selection(index, batch, values[-1], dtype)
                 depends = True
+            if index < len(before):
+                self._check_replaced_value(before[index], values[-1], index, dtype)
             if reading is not None:
                 warned = warned or warn_of_fraction(index, batch, count)
                 if index not in self._altered:
@@ -533,6 +561,15 @@ class Problem:
                 f"selected ones require gradients, and {whole!r} with all that did; model or loss take another path "
                 "where a parameter does not require gradients. Take that out, or select all parameters and look at "
                 "some of them by hesd_fast.analyze_groups"
+            )
+
+    def _check_replaced_value(self, before: float, value: float, index: int, dtype: torch.dtype) -> None:
+        """Raise an OperatorError unless a loss is the same to rounding as before operations were replaced."""
+        if not abs(value - before) <= 16.0 * math.sqrt(torch.finfo(dtype).eps) * abs(before):
+            raise OperatorError(
+                f"the loss of batch {index} is {before!r}, and {value!r} with {', '.join(self.replaced_operations)} in "
+                "ordinary operations, as exact products need them; if forward or loss draw random numbers of their own "
+                "or change the batch, mend that; else write these operations in ordinary ones yourself"
             )
 
     def _check_unchanged(self) -> None:

@@ -1,30 +1,21 @@
-"""The result of an analysis: print it, plot it, save it, load it."""
+"""The result of an analysis: print it, plot it, save it."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import os
-import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hesd_fast.criteria import Criteria
-from hesd_fast.errors import CheckpointError, HESDError
+from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
-from hesd_fast.hesd_type import HESDType, TypeEvidence, TypeThresholds
+from hesd_fast.hesd_type import HESDType, TypeEvidence
 from hesd_fast.spectrum import SpectralMeasure
-from hesd_fast.tridiagonal import BlockTridiagonal
+from hesd_fast.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FORMAT = "hesd-fast report"
-FORMAT_VERSION = 1
-
 
 OPERATOR_TITLES = {
     "hessian": "HESD",
@@ -78,7 +69,9 @@ class ProblemFacts:
     size : int
         Number of parameters n.
     parameters : tuple of str
-        Their names.
+        Names of the tensors that hold them.
+    shapes : tuple of tuple of int
+        Their shapes.
     mode : str
         Module mode of the run.
     precision : str
@@ -91,23 +84,27 @@ class ProblemFacts:
         Number of batches.
     terms : float
         Number of loss terms.
+    weights : str
+        Digest of all parameters and buffers of the model, selected or not.
     fingerprint : str
         Digest of weights, selection, mode and data.
     function : str
-        Which function of how many loss terms L is, in words; empty in reports of releases before it.
+        Which function of how many loss terms L is, in words.
     """
 
     model: str
     size: int
     parameters: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     mode: str
     precision: str
     loss: float
     parameter_norm_squared: float
     batches: int
     terms: float
+    weights: str
     fingerprint: str
-    function: str = ""
+    function: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,41 +193,47 @@ class Report:
         Raises
         ------
         CheckpointError
-            If the file cannot be written.
+            If the file cannot be written, or the report contradicts itself or holds what cannot be read back; the field
+            is named.
+        """
+        from hesd_fast.report_file import write_report
+
+        write_report(self, path)
+
+    def top(self, k: int, which: str = "largest") -> tuple[Estimate, ...]:
+        """Return the ``k`` largest eigenvalues that the run has found, in descending order, or the smallest, ascending.
+
+        They are Ritz values. Each interval certainly holds an eigenvalue; the i-th largest eigenvalue is not below the
+        i-th value less the noise. Eigenvalues that the probes have missed may lie between, and one of higher
+        multiplicity than there are probes shows too seldom; see :meth:`BlockTridiagonal.top`, which this is.
+
+        Parameters
+        ----------
+        k : int
+            How many, at most the number of Ritz values.
+        which : {"largest", "smallest"}
+            From which end of the spectrum.
+
+        Raises
+        ------
+        ProblemError
+            If ``k`` or ``which`` is not one of these, the run kept no orthogonal basis, or the measure is not that of a
+            run.
         """
         tridiagonal = self.measure.tridiagonal
         if tridiagonal is None:
-            raise CheckpointError(
-                "the report's measure has no block tridiagonal matrix; only reports of a run can be saved"
+            raise ProblemError(
+                "the report's measure has no block tridiagonal matrix, so nothing is known of single eigenvalues; "
+                "give the report of a run"
             )
-        content = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "hesd_type": self.hesd_type.name,
-            "type_evidence": asdict(self.type_evidence),
-            "criteria": asdict(self.criteria),
-            "tridiagonal": tridiagonal.to_dict(),
-            "problem": asdict(self.problem),
-            "cost": asdict(self.cost),
-            "checks": [asdict(check) for check in self.checks],
-            "options": self.options,
-            "versions": self.versions,
-        }
-        text = json.dumps(_finite(content), indent=1, allow_nan=False)
-        try:
-            _write_whole(Path(path), text)
-        except OSError as error:
-            raise CheckpointError(
-                f"{os.fspath(path)!r} cannot be written: {error}; give a path in a writable folder"
-            ) from error
+        return tridiagonal.top(k, which)
 
     def __str__(self) -> str:
         problem, cost, found = self.problem, self.cost, self.criteria
         tridiagonal = self.measure.tridiagonal
         steps = "" if tridiagonal is None else f"{tridiagonal.probes} probes x {tridiagonal.steps} steps, "
-        function = problem.function or f"of {problem.terms:,.0f} terms"
         rows: list[tuple[str, str]] = [
-            ("loss", f"{function}; {problem.batches:,} {'batch' if problem.batches == 1 else 'batches'}"),
+            ("loss", f"{problem.function}; {problem.batches:,} {'batch' if problem.batches == 1 else 'batches'}"),
             ("type", f"{self.hesd_type} ({self.hesd_type.name})"),
             ("  because", self.type_evidence.reason),
             *[("  to decide", text) for text in self.type_evidence.advice],
@@ -250,14 +253,20 @@ class Report:
             f"{OPERATOR_TITLES[self.operator]} of {problem.model}{group}: {problem.size:,} parameters, "
             f"loss {problem.loss:.4g}, mode {problem.mode}, {problem.precision}"
         )
-        return "\n".join([title, *[f"  {name:<12}{text}" for name, text in rows]])
+        return "\n".join([printable(title), *[f"  {name:<12}{printable(text)}" for name, text in rows]])
 
 
 def summary(reports: Mapping[str, Report]) -> str:
     """Return a table of several reports, one a row: size, type, extreme eigenvalues, trace and criteria.
 
     Each number with the interval that its report gives for it, as in ``print(report)``.
+
+    Raises
+    ------
+    ProblemError
+        If something else than reports by name is given.
     """
+    check_reports(reports, "summary")
     columns: dict[str, Callable[[Report], Any]] = {
         "parameters": lambda report: f"{report.problem.size:,}",
         "type": lambda report: report.hesd_type.name,
@@ -268,89 +277,22 @@ def summary(reports: Mapping[str, Report]) -> str:
         "K_Hn": lambda report: report.criteria.k_hn,
     }
     rows = [["", *columns]]
-    rows += [[name, *(str(value(report)) for value in columns.values())] for name, report in reports.items()]
+    rows += [[printable(name), *(str(value(report)) for value in columns.values())] for name, report in reports.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 
-def load_report(path: str | os.PathLike[str]) -> Report:
-    """Read a report that :meth:`Report.save` wrote.
-
-    Raises
-    ------
-    CheckpointError
-        If the file cannot be read, is not a report, or is of a newer format.
-    """
-    name = os.fspath(path)
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name!r} cannot be read as a report: {error}; give a file that Report.save wrote"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{name!r} is not a report of hesd-fast; give a file that Report.save wrote")
-    if content.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{name!r} has format version {content.get('format_version')!r}; this release reads version "
-            f"{FORMAT_VERSION}. Read it with the release that wrote it, or run the analysis again"
+def check_reports(reports: Any, function: str) -> None:
+    """Raise a ProblemError unless reports by name were given to the function of that name."""
+    if not isinstance(reports, Mapping):
+        raise ProblemError(
+            f"{function} got a {type(reports).__name__}; give reports by name, as in {{'train': report}}"
         )
-    try:
-        evidence = content["type_evidence"]
-        return Report(
-            hesd_type=HESDType[content["hesd_type"]],
-            type_evidence=TypeEvidence(
-                **_estimates(evidence, TypeEvidence, {"thresholds": TypeThresholds(**evidence["thresholds"])}),
-            ),
-            criteria=Criteria(**_estimates(content["criteria"], Criteria, {})),
-            measure=SpectralMeasure.from_tridiagonal(BlockTridiagonal.from_dict(content["tridiagonal"])),
-            problem=ProblemFacts(**{**content["problem"], "parameters": tuple(content["problem"]["parameters"])}),
-            cost=Cost(**content["cost"]),
-            checks=tuple(Check(**check) for check in content["checks"]),
-            options=content["options"],
-            versions=content["versions"],
-        )
-    except (KeyError, TypeError, ValueError, HESDError) as error:
-        raise CheckpointError(f"{name!r} is damaged: {error!r}; run the analysis again") from error
-
-
-def _write_whole(target: Path, text: str) -> None:
-    """Replace a file by a finished one, with the permissions that any new file gets; leave nothing after a failure."""
-    temporary = target.parent / f"{uuid.uuid4().hex}.tmp"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _finite(value: Any) -> Any:
-    """Replace infinities and NaN, which JSON does not know, by their names; ``float`` reads them back."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _estimates(entries: Mapping[str, Any], kind: type, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the dictionaries among the fields of a dataclass back into estimates, and names of numbers into numbers."""
-    result: dict[str, Any] = dict(known)
-    for field in fields(kind):
-        if field.name in known:
-            continue
-        value = entries[field.name]
-        if isinstance(value, Mapping):
-            value = Estimate(float(value["value"]), float(value["low"]), float(value["high"]), value["method"])
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(value, str) and field.type == "float":
-            value = float(value)
-        result[field.name] = value
-    return result
+    for name, report in reports.items():
+        if not isinstance(report, Report):
+            raise ProblemError(
+                f"{function} got a {type(report).__name__} under {name!r}; give a Report, "
+                "as analyze and load_report return"
+            )

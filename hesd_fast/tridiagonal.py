@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CheckpointError, ProblemError
+from .estimate import Estimate
+from .records import read_record
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -129,8 +131,10 @@ class BlockTridiagonal:
             raise ProblemError(f"epsilon must be a unit roundoff in (0, 1), got {self.epsilon!r}; pass 2**-23 for fp32")
         if self.reorthogonalization in ORTHOGONAL_MODES and sum(self.block_sizes) > self.size:
             raise ProblemError(f"{sum(self.block_sizes)} basis vectors do not fit into size={self.size}; check size")
-        if self.products < 0:
-            raise ProblemError(f"products must not be negative, got {self.products}")
+        for name in ("products", "orthogonality", "recurrence_error", "basis_vectors_read"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < math.inf:
+                raise ProblemError(f"{name} must be finite and not negative, got {value!r}; it counts or measures")
         if self.breakdown != (self.offdiagonal[-1].shape[1] == 0):
             raise ProblemError(
                 f"breakdown={self.breakdown} contradicts a last coupling of shape {self.offdiagonal[-1].shape}; "
@@ -213,6 +217,61 @@ class BlockTridiagonal:
             scale = max(scale, float(np.linalg.norm(coupling, 2)))
         return values, vectors, residuals + self.noise(scale)
 
+    def top(self, k: int, which: str = "largest") -> tuple[Estimate, ...]:
+        """Return the ``k`` largest Ritz values in descending order, or the smallest in ascending order.
+
+        Each interval, the Ritz value plus and minus its residual norm, certainly holds an eigenvalue of ``H``. What is
+        certain beyond that, and what is not:
+
+        - The i-th largest eigenvalue is not below the i-th Ritz value less the noise (Cauchy's interlacing theorem);
+          the i-th smallest not above it plus the noise.
+        - An eigenvalue that the probes have missed may lie between two of the values, or beyond the first; only
+          `SpectralMeasure.lambda_max` and `lambda_min` say how far beyond.
+        - An eigenvalue of multiplicity ``q`` shows at most ``b`` times, so fewer than ``q`` times with fewer probes.
+        - Intervals that overlap may hold the same eigenvalue.
+
+        Residual norms include the noise of the products, which is measured on the run and allowed for with a margin,
+        see `noise`; it is not a bound. Costs one dense symmetric eigenproblem of order ``sum(block_sizes)``.
+
+        Parameters
+        ----------
+        k : int
+            How many, at most the number of Ritz values, which is the sum of the block sizes.
+        which : {"largest", "smallest"}
+            From which end of the spectrum.
+
+        Raises
+        ------
+        ProblemError
+            If ``k`` or ``which`` is not one of these, or the basis was not kept orthogonal, so that copies of one
+            eigenvalue would count as several.
+
+        References
+        ----------
+        Parlett, *The Symmetric Eigenvalue Problem*, SIAM 1998, theorems 4.5.1 and 10.1.1.
+        """
+        self._check_top(k, which)
+        values, _, residuals = self.ritz()
+        order = slice(None, None, -1) if which == "largest" else slice(None)
+        pairs = zip(values[order][:k].tolist(), residuals[order][:k].tolist(), strict=True)
+        return tuple(Estimate(value, value - error, value + error, "residual norm and noise") for value, error in pairs)
+
+    def _check_top(self, k: Any, which: Any) -> None:
+        found = sum(self.block_sizes)
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+            raise ProblemError(f"k is {k!r}; wanted a positive integer, how many eigenvalues to return")
+        if k > found:
+            raise ProblemError(
+                f"k is {k}, and the run has {found} Ritz values; ask for fewer, or take more steps or probes"
+            )
+        if which not in ("largest", "smallest"):
+            raise ProblemError(f"which is {which!r}; wanted 'largest' or 'smallest'")
+        if self.reorthogonalization not in ORTHOGONAL_MODES:
+            raise ProblemError(
+                f"the run had reorthogonalization={self.reorthogonalization!r}, where copies of an eigenvalue appear "
+                "that would count as several; run it again with 'full' or 'partial'"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Return a dictionary that JSON can hold; numbers come back bit for bit."""
         return {
@@ -239,15 +298,22 @@ class BlockTridiagonal:
         Raises
         ------
         CheckpointError
-            If an entry is missing, unknown, or does not describe a block tridiagonal matrix.
+            If an entry, which is named, is missing, unknown or of another kind, or they describe no block tridiagonal
+            matrix.
         """
         try:
-            arguments = dict(data)
-            for name in ("diagonal", "offdiagonal"):
-                arguments[name] = tuple(np.asarray(block, dtype=np.float64) for block in arguments[name])
-            return cls(**arguments)
-        except (KeyError, TypeError, ValueError, ProblemError) as error:
+            matrix = read_record(cls, data)
+            check_symmetric(matrix, data["diagonal"])
+            return matrix
+        except CheckpointError as error:
             raise CheckpointError(f"this is not a saved block tridiagonal matrix: {error}; save it again") from error
+
+
+def check_symmetric(matrix: BlockTridiagonal, written: Any, where: str = "diagonal") -> None:
+    """Raise a CheckpointError unless the diagonal blocks are exactly those written; the class makes them symmetric."""
+    for step, (block, rows) in enumerate(zip(matrix.diagonal, written, strict=True)):
+        if block.tolist() != [list(row) for row in rows]:
+            raise CheckpointError(f"{where}[{step}] is not symmetric, as every diagonal block is that was saved")
 
 
 def _frozen(array: npt.ArrayLike) -> Array:

@@ -121,6 +121,37 @@ def test_compare_with_itself(folder):
     assert "2. a/report.hesd.json: mainly positive; generalization: holds" in result.output
 
 
+def test_compare_refuses_other_weights_unless_told(folder):
+    (folder / "later.py").write_text(
+        PROBLEM.replace(
+            "return hesd.Problem(nn.Linear(4, 2)",
+            "model = nn.Linear(4, 2)\n    model.bias.data += 1.0\n    return hesd.Problem(model",
+        )
+    )
+    for target, out in (("cli_problem.py:build", "a"), ("later.py:build", "b")):
+        assert run("analyze", target, "--out", out, "--max-steps", "3").exit_code == 0
+    files = ("a/report.hesd.json", "b/report.hesd.json")
+    result = run("compare", *files)
+    assert result.exit_code == 1
+    assert "ProblemError: 'b/report.hesd.json' is of weights with the digest" in result.output
+    result = run("compare", "--weights-may-differ", *files)
+    assert result.exit_code == 0, result.output
+    assert "this compares checkpoints of a network" in result.output
+
+
+def test_errors_do_nothing_to_a_terminal(folder):
+    (folder / "\x1b[2J.json").write_text("{}")
+    result = run("compare", "\x1b[2J.json")
+    assert result.exit_code == 1
+    assert r"\x1b[2J.json' is not a report" in result.output
+    (folder / "raising.py").write_text(
+        "import hesd_fast as hesd\ndef build():\n    raise hesd.ProblemError('one\\ntwo \\x1b[2J \\ud800')\n"
+    )
+    result = run("analyze", "raising.py:build")
+    assert result.exit_code == 1
+    assert result.output.strip() == "Error: ProblemError: one\ntwo \\x1b[2J \\ud800"
+
+
 def test_a_file_is_not_taken_for_a_module_of_the_same_name(folder):
     (folder / "sub").mkdir()
     (folder / "sub" / "json.py").write_text("from hesd_cli_helper import build\n")

@@ -128,30 +128,20 @@ def test_a_function_with_another_second_derivative_is_named_and_differences_serv
     )
 
 
-def penalty(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x = batch[0].clone().requires_grad_()
-    (slope,) = torch.autograd.grad(model(x).logsumexp(1).sum(), x, create_graph=True)
-    return (slope.norm(dim=1) - 1).square().mean()
-
-
 @pytest.mark.parametrize(
-    ("layer", "loss", "mode", "cause"),
+    ("layer", "cause"),
     [
-        (Doubled(), CROSS_ENTROPY, "eval", "gradient hook that is registered .register_hook. in module '1'"),
-        (nn.LayerNorm(6), penalty, "eval", "LayerNorm under a gradient"),
-        (nn.BatchNorm1d(6), penalty, "train", "BatchNorm under a gradient"),
+        (Doubled(), "gradient hook that is registered .register_hook. in module '1'"),
         (
             Layer(lambda x: x.tanh() + (x.tanh().round() - x.tanh()).detach()),
-            CROSS_ENTROPY,
-            "eval",
             r"\.detach\(\) or \.data in module '1'.*straight-through",
         ),
-        (Layer(lambda x: x * x.detach().sigmoid()), CROSS_ENTROPY, "eval", r"\.detach\(\) or \.data in module '1'"),
+        (Layer(lambda x: x * x.detach().sigmoid()), r"\.detach\(\) or \.data in module '1'"),
     ],
-    ids=["hook", "layer-norm", "batch-norm", "straight-through", "stopped"],
+    ids=["hook", "straight-through", "stopped"],
 )
-def test_hooks_norms_and_stopped_gradients_are_named(layer, loss, mode, cause):
-    operator = HessianOperator(Problem(with_layer(layer), loss, vectors(7), mode=mode))
+def test_hooks_and_stopped_gradients_are_named(layer, cause):
+    operator = HessianOperator(Problem(with_layer(layer), CROSS_ENTROPY, vectors(7)))
     with pytest.warns(HESDWarning, match=f"is not the derivative of its first.*{cause}"):
         operator.matvec(torch.ones(operator.size, dtype=torch.float64))
 

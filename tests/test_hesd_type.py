@@ -22,6 +22,7 @@ from hesd_fast.hesd_type import (
     TypeEvidence,
     TypeThresholds,
     classify,
+    decide_type,
 )
 from hesd_fast.spectrum import SpectralMeasure
 
@@ -166,6 +167,15 @@ def test_loss_that_is_not_positive_has_no_sharpness() -> None:
         hesd_type, evidence = classify(measure, criteria(measure), loss_value=loss, parameter_norm_squared=1e-9)
         assert evidence.sharpness is None
         assert hesd_type is HESDType.MP
+
+
+def test_weights_of_zero_have_no_sharpness_however_large_the_curvature() -> None:
+    result = criteria(SpectralMeasure([-1.0, 2.0], [0.5, 0.5]))
+    unbounded, smallest = Estimate(2.0, 2.0, math.inf), Estimate(-1.0, -1.0, -1.0)
+    hesd_type, evidence = decide_type(unbounded, smallest, result, (1.0, 0.0), result.resolution, TypeThresholds())
+    assert evidence.sharpness is not None
+    assert [evidence.sharpness.value, evidence.sharpness.low, evidence.sharpness.high] == [0.0, 0.0, 0.0]
+    assert hesd_type is HESDType.QS
 
 
 def test_bad_numbers_are_refused() -> None:

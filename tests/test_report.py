@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from torch import nn
 
 import hesd_fast as hesd
 from hesd_fast.plotting import plot_densities
+from hesd_fast.report import Check, summary
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_what_is_not_a_report_is_refused(report, tmp_path):
     with pytest.raises(hesd.CheckpointError, match="not a report"):
         hesd.load_report(path)
     report.save(path)
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(hesd.CheckpointError, match="format version 99"):
         hesd.load_report(path)
 
@@ -184,14 +186,49 @@ def test_plots_of_several_and_of_degenerate_reports(report, zero_report, tmp_pat
 
 
 def test_every_name_is_drawn_as_it_is(report):
-    names = ["_Net", "a$b$", "plain"]
+    names = ["_Net", "a$b$", "$", "_$x_1$", "a\\$b", "plain"]
     figure = plot_densities(dict.fromkeys(names, report))
     figure.canvas.draw()
     (legend,) = figure.legends
     labels = [text.get_text().split(":")[0] for text in legend.get_texts()]
-    assert labels == ["_Net", r"a\$b\$", "plain"]
+    assert labels == names
     colors = [line.get_color() for line in legend.get_lines()]
-    assert colors == ["C0", "C1", "C2"]
+    assert colors == ["C0", "C1", "C2", "C3", "C4", "C5"]
+
+
+def test_names_in_a_legend_cannot_break_lines_or_fail(report):
+    names = ["two\nlines", "\x1b[31mred", "\ud800", "$\\frac$"]
+    figure = plot_densities(dict.fromkeys(names, report))
+    figure.canvas.draw()
+    labels = [text.get_text().split(": MP")[0] for text in figure.legends[0].get_texts()]
+    assert labels == [r"two\nlines", r"\x1b[31mred", r"\ud800", r"$\frac$"]
+
+
+ESCAPE = "\x1b[2J\x9b\u202e\ud800"
+HARMLESS = r"\x1b[2J\x9b\u202e\ud800"
+
+
+def named_dangerously(report):
+    """The same report with an escape sequence wherever a name or a text of others goes."""
+    return dataclasses.replace(
+        report,
+        problem=dataclasses.replace(report.problem, model=ESCAPE, mode=ESCAPE, precision=ESCAPE),
+        cost=dataclasses.replace(report.cost, strategy=ESCAPE),
+        type_evidence=dataclasses.replace(report.type_evidence, reason=ESCAPE, advice=(ESCAPE,)),
+        checks=(Check("symmetry", True, ESCAPE),),
+        options={**report.options, "group": ESCAPE},
+    )
+
+
+def test_print_and_table_do_nothing_to_a_terminal(report):
+    text = str(named_dangerously(report))
+    assert text.count(HARMLESS) == 8
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert len(text.split("\n")) == len(str(report).split("\n")) - len(report.checks) + 2
+    table = summary({ESCAPE + "\n": report, "plain": report})
+    assert HARMLESS + r"\n" in table
+    assert all(line.isprintable() for line in table.split("\n"))
+    assert len(table.split("\n")) == 3
 
 
 @pytest.mark.parametrize("path", ["nowhere/hesd.png", "hesd.xyz"])
@@ -199,6 +236,13 @@ def test_a_picture_that_cannot_be_written_names_the_file(report, tmp_path, path)
     with pytest.raises(hesd.ProblemError, match=rf"{path}' cannot be written: .*; give a path .*\.png, \.pdf or \.svg"):
         report.plot(tmp_path / path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_a_mapping_of_reports_makes_no_table(report):
+    with pytest.raises(hesd.ProblemError, match="summary got a list; give reports by name"):
+        summary([report])
+    with pytest.raises(hesd.ProblemError, match="summary got a Estimate under 'a'; give a Report"):
+        summary({"a": report.trace})
 
 
 def test_what_is_not_a_mapping_of_reports_is_not_drawn(report):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -193,6 +194,16 @@ def test_json_round_trip_is_exact() -> None:
         BlockTridiagonal.from_dict(broken)
     with pytest.raises(CheckpointError, match="surprise"):
         BlockTridiagonal.from_dict({**t.to_dict(), "surprise": 1})
+    for changes, words in (
+        ({"size": "40"}, "matrix: size is '40'; wanted an integer; save it again"),
+        ({"breakdown": 1}, "breakdown is 1; wanted true or false"),
+        ({"start": [["1.0"]]}, r"start\[0\]\[0\] is '1.0'; wanted a number"),
+        ({"products": -1}, "products must be finite and not negative"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            BlockTridiagonal.from_dict({**t.to_dict(), **changes})
+    with pytest.raises(CheckpointError, match="the content is a list of 1; wanted an object"):
+        BlockTridiagonal.from_dict([1])  # type: ignore[arg-type]
 
 
 def test_bad_tridiagonals_are_refused() -> None:
@@ -208,7 +219,10 @@ def test_bad_tridiagonals_are_refused() -> None:
         ({"epsilon": 0.0}, "roundoff"),
         ({"size": 3}, "do not fit"),
         ({"breakdown": True}, "contradicts"),
-        ({"products": -1}, "negative"),
+        ({"products": -1}, "products must be finite and not negative, got -1"),
+        ({"orthogonality": math.nan}, "orthogonality must be finite and not negative, got nan"),
+        ({"recurrence_error": math.inf}, "recurrence_error must be finite and not negative, got inf"),
+        ({"basis_vectors_read": -1}, "basis_vectors_read must be finite and not negative, got -1"),
     ):
         with pytest.raises(ProblemError, match=words):
             replace(t, **changes)  # type: ignore[arg-type]

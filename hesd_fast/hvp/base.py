@@ -17,6 +17,7 @@ from hesd_fast.data import leaves
 from hesd_fast.errors import OperatorError, first_line, raised_outside_of_libraries
 from hesd_fast.hvp.derivative_check import check_derivatives
 from hesd_fast.hvp.second_derivatives import Gradient
+from hesd_fast.parameters import as_real
 from hesd_fast.problem import LossTerm, Problem
 
 Vectors = list[list[Tensor]]
@@ -228,8 +229,11 @@ def agrees(difference: float, norm: float, epsilon: float) -> bool:
 
 
 def dense(part: Tensor) -> Tensor:
-    """Return a contiguous strided tensor without a graph; embeddings with sparse=True have sparse derivatives."""
-    return (part if part.layout is torch.strided else part.to_dense()).detach().contiguous()
+    """Return a contiguous strided tensor of reals without a graph; embeddings with sparse=True have sparse derivatives.
+
+    PyTorch's derivative by a complex parameter a + i b is that by a plus i times that by b.
+    """
+    return as_real((part if part.layout is torch.strided else part.to_dense()).detach()).contiguous()
 
 
 def with_row(parts: Parts) -> Parts:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hesd_fast.hvp.graphs import PlacedNodes, graph_nodes, plain_name
+from hesd_fast.autograd_graph import graph_nodes, plain_name
+from hesd_fast.hvp.placed_nodes import PlacedNodes
 from hesd_fast.problem import LossTerm, Problem
-
-_NORM_UNDER_A_GRADIENT = re.compile(r"(Layer|Batch|Group|Instance|Rms|RMS)_?Norm\w*BackwardBackward", re.IGNORECASE)
 
 # Their derivatives jump where the argument passes a point, so that steps over many such points find another curvature.
 _KINKS = re.compile(
@@ -34,24 +33,20 @@ def causes_of_wrong_derivatives(problem: Problem, term: LossTerm) -> str:
     """Return sentences that name what was found, and what to do about each; cost: one forward pass."""
     watched = _Watched(problem.model)
     functions: dict[str, list[str]] = {}
-    norms: dict[str, list[str]] = {}
     foreign: dict[str, list[str]] = {}
     for place, node in watched.collect(term):
         function, name = getattr(type(node), "_forward_cls", None), node.name()
         if function is not None:
             functions.setdefault(function.__name__, []).append(place)
-        elif _NORM_UNDER_A_GRADIENT.search(name):
-            norms.setdefault(re.sub(r"BackwardBackward\d*$", "", name), []).append(place)
         elif "CppNode" in name or "NotImplemented" in name:
             foreign.setdefault(name, []).append(place)
     sentences = [
         *_about_functions(functions),
         *_about_hooks(watched.hooks),
-        *_about_norms(norms),
         *_about_foreign(foreign),
     ]
     sentences = sentences or list(_about_detached(watched.detached))
-    return " ".join(sentences) or "No Function, hook or norm under a gradient was found that explains it."
+    return " ".join(sentences) or "No Function, hook or stopped gradient was found that explains it."
 
 
 def _about_functions(found: dict[str, list[str]]) -> Iterator[str]:
@@ -69,15 +64,6 @@ def _about_hooks(places: list[str]) -> Iterator[str]:
         yield (
             f"Likely cause: the gradient hook that is registered (register_hook) in {_listed(places)}; take it out for "
             "the analysis, unless the changed gradient is what it means."
-        )
-
-
-def _about_norms(found: dict[str, list[str]]) -> Iterator[str]:
-    for name, places in found.items():
-        yield (
-            f"Likely cause: {name} under a gradient (in {_listed(places)}): the loss holds the derivative of a norm, "
-            "whose own second derivative takes mean and deviation for constants in PyTorch; write the norm in ordinary "
-            "operations."
         )
 
 

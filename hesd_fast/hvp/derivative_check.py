@@ -1,8 +1,8 @@
 """Whether PyTorch's second derivative of a loss is the derivative of its first, which nothing else would notice.
 
-A function that keeps an intermediate result of its forward pass, a kernel whose backward pass leaves no graph, a hook
-or a layer norm under a gradient have right first derivatives and second ones that are not theirs, symmetric to the last
-bit. So the product with one vector is compared with differences of gradients of one batch, parameter by parameter.
+A function that keeps an intermediate result of its forward pass, a kernel whose backward pass leaves no graph, or a hook
+has right first derivatives and second ones that are not theirs, symmetric to the last bit. So the product with one
+vector is compared with differences of gradients of one batch, parameter by parameter.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from hesd_fast.errors import HESDWarning, OperatorError, first_line
+from hesd_fast.errors import HESDWarning, OperatorError, first_line, raised_outside_of_libraries
 from hesd_fast.hvp.derivative_causes import causes_of_wrong_derivatives, has_kinks
 from hesd_fast.hvp.differences import central_difference, length_of_weights
 from hesd_fast.hvp.second_derivatives import product_along_gradient
 from hesd_fast.memory import available_memory
+from hesd_fast.parameters import as_real
 from hesd_fast.problem import LossTerm, Problem
 
 STEP = 5e-4
@@ -121,6 +122,8 @@ def _compare(problem: Problem, term: LossTerm, direction: Tensor, product: Parts
             return _agreement(product, found, "float64")
         return _with_short_steps(problem, term, wide.product(product), found, wide)
     except Exception as error:  # whatever code says that takes its own precision only
+        if problem.dtype == torch.float64 and raised_outside_of_libraries(error):
+            raise
         return _with_long_steps(problem, term, product, difference, first_line(error))
 
 
@@ -188,7 +191,8 @@ def _disagreement(
 
 
 def _norm(parts: Sequence[Tensor]) -> float:
-    return float(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm())
+    norms = [torch.linalg.vector_norm(as_real(part), dtype=torch.float64) for part in parts]
+    return float(torch.stack(norms).norm())
 
 
 def _distance(wanted: Parts, found: Parts) -> float:
@@ -230,7 +234,7 @@ class _LossInFloat64:
         if available is not None and COPIES * 8 * problem.size > available // 2:
             raise OperatorError("there is not enough memory for that")
         self.problem, self.term, self.scale = problem, term, scale
-        self.direction = [part.double() for part in problem.unflatten(direction)]
+        self.direction = [_widened(part) for part in problem.unflatten(direction)]
         self._coarse = max(problem.epsilon**0.5, LEAST_COARSE)
 
     def difference(self, step: float) -> Parts:
@@ -259,13 +263,13 @@ class _LossInFloat64:
                 found = torch.autograd.grad(entries, self._leaves, parts, allow_unused=True)
         self._at_rest = [entry.detach() for entry in gradient]
         product = self._filled(found)
-        if _distance(product, [part.double() for part in coarse]) > 16 * self._coarse:
+        if _distance(product, [_widened(part) for part in coarse]) > 16 * self._coarse:
             raise OperatorError("the product is another one then")
         return product
 
     def _gradient(self, step: float, create_graph: bool = False) -> Parts:
         self._leaves = [
-            (parameter.detach().double() + step * part).requires_grad_()
+            (_widened(parameter.detach()) + step * part).requires_grad_()
             for parameter, part in zip(self.problem.parameters.values(), self.direction, strict=True)
         ]
         with self._elsewhere():
@@ -318,7 +322,11 @@ class InFloat64(TorchFunctionMode):
         if not isinstance(value, Tensor):
             return value
         value = self._replacements.get(id(value), value)
-        return value.to(_WIDE[value.dtype]) if value.dtype in _WIDE else value
+        return _widened(value)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(_WIDE[tensor.dtype]) if tensor.dtype in _WIDE else tensor
 
 
 @contextmanager

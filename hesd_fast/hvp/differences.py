@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hesd_fast.errors import OperatorError, first_line, raised_outside_of_libraries
 from hesd_fast.hvp.second_derivatives import Gradient
+from hesd_fast.parameters import as_real
 from hesd_fast.problem import LossTerm, Problem
 
 
@@ -44,13 +45,17 @@ def moved(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], step
         for parameter, original, direction in zip(parameters, originals, directions, strict=True):
             target = (original.to(direction.dtype) + step * direction).to(original.dtype)
             parameter.data.copy_(target)
-            gone = (target.to(direction.dtype) - original.to(direction.dtype)).double()
-            squares += float(direction.double().square().sum())
-            along += float((gone * direction.double()).sum())
+            gone = target.to(direction.dtype) - original.to(direction.dtype)
+            squares += _inner_product(direction, direction)
+            along += _inner_product(gone, direction)
         yield along / squares if squares else 0.0
     finally:
         for parameter, original in zip(parameters, originals, strict=True):
             parameter.data.copy_(original)
+
+
+def _inner_product(one: Tensor, other: Tensor) -> float:
+    return float((as_real(one).double() * as_real(other).double()).sum())
 
 
 def gradient_at(problem: Problem, term: LossTerm, direction: Tensor, step: float) -> Moved:

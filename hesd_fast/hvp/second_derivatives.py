@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from hesd_fast.autograd_graph import graph_nodes, plain_name
 from hesd_fast.errors import OperatorError
-from hesd_fast.hvp.graphs import PlacedNodes, graph_nodes, plain_name
+from hesd_fast.exact_operations import OPERATIONS, operations_in
+from hesd_fast.hvp.placed_nodes import PlacedNodes
 from hesd_fast.problem import LossTerm, Problem
 
 # What PyTorch says of an operation without a second derivative.
@@ -22,9 +24,6 @@ _NO_SECOND_DERIVATIVE = re.compile(
     r"|donated buffer",
     re.IGNORECASE,
 )
-
-# The fused kernel's backward pass uses the norm found by the forward pass, and autograd takes that for a constant.
-_WEIGHT_NORM = "_weight_norm_interface_backward"
 
 
 def differentiate(values: Any, sources: Any, cotangents: Any = None, **options: bool) -> tuple[Tensor | None, ...]:
@@ -123,12 +122,10 @@ def product_along_gradient(problem: Problem, term: LossTerm) -> tuple[Tensor, Te
             [_dense(slopes.get(i, torch.zeros_like(p))) for i, p in enumerate(problem.parameters.values())]
         )
         direction = direction_with(problem, flat)
-        parts = zip(problem.parameters.values(), problem.unflatten(direction), strict=True)
-        product = torch.zeros_like(direction)
-        views = problem.unflatten(product)
-        for i, part in gradient.multiply([part.to(p.dtype) for p, part in parts], keep_graph=False):
-            views[i].copy_(_dense(part))
-    return direction, product
+        pairs = zip(problem.parameters.values(), problem.unflatten(direction), strict=True)
+        parts = dict(gradient.multiply([part.to(p.dtype) for p, part in pairs], keep_graph=False))
+    zeros = (torch.zeros_like(parameter) for parameter in problem.parameters.values())
+    return direction, problem.flatten([_dense(parts.get(i, zero)) for i, zero in enumerate(zeros)])
 
 
 def direction_with(problem: Problem, gradient: Tensor) -> Tensor:
@@ -163,14 +160,14 @@ def _refuse_operations(problem: Problem, term: LossTerm, loss: Tensor) -> None:
             "the model uses reentrant activation checkpoints, which hide their parameters from torch.autograd.grad; "
             "call torch.utils.checkpoint with use_reentrant=False"
         )
-    if any(plain_name(operation) == plain_name(_WEIGHT_NORM) for operation in operations):
-        places = ", ".join(_culprits(problem, term, _WEIGHT_NORM)) or "the model"
-        raise OperatorError(
-            f"the second derivative of PyTorch's weight_norm (in {places}) is wrong; take it off with "
-            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), or remove_weight_norm(module) if it "
-            "is of the old kind, for the Hessian of the plain weight; or write g v / |v| in ordinary operations; or "
-            "leave its parameters out of the selection"
-        )
+    for name, node in operations_in(loss).items():
+        if OPERATIONS[name].silent:
+            places = ", ".join(_culprits(problem, term, node)) or "the model"
+            raise OperatorError(
+                f"a derivative of PyTorch's {name} (in {places}) that the Hessian needs is wrong, and the operation "
+                "cannot be replaced where it is, as in TorchScript or a compiled function; write it in Python, in "
+                "ordinary operations, or leave the parameters before it out of the selection"
+            )
 
 
 @contextmanager

@@ -1,0 +1,338 @@
+"""Functions of PyTorch written in operations that can be differentiated as often as one likes.
+
+Each has the value of PyTorch's own to rounding, and its first derivative, also where that is a choice: at kinks, at
+ties and at distances of zero. Half precision is computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IMPOSSIBLE = -1e30
+"""The logarithm of a probability of zero: finite, so that its derivatives are zeros; float32 can hold it."""
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """Return min(max(x + 3, 0), 6) / 6, whose derivative at the kinks is 0."""
+    return ((torch.nn.functional.hardtanh(_wide(x), -3.0, 3.0) + 3.0) / 6.0).to(x.dtype)
+
+
+def weight_norm(direction: Tensor, length: Tensor, dim: int) -> Tensor:
+    """Return length * direction / |direction|, with the norm over all dimensions but ``dim``, or over all for -1."""
+    others = [i for i in range(direction.ndim) if dim == -1 or i != dim % direction.ndim]
+    wide = _wide(direction)
+    norm = torch.linalg.vector_norm(wide, dim=others, keepdim=True) if others else wide.abs()
+    return (wide * (_wide(length) / norm)).to(direction.dtype)
+
+
+# Bags of embeddings
+
+
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    mode: str,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Return the sum, mean or maximum (bags, d) of rows of ``weight`` (m, d), over the indices of each bag.
+
+    Parameters
+    ----------
+    weight : tensor (m, d)
+        The rows.
+    indices : tensor (k,)
+        Rows of all bags, one bag after the other.
+    offsets : tensor (bags,), or (bags + 1,) with the end of the last one
+        Where each bag begins. A bag of none has zeros.
+    mode : {"sum", "mean", "max"}
+        Of equal entries of a bag, the maximum takes the first.
+    per_sample_weights : tensor (k,), optional
+        Factors of the rows, for a sum.
+    include_last_offset : bool
+        Whether ``offsets`` has the end of the last bag.
+    padding_idx : int, optional
+        A row that counts as not there.
+    """
+    offsets = offsets[:-1] if include_last_offset else offsets
+    places = torch.arange(len(indices), device=indices.device, dtype=offsets.dtype)
+    bags = torch.searchsorted(offsets.contiguous(), places, right=True) - 1
+    if padding_idx is not None:
+        kept = (indices != padding_idx % len(weight)).nonzero().squeeze(1)
+        indices, bags = indices[kept], bags[kept]
+        per_sample_weights = None if per_sample_weights is None else per_sample_weights[kept]
+    rows = _wide(torch.nn.functional.embedding(indices, weight))
+    if per_sample_weights is not None:
+        rows = rows * _wide(per_sample_weights)[:, None]
+    sizes = torch.bincount(bags, minlength=len(offsets))
+    if mode == "max":
+        return _largest(rows, sizes).to(weight.dtype)
+    sums = rows.new_zeros(len(offsets), weight.shape[1]).index_add(0, bags, rows)
+    if mode == "mean":
+        sums = sums / sizes.clamp(min=1).to(sums.dtype)[:, None]
+    return sums.to(weight.dtype)
+
+
+def _largest(rows: Tensor, sizes: Tensor) -> Tensor:
+    """Return the largest entries (bags, d) of rows that lie bag after bag; zeros for a bag of none."""
+    if not len(rows):
+        return rows.sum(0).expand(len(sizes), -1)
+    starts = sizes.cumsum(0) - sizes
+    positions = starts[:, None] + torch.arange(int(sizes.max()), device=rows.device)
+    there = positions < (starts + sizes)[:, None]
+    values = rows[positions.clamp(max=len(rows) - 1)]  # (bags, longest, d)
+    winners = values.detach().masked_fill(~there[:, :, None], -math.inf).argmax(1, keepdim=True)
+    return torch.where(sizes[:, None] > 0, values.gather(1, winners).squeeze(1), 0.0)
+
+
+# Connectionist temporal classification
+
+
+def ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    """Return the loss of Graves, Fernandez, Gomez, Schmidhuber, ICML 2006, by its forward recursion (equation 6).
+
+    Cost: a few operations on (N, 2 S + 1) for each of the T frames. Its derivatives are those of its value; PyTorch's
+    own are those only behind a softmax, where the probabilities of a frame add up to one.
+
+    Parameters
+    ----------
+    log_probs : tensor (T, N, C) or (T, C)
+        Logarithms of the probabilities of the classes, by frame.
+    targets : tensor (N, S) or (sum of target lengths,)
+        Labels, padded or one sequence after the other.
+    input_lengths, target_lengths : tensor or sequence of int, (N,)
+        Frames and labels that count.
+    blank : int
+        Class of the blank.
+    reduction : {"none", "mean", "sum"}
+        "mean" divides each loss by its number of labels before the mean is taken.
+    zero_infinity : bool
+        Whether a sequence that cannot be aligned has a loss of zero; else it is infinite, with derivatives of zero.
+    """
+    batched = log_probs.ndim == 3
+    frames = _wide(log_probs if batched else log_probs[:, None])
+    device, samples = log_probs.device, frames.shape[1]
+    input_lengths, target_lengths = (
+        torch.as_tensor(lengths, device=device).reshape(-1).long() for lengths in (input_lengths, target_lengths)
+    )
+    labels = _padded(targets.to(device).long(), target_lengths, samples, blank)
+    scores = _forward_scores(frames, labels, input_lengths, blank)
+    score = _score_of_ends(scores, target_lengths)
+    impossible = score < IMPOSSIBLE / 2
+    losses = torch.where(impossible, 0.0 if zero_infinity else math.inf, -score)
+    if reduction == "mean":
+        losses = (losses / target_lengths.clamp(min=1).to(losses.dtype)).mean()
+    elif reduction == "sum":
+        losses = losses.sum()
+    elif not batched:
+        losses = losses.squeeze(0)
+    return losses.to(log_probs.dtype)
+
+
+def _padded(targets: Tensor, lengths: Tensor, samples: int, blank: int) -> Tensor:
+    """Return labels (N, S) with blanks beyond each one's length."""
+    longest = int(lengths.max()) if samples else 0
+    places = torch.arange(longest, device=targets.device)
+    there = places < lengths[:, None]
+    if targets.ndim == 2:
+        labels = targets[:, :longest]
+    else:
+        starts = lengths.cumsum(0) - lengths
+        labels = torch.nn.functional.pad(targets, (0, 1))[(starts[:, None] + places).clamp(max=len(targets))]
+    return torch.where(there, labels, blank)
+
+
+def _forward_scores(frames: Tensor, labels: Tensor, input_lengths: Tensor, blank: int) -> Tensor:
+    """Return the logarithms (N, 2 S + 1) of the forward variables at each sequence's last frame.
+
+    State 2 s + 1 is label s, the others are the blanks around them.
+    """
+    samples, longest = labels.shape
+    states = labels.new_full((samples, 2 * longest + 1), blank)
+    states[:, 1::2] = labels
+    may_skip = torch.zeros_like(states, dtype=torch.bool)
+    may_skip[:, 3::2] = labels[:, 1:] != labels[:, :-1]
+    frames = torch.where(frames == -math.inf, IMPOSSIBLE, frames)
+    before = torch.full_like(states, IMPOSSIBLE, dtype=frames.dtype)
+    before[:, 0] = 0.0  # without a frame there is one way to have no label
+    begun = before.clone()
+    begun[:, 1:2] = 0.0
+    scores = before
+    for time, frame in enumerate(frames):
+        came_from = begun if time == 0 else torch.logsumexp(_ways(scores, may_skip), 0)
+        moved = came_from + frame.gather(1, states)
+        scores = torch.where((time < input_lengths)[:, None], moved, scores)
+    return scores
+
+
+def _ways(scores: Tensor, may_skip: Tensor) -> Tensor:
+    """Return the scores (3, N, 2 S + 1) of the states that each state can be reached from."""
+    one, two = (torch.nn.functional.pad(scores, (k, 0), value=IMPOSSIBLE)[:, : scores.shape[1]] for k in (1, 2))
+    return torch.stack([scores, one, torch.where(may_skip, two, IMPOSSIBLE)])
+
+
+def _score_of_ends(scores: Tensor, target_lengths: Tensor) -> Tensor:
+    """Return the logarithm (N,) of the sum over the two states that a sequence may end in: its last label or blank."""
+    last = 2 * target_lengths[:, None]
+    labels = torch.where(last > 0, scores.gather(1, (last - 1).clamp(min=0)), IMPOSSIBLE)
+    return torch.logsumexp(torch.cat([scores.gather(1, last), labels], 1), 1)
+
+
+# Layers that normalize
+
+
+def _normalized(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (x - mean) / sqrt(variance + eps), mean and variance over some dimensions, which are kept."""
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    variance = centred.square().mean(dims, keepdim=True)
+    return centred * (variance + eps).rsqrt(), mean, variance
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]) -> Tensor:
+    if weight is not None:
+        x = x * weight.view(shape)
+    return x if bias is None else x + bias.view(shape)
+
+
+def layer_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Return x with mean 0 and variance 1 over its last dimensions, times ``weight`` plus ``bias``."""
+    shape = list(normalized_shape)
+    normalized, _, _ = _normalized(_wide(x), list(range(-len(shape), 0)), eps)
+    return _scaled(normalized, weight, bias, shape).to(x.dtype)
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Return x (N, C, ...) normalized by the mean and variance of each channel over the batch, or by the running ones.
+
+    In training the running ones are moved towards those of the batch, in place.
+    """
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    if training or running_mean is None or running_var is None:
+        normalized, mean, variance = _normalized(_wide(x), [0, *range(2, x.ndim)], eps)
+        _move(running_mean, running_var, mean, variance, x.numel() // x.shape[1], momentum)
+    else:
+        inverse = (_wide(running_var) + eps).rsqrt()
+        normalized = (_wide(x) - running_mean.view(shape)) * inverse.view(shape)
+    return _scaled(normalized, weight, bias, shape).to(x.dtype)
+
+
+def instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Return x (N, C, ...) normalized by the mean and variance of each sample's channels, or by the running ones.
+
+    With ``use_input_stats`` the running ones are moved towards the mean over the samples, in place.
+    """
+    if not use_input_stats:
+        return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    dims = list(range(2, x.ndim))
+    normalized, mean, variance = _normalized(_wide(x), dims, eps)
+    count = math.prod(x.shape[2:])
+    _move(running_mean, running_var, mean.mean(0, keepdim=True), variance.mean(0, keepdim=True), count, momentum)
+    return _scaled(normalized, weight, bias, [1, -1] + [1] * len(dims)).to(x.dtype)
+
+
+@torch.no_grad()
+def _move(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """Move running statistics towards those of a batch, whose variance is over ``count`` values."""
+    unbiased = variance * (count / max(count - 1, 1))
+    for running, found in ((running_mean, mean), (running_var, unbiased)):
+        if running is not None:
+            running.lerp_(found.detach().reshape(-1).to(running.dtype), momentum)
+
+
+# Distances and margins
+
+
+def cdist(x: Tensor, y: Tensor, p: float = 2.0) -> Tensor:
+    """Return the distances (..., N, M) between the rows of x (..., N, d) and y (..., M, d); memory: N M d elements."""
+    return _norm(x[..., :, None, :] - y[..., None, :, :], p)
+
+
+def pdist(x: Tensor, p: float = 2.0) -> Tensor:
+    """Return the distances (N (N - 1) / 2,) between the rows of x (N, d), those of the first row first."""
+    rows, columns = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    return _norm(x[rows] - x[columns], p)
+
+
+def _norm(difference: Tensor, p: float) -> Tensor:
+    """Return the p-norms over the last dimension; of zeros, all derivatives are zeros."""
+    nothing = (difference == 0).all(-1)
+    norms = torch.linalg.vector_norm(torch.where(nothing[..., None], 1.0, difference), ord=p, dim=-1)
+    return torch.where(nothing, 0.0, norms)
+
+
+def multi_margin_loss(
+    x: Tensor, target: Tensor, p: int = 1, margin: float = 1.0, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Return the sum over classes i other than y of weight_y max(0, margin - x_y + x_i)^p / C."""
+    scores, classes = x.reshape(-1, x.shape[-1]), target.reshape(-1, 1)
+    excess = torch.relu(margin - scores.gather(1, classes) + scores) ** p
+    if weight is not None:
+        excess = excess * weight[classes]
+    others = torch.ones_like(scores, dtype=torch.bool).scatter(1, classes, False)
+    losses = torch.where(others, excess, 0.0).sum(1) / scores.shape[1]
+    return _reduced(losses if x.ndim > 1 else losses.squeeze(0), reduction)
+
+
+def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the sum over labels y and other classes i of max(0, 1 - x_y + x_i) / C; labels end at the first of -1."""
+    scores, classes = x.reshape(-1, x.shape[-1]), target.reshape(-1, x.shape[-1])
+    there = (classes < 0).cumsum(1) == 0
+    chosen = torch.where(there, classes, 0)
+    labels = torch.zeros_like(scores).scatter_add(1, chosen, there.to(scores.dtype)) > 0
+    excess = torch.relu(1.0 - scores.gather(1, chosen)[:, :, None] + scores[:, None, :])
+    counted = there[:, :, None] & ~labels[:, None, :]
+    losses = torch.where(counted, excess, 0.0).sum((1, 2)) / scores.shape[1]
+    return _reduced(losses if x.ndim > 1 else losses.squeeze(0), reduction)
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()

@@ -1,0 +1,238 @@
+"""Complex parameters are pairs of reals: products against the same model with its weights kept as such pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from dense import dense_hessian
+from test_model_state import assert_same, snapshot
+from torch import Tensor, nn
+
+from hesd_fast import analyze, losses
+from hesd_fast.errors import ProblemError
+from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
+from hesd_fast.operators.grouped import GroupedHessianOperator
+from hesd_fast.problem import Problem
+
+EPSILON = torch.finfo(torch.float64).eps
+ROUNDING = 256 * EPSILON
+"""Share of a norm by which two ways to the same derivative may differ: each is a sum of some tens of rounded terms."""
+
+SERVING = (
+    "auto",
+    "double_backward",
+    "double_backward_batched",
+    "kept_graph",
+    "kept_graph_batched",
+    "forward_over_reverse",
+    "compiled",
+)
+
+
+def as_complex(pairs: Tensor) -> Tensor:
+    return torch.complex(pairs[..., 0], pairs[..., 1])
+
+
+class Spectral(nn.Module):
+    """A Fourier layer between real ones; its weights are complex, or pairs of reals."""
+
+    def __init__(self, pairs: bool = False) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.lift, self.head = nn.Linear(1, 3, bias=False), nn.Linear(3, 2)  # 3 elements: what follows begins odd
+        self.kernel, self.shift = self.weight(3, 3, 4), self.weight(4)
+
+    def weight(self, *shape: int) -> nn.Parameter:
+        drawn = 0.4 * torch.randn(*shape, dtype=torch.cdouble)
+        return nn.Parameter(torch.view_as_real(drawn).clone() if self.pairs else drawn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, shift = self.kernel, self.shift
+        if self.pairs:
+            kernel, shift = as_complex(kernel), as_complex(shift)
+        hidden = self.lift(x[..., None])
+        modes = torch.fft.rfft(hidden, dim=1)[:, :4]
+        mixed = torch.einsum("nkc,cdk->nkd", modes, kernel) + shift[:, None] * modes.conj()
+        hidden = torch.tanh(hidden + torch.fft.irfft(mixed, n=x.shape[1], dim=1))
+        return self.head(hidden).mean(1)
+
+
+class Rotated(nn.Module):
+    """Complex linear layers with a nonlinearity of the modulus, which is not holomorphic, and real outputs."""
+
+    def __init__(self, pairs: bool = False) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.bias = nn.Parameter(torch.rand(3))
+        for name, shape in (("first", (5, 3)), ("last", (2, 5))):
+            drawn = 0.5 * torch.randn(shape, dtype=torch.cdouble)
+            setattr(self, name, nn.Parameter(torch.view_as_real(drawn).clone() if pairs else drawn))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = self.first, self.last
+        if self.pairs:
+            first, last = as_complex(first), as_complex(last)
+        hidden = (x[:, :3] + self.bias).to(first.dtype) @ first.T
+        hidden = hidden * torch.tanh(hidden.abs())
+        return (hidden @ last.T.conj()).real + hidden.angle().cos()[:, :2]
+
+
+MODELS = [Spectral, Rotated]
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def _traced_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes seconds a model; what torch.compile gets runs as it is."""
+    monkeypatch.setattr(torch, "compile", lambda program, **_: program)
+
+
+def both(model: Callable[..., nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """Return a model with complex weights, and the same with pairs of reals."""
+    models = []
+    for pairs in (False, True):
+        torch.manual_seed(0)
+        models.append(model(pairs))
+    return models[0], models[1]
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(n, 8, generator=generator), torch.arange(n) % 2) for n in (5, 3)]
+
+
+CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
+
+
+def wanted_matrix(pairs: nn.Module) -> Tensor:
+    inputs, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+
+    def total(model: nn.Module) -> Tensor:
+        return -model(inputs).log_softmax(1)[range(8), labels].mean()
+
+    return dense_hessian(pairs, total, dict(pairs.named_parameters()))
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float(torch.linalg.vector_norm(found.double() - wanted) / torch.linalg.vector_norm(wanted))
+
+
+def eye(problem: Problem) -> Tensor:
+    return torch.eye(problem.size, dtype=problem.dtype)
+
+
+@pytest.mark.parametrize("hvp", SERVING)
+@pytest.mark.parametrize("model", MODELS)
+def test_hessian_is_that_of_pairs_of_reals(model: type, hvp: str) -> None:
+    own, pairs = both(model)
+    problem = Problem(own, CROSS_ENTROPY, batches())
+    before = snapshot(own)
+    found = HessianOperator(problem, hvp=hvp).matmat(eye(problem))
+    assert relative(found, wanted_matrix(pairs)) <= ROUNDING
+    assert_same(before, snapshot(own))
+
+
+@pytest.mark.parametrize("hvp", ["finite_differences", "forward_differences"])
+def test_finite_differences(hvp: str) -> None:
+    own, pairs = both(Rotated)
+    problem = Problem(own, CROSS_ENTROPY, batches())
+    assert relative(HessianOperator(problem, hvp=hvp).matmat(eye(problem)), wanted_matrix(pairs)) <= 0.01
+
+
+@pytest.mark.parametrize("kind", [GaussNewtonOperator, EmpiricalFisherOperator])
+@pytest.mark.parametrize("jvp", ["auto", "forward", "reverse"])
+@pytest.mark.parametrize("model", MODELS)
+def test_gauss_newton_and_fisher_are_those_of_pairs_of_reals(model: type, jvp: str, kind: type) -> None:
+    found, wanted = (
+        kind(problem, jvp=jvp).matmat(eye(problem))
+        for problem in (Problem(one, CROSS_ENTROPY, batches()) for one in both(model))
+    )
+    assert relative(found, wanted) <= ROUNDING
+
+
+def test_blocks_of_groups() -> None:
+    own, pairs = both(Spectral)
+    problem = Problem(own, CROSS_ENTROPY, batches())
+    whole = GroupedHessianOperator(problem, {"kernel": "kernel", "rest": ["shift", "lift.weight"]})
+    found = whole.matmats({name: torch.eye(block.size) for name, block in whole.blocks.items()})
+    wanted = wanted_matrix(pairs)
+    names = [name for name, p in pairs.named_parameters() for _ in range(p.numel())]
+    for group, members in (("kernel", {"kernel"}), ("rest", {"shift", "lift.weight"})):
+        columns = torch.tensor([name in members for name in names])
+        assert relative(found[group], wanted[columns][:, columns]) <= ROUNDING
+
+
+def test_a_part_of_the_parameters() -> None:
+    own, pairs = both(Spectral)
+    problem = Problem(own, CROSS_ENTROPY, batches(), parameters="shift")
+    columns = torch.tensor([name == "shift" for name, p in pairs.named_parameters() for _ in range(p.numel())])
+    found = HessianOperator(problem).matmat(eye(problem))
+    assert relative(found, wanted_matrix(pairs)[columns][:, columns]) <= ROUNDING
+
+
+@pytest.mark.parametrize("hvp", ["double_backward", "forward_over_reverse"])
+def test_single_precision(hvp: str) -> None:
+    own, pairs = both(Rotated)
+    for name, parameter in list(own.named_parameters()):
+        single = parameter.detach().to(torch.complex64 if parameter.is_complex() else torch.float32)
+        setattr(own, name, nn.Parameter(single))
+    data = [(x.float(), y) for x, y in batches()]
+    problem = Problem(own, CROSS_ENTROPY, data)
+    assert problem.dtype == torch.float32
+    assert problem.epsilon == torch.finfo(torch.float32).eps
+    found = HessianOperator(problem, hvp=hvp).matmat(eye(problem))
+    assert relative(found, wanted_matrix(pairs)) <= 256 * torch.finfo(torch.float32).eps
+
+
+def test_a_complex_number_has_two_columns_real_part_first() -> None:
+    own, pairs = both(Spectral)
+    problem, twin = (Problem(one, CROSS_ENTROPY, batches()) for one in (own, pairs))
+    assert (problem.size, problem.offsets) == (twin.size, twin.offsets)
+    assert problem.dtype == torch.float64
+    assert problem.parameter_norm_squared == pytest.approx(twin.parameter_norm_squared, rel=ROUNDING)
+    assert [problem.describe(column) for column in range(problem.size)] == [
+        name for name, p in pairs.named_parameters() for _ in range(p.numel())
+    ]
+    flat = problem.flatten(list(own.parameters()))
+    assert torch.equal(flat, twin.flatten(list(pairs.parameters())))
+    for offset in (0, 1):  # complex numbers begin at even places of memory
+        vector = torch.cat([torch.zeros(offset), flat])[offset:]
+        back = problem.unflatten(vector)
+        assert all(torch.equal(part, p) for part, p in zip(back, own.parameters(), strict=True))
+        assert torch.equal(problem.flatten([part.conj().conj() for part in back]), flat)
+
+
+def test_flatten_wants_complex_tensors_for_complex_parameters() -> None:
+    problem = Problem(both(Rotated)[0], CROSS_ENTROPY, batches())
+    with pytest.raises(ProblemError, match=r"dtypes \[torch\.float64, .* give complex ones for complex parameters"):
+        problem.flatten([torch.zeros(p.shape) for p in problem.parameters.values()])
+
+
+def test_a_complex_weight_that_is_not_finite_is_named() -> None:
+    own, _ = both(Rotated)
+    with torch.no_grad():
+        own.last[0, 0] = complex(0.0, torch.inf)
+    with pytest.raises(ProblemError, match="'last' holds NaN or Inf"):
+        Problem(own, CROSS_ENTROPY, batches())
+
+
+def test_a_report_of_a_model_with_complex_weights() -> None:
+    own, pairs = both(Spectral)
+    reports: list[Any] = [
+        analyze(one, CROSS_ENTROPY, batches(), progress=False, hvp="double_backward") for one in (own, pairs)
+    ]
+    eigenvalues = torch.linalg.eigvalsh(wanted_matrix(pairs))
+    for report in reports:
+        assert report.lambda_max.value == pytest.approx(float(eigenvalues[-1]), rel=1e3 * EPSILON)
+    assert all(check.passed for check in reports[0].checks)
+    assert reports[0].problem.size == reports[1].problem.size
