@@ -17,6 +17,7 @@ from hesd_fast.criteria import criteria
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.hesd_type import classify
 from hesd_fast.lanczos import block_lanczos, check_options, plan_blocks
+from hesd_fast.loss_terms import Count
 from hesd_fast.memory import available_memory, peak_memory
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
 from hesd_fast.operators.base import ProblemOperator
@@ -69,6 +70,7 @@ def analyze(
     *,
     parameters: Selection = None,
     mode: str | None = None,
+    count: Count | None = None,
     operator: str = "hessian",
     block_size: int | str = "auto",
     max_steps: int | None = None,
@@ -86,7 +88,7 @@ def analyze(
     ----------
     model, loss, data
         A model, ``loss(model, batch)`` and the data; or a :class:`~hesd_fast.Problem` alone.
-    parameters, mode
+    parameters, mode, count
         As in :class:`~hesd_fast.Problem`; not together with one.
     operator : {"hessian", "gauss_newton", "empirical_fisher"}
         The matrix whose spectrum is wanted: the Hessian; or :class:`~hesd_fast.GaussNewtonOperator` or
@@ -123,7 +125,7 @@ def analyze(
     ProblemError, OperatorError, PlanError, EngineError
         Before any long work wherever the cause can be known by then. The model is as it was in every case.
     """
-    problem = as_problem(model, loss, data, parameters, mode)
+    problem = as_problem(model, loss, data, parameters, mode, count)
     chosen = settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
     check_options(problem.size, chosen.max_steps, chosen.block_size, chosen.reorthogonalization, seed)
     _check_operator(operator, hvp)
@@ -200,6 +202,7 @@ def report_of(
         terms=problem.total_count,
         weights=problem.weights,
         fingerprint=problem.fingerprint,
+        function=problem.loss_description,
     )
     measure = SpectralMeasure.from_tridiagonal(tridiagonal)
     found = criteria(measure)
@@ -239,21 +242,19 @@ def as_problem(
     data: Any,
     parameters: Selection,
     mode: str | None,
+    count: Count | None = None,
 ) -> Problem:
     """Return the problem that was given, as such or in parts; a ProblemError where it is both or neither."""
     if isinstance(model, Problem):
-        given = [
-            name
-            for name, value in (("loss", loss), ("data", data), ("parameters", parameters), ("mode", mode))
-            if value is not None
-        ]
+        options = {"loss": loss, "data": data, "parameters": parameters, "mode": mode, "count": count}
+        given = [name for name, value in options.items() if value is not None]
         if given:
             raise ProblemError(f"analyze got a Problem and also {', '.join(given)}; give them to the Problem")
         return model
     if loss is None or data is None:
         missing = "loss" if loss is None else "data"
         raise ProblemError(f"analyze got no {missing}; call analyze(model, loss, data) or analyze(Problem(...))")
-    return Problem(model, loss, data, parameters=parameters, mode=mode or "eval")
+    return Problem(model, loss, data, parameters=parameters, mode=mode or "eval", count=count)
 
 
 def settings(

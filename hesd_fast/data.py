@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hesd_fast.errors import ProblemError
@@ -73,62 +79,123 @@ def _is_dataset(data: Any) -> bool:
 
 
 def _is_one_batch(data: Any) -> bool:
-    if isinstance(data, torch.Tensor | tuple | Mapping):
+    if isinstance(data, Tensor | tuple | Mapping):
         return True
+    if callable(getattr(data, "to_dict", None)) and callable(getattr(data, "to", None)):
+        return True  # a graph batch, which iterates over its attributes
     return dataclasses.is_dataclass(data) and not isinstance(data, type) and not hasattr(data, "__iter__")
 
 
 def _check_list_of_batches(data: list[Any]) -> None:
     if not data:
         raise ProblemError("data is an empty list; give at least one batch")
-    if any(isinstance(item, torch.Tensor) for item in data):
+    if any(isinstance(item, Tensor) for item in data):
         raise ProblemError(
             f"data is a list of {len(data)} items with bare tensors among them, which can mean one batch or several; "
             "for one batch pass tuple(data); for several wrap each, as in [(x,) for x in data], or use mappings"
         )
 
 
-def leaves(batch: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
-    """Yield ``(path, leaf)`` for every leaf of a batch built of mappings, tuples, lists and dataclasses."""
-    if isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from leaves(value, f"{path}[{key!r}]")
-    elif isinstance(batch, tuple | list):
-        for position, value in enumerate(batch):
-            yield from leaves(value, f"{path}[{position}]")
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        for field in dataclasses.fields(batch):
-            yield from leaves(getattr(batch, field.name), f"{path}.{field.name}")
-    else:
-        yield path, batch
+PlainValue = bool | int | float | complex | str | bytes | np.generic | None
+"""What a batch may hold besides tensors and arrays; its value is what is compared."""
 
 
-def leading_dimension(batch: Any) -> int | None:
-    """Return the leading dimension of the first tensor leaf that has one, or None if there is none."""
-    for _, leaf in leaves(batch):
-        if isinstance(leaf, torch.Tensor) and leaf.ndim >= 1:
-            return int(leaf.size(0))
+def items(value: Any) -> list[tuple[str, Any]] | None:
+    """Return (suffix of the path, item) for all items of a mapping, tuple, list or dataclass; None for others."""
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", item) for key, item in value.items()]
+    if isinstance(value, tuple | list):
+        return [(f"[{position}]", item) for position, item in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
     return None
+
+
+def attributes(value: Any) -> list[tuple[str, Any]] | None:
+    """Return (suffix of the path, item) for what an object of a class of the user's holds; None for other objects.
+
+    That is what its ``to_dict()`` returns, as graph batches have one, or else its public attributes: private ones are
+    often caches, which a forward pass may fill.
+    """
+    if isinstance(value, Tensor | np.ndarray | PlainValue | type | nn.Module | Dataset | FunctionType | MethodType):
+        return None
+    if _is_of_a_library(value):
+        return None
+    found: Any = None
+    if callable(to_dict := getattr(value, "to_dict", None)):
+        with contextlib.suppress(Exception):  # it may want arguments, or be something else altogether
+            found = to_dict()
+    if not isinstance(found, Mapping):
+        names = [name for kind in type(value).__mro__ for name in _as_names(vars(kind).get("__slots__", ()))]
+        found = {name: getattr(value, name) for name in names if hasattr(value, name)} | getattr(value, "__dict__", {})
+        found = {name: item for name, item in found.items() if not str(name).startswith("_")}
+    return [(f".{name}", item) for name, item in found.items()] or None
+
+
+def _is_of_a_library(value: Any) -> bool:
+    if isinstance(value, SimpleNamespace):
+        return False
+    # An image of Pillow has public attributes that change when its file is read.
+    return type(value).__module__.partition(".")[0] in {*sys.stdlib_module_names, "PIL"}
+
+
+def _as_names(slots: Any) -> list[str]:
+    return [slots] if isinstance(slots, str) else list(slots)
+
+
+def leaves(batch: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
+    """Yield ``(path, leaf)`` for every leaf of a batch built of mappings, tuples, lists, dataclasses and objects."""
+    yield from _leaves(batch, path, (), {})
+
+
+def _leaves(value: Any, path: str, enclosing: tuple[int, ...], seen: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+    inside = items(value)
+    if inside is None and id(value) not in seen and (inside := attributes(value)) is not None:
+        seen[id(value)] = value  # objects often refer to each other, so each is opened once
+    if inside is None:
+        yield path, value
+    elif id(value) not in enclosing:
+        for suffix, item in inside:
+            yield from _leaves(item, path + suffix, (*enclosing, id(value)), seen)
+
+
+def shape_of(tensor: Tensor | np.ndarray) -> tuple[int, ...]:
+    """Return the shape of a tensor or array; of a nested tensor its number of parts and that of all their elements."""
+    if isinstance(tensor, Tensor) and tensor.is_nested:
+        return tensor.size(0), tensor.numel()
+    return tuple(tensor.shape)
 
 
 def size_in_bytes(batch: Any) -> int:
     """Return the bytes of all tensors of a batch."""
-    return sum(leaf.nbytes for _, leaf in leaves(batch) if isinstance(leaf, torch.Tensor) and not leaf.is_nested)
+    return sum(part.nbytes for _, leaf in leaves(batch) if isinstance(leaf, Tensor) for part in strided_parts(leaf))
+
+
+def rebuilt(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return a mapping, tuple, list or dataclass with ``function`` of each item; mappings come back as dicts."""
+    if isinstance(value, Mapping):
+        return {key: function(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(function, value))
+    if isinstance(value, tuple | list):
+        return type(value)(map(function, value))
+    made = copy.copy(value)
+    for field in dataclasses.fields(value):
+        # The instance may be frozen, and a field need not be an argument of its class.
+        object.__setattr__(made, field.name, function(getattr(value, field.name)))
+    return made
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the batch with every tensor on ``device``; mappings come back as dicts."""
-    if isinstance(batch, torch.Tensor):
+    """Return the batch with every tensor on ``device``; mappings come back as dicts, and objects by their ``to``."""
+    if isinstance(batch, PackedSequence):
+        return batch.to(device=device)  # type: ignore[call-arg]
+    if isinstance(batch, Tensor):
         return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        moved = {field.name: to_device(getattr(batch, field.name), device) for field in dataclasses.fields(batch)}
-        return dataclasses.replace(batch, **moved)
+    if items(batch) is not None:
+        return rebuilt(batch, lambda item: to_device(item, device))
+    if attributes(batch) is not None and callable(getattr(batch, "to", None)):
+        return copy.copy(batch).to(device)  # graph batches move themselves in place
     return batch
 
 
@@ -138,26 +205,38 @@ def check_batch(batch: Any, index: int) -> None:
     Additive attention masks hold -Inf on purpose; where it does harm, the loss is not finite, which is seen there.
     """
     for path, leaf in leaves(batch):
-        if not isinstance(leaf, torch.Tensor):
+        if not isinstance(leaf, Tensor):
             continue
+        if leaf.is_meta:
+            raise ProblemError(
+                f"{path} of batch {index} of the data is on the meta device, where tensors have shapes but no values; "
+                "give tensors with values"
+            )
         if leaf.is_inference():
             raise ProblemError(
                 f"{path} of batch {index} of the data was made in inference mode; make it outside, or clone it there"
             )
-        if (leaf.is_floating_point() or leaf.is_complex()) and any(
-            not (torch.isfinite(part) | torch.isneginf(part.real)).all() for part in strided_parts(leaf)
-        ):
+        if any(not _holds_numbers(part) for part in strided_parts(leaf)):
             raise ProblemError(
-                f"batch {index} of the data holds NaN or Inf in {path} (shape {tuple(leaf.shape)}); "
+                f"batch {index} of the data holds NaN or Inf in {path} (shape {shape_of(leaf)}); "
                 "clean the data, or use a boolean mask in place of non-finite numbers"
             )
 
 
-def digest(batch: Any, known: MutableMapping[torch.Tensor, tuple[int, int]] | None = None) -> int:
+def _holds_numbers(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        tensor = tensor.float()  # the formats of 8 bits have no such functions
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool((torch.isfinite(tensor) | torch.isneginf(tensor.real)).all())
+
+
+def digest(batch: Any, known: MutableMapping[Tensor, tuple[int, int]] | None = None) -> int:
     """Return a CRC-32 of everything in a batch: paths, types, shapes and bytes.
 
-    Equal batches have equal digests on every device. Leaves that are not tensors, arrays or plain Python values
-    count by their type only. Cost: one reading of the data, at several GB/s on the CPU.
+    Equal batches have equal digests on every device. What objects hold counts as :func:`attributes` finds it, and other
+    leaves that are not tensors, arrays or plain Python values by their type only. Cost: one reading of the data, at
+    several GB/s on the CPU.
 
     ``known`` keeps what was found for tensors on other devices, with their versions: these are read anew only when
     they are other tensors or were written to, as autograd sees it (not through ``.data``), since to read them the host
@@ -165,19 +244,19 @@ def digest(batch: Any, known: MutableMapping[torch.Tensor, tuple[int, int]] | No
     """
     crc = 0
     for path, leaf in leaves(batch):
-        if isinstance(leaf, torch.Tensor):
-            crc = zlib.crc32(f"{path}|{leaf.dtype}|{tuple(leaf.shape)}".encode(), crc)
+        if isinstance(leaf, Tensor):
+            crc = zlib.crc32(f"{path}|{leaf.dtype}|{shape_of(leaf)}".encode(), crc)
             crc = zlib.crc32(_digest_of_tensor(leaf, known).to_bytes(4, "little"), crc)
         elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
             crc = zlib.crc32(f"{path}|{leaf.dtype}|{leaf.shape}".encode(), crc)
             crc = zlib.crc32(leaf.tobytes(), crc)
         else:
-            plain = leaf is None or isinstance(leaf, bool | int | float | complex | str | bytes)
-            crc = zlib.crc32(f"{path}|{type(leaf).__qualname__}|{leaf if plain else ''!r}".encode(), crc)
+            value = leaf if isinstance(leaf, PlainValue) else ""
+            crc = zlib.crc32(f"{path}|{type(leaf).__qualname__}|{value!r}".encode(), crc)
     return crc
 
 
-def _digest_of_tensor(tensor: torch.Tensor, known: MutableMapping[torch.Tensor, tuple[int, int]] | None) -> int:
+def _digest_of_tensor(tensor: Tensor, known: MutableMapping[Tensor, tuple[int, int]] | None) -> int:
     version = version_of(tensor)
     keeps = known is not None and tensor.device.type != "cpu" and not tensor.is_inference()
     if known is not None and keeps and known.get(tensor, (None, 0))[0] == version:
@@ -190,20 +269,32 @@ def _digest_of_tensor(tensor: torch.Tensor, known: MutableMapping[torch.Tensor, 
     return crc
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a dense tensor in row-major order; a copy only if it is strided or not on the CPU."""
     values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return values.reshape(-1).view(torch.uint8).numpy().data
 
 
-def strided_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the dense tensors that hold a tensor's values: itself, or the parts of a sparse or nested one."""
+def strided_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the dense tensors that a tensor is stored as: itself, or parts of a sparse, nested or quantized one."""
     if tensor.is_nested:
         return list(tensor.unbind())
-    if tensor.layout is torch.strided:
-        return [tensor]
-    coordinates = tensor.to_sparse(layout=torch.sparse_coo).coalesce()
-    return [coordinates.indices(), coordinates.values()]
+    if tensor.is_quantized:
+        return [tensor.int_repr(), *_quantization(tensor)]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor if tensor.layout is torch.strided else tensor.to_dense()]
+
+
+def _quantization(tensor: Tensor) -> list[Tensor]:
+    """Return scale and zero point of a quantized tensor."""
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return [torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)]
+    return [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
 
 
 def loader_generators(data: Any) -> list[torch.Generator]:

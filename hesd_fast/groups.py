@@ -23,6 +23,7 @@ from hesd_fast.analyze import (
 from hesd_fast.basis import TILE_COLUMNS
 from hesd_fast.errors import ProblemError
 from hesd_fast.lanczos import LanczosProgress, LanczosRun, check_options
+from hesd_fast.loss_terms import Count
 from hesd_fast.operators.checked import Deviations, combination_of, deviations
 from hesd_fast.operators.grouped import GroupedHessianOperator, Groups
 from hesd_fast.parameters import select_parameters
@@ -38,6 +39,7 @@ def analyze_groups(
     *,
     groups: Groups,
     mode: str | None = None,
+    count: Count | None = None,
     block_size: int | str = "auto",
     max_steps: int | None = None,
     reorthogonalization: str | None = None,
@@ -62,7 +64,7 @@ def analyze_groups(
         The groups by name; a selection is a regular expression that must match a whole name, names, or a predicate, as
         in :class:`~hesd_fast.Problem`. Groups may overlap. "modules": the parameters that each module owns itself;
         "parameters": every parameter by itself.
-    mode
+    mode, count
         As in :class:`~hesd_fast.Problem`; not together with one.
     block_size, max_steps, reorthogonalization, basis, basis_dtype, protocol, seed, progress
         As in :func:`~hesd_fast.analyze`. A group of no more than ``block_size`` parameters takes the unit vectors
@@ -82,7 +84,7 @@ def analyze_groups(
     ProblemError, OperatorError, PlanError, EngineError
         As :func:`~hesd_fast.analyze`, and for groups that cannot be used.
     """
-    problem = _problem(model, loss, data, groups, mode)
+    problem = _problem(model, loss, data, groups, mode, count)
     started = time.perf_counter()
     chosen = settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
     check_options(problem.size, chosen.max_steps, chosen.block_size, chosen.reorthogonalization, seed)
@@ -140,14 +142,16 @@ def analyze_groups(
     return reports
 
 
-def _problem(model: nn.Module | Problem, loss: Loss | None, data: Any, groups: Groups, mode: str | None) -> Problem:
+def _problem(
+    model: nn.Module | Problem, loss: Loss | None, data: Any, groups: Groups, mode: str | None, count: Count | None
+) -> Problem:
     """Return the problem of all parameters in some group; frozen ones can be named in a group as in a Problem."""
     names = None
     if isinstance(model, nn.Module) and isinstance(groups, Mapping) and groups:
         names = [name for selection in groups.values() for name in select_parameters(model, selection)]
     elif not isinstance(model, nn.Module | Problem):
         raise ProblemError(f"model is of type {type(model).__name__}; give a torch.nn.Module, or a Problem alone")
-    return as_problem(model, loss, data, names, mode)
+    return as_problem(model, loss, data, names, mode, count)
 
 
 def _check(operator: GroupedHessianOperator, runs: Mapping[str, LanczosRun]) -> dict[str, Deviations]:

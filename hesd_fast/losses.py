@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.loss import _Loss as CriterionModule
+from torch.nn.utils.rnn import PackedSequence
 
-from hesd_fast.data import leading_dimension, leaves, to_device
+from hesd_fast.data import leaves, to_device
 from hesd_fast.errors import ProblemError
 from hesd_fast.softmax_cross_entropy import pays, softmax_cross_entropy
 
@@ -24,8 +26,9 @@ SumsAndCounts = tuple[Tensor, Tensor]
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
-# Their mean divides by the number of elements, so the sum and that number add up over batches of any shape.
-_ELEMENTWISE = (
+# What their mean divides by is the number of losses without a reduction. The first ones have one loss an element, after
+# broadcasting; the others one a sample, over the last dimension.
+_OF_ELEMENTS = (
     nn.MSELoss,
     nn.L1Loss,
     nn.SmoothL1Loss,
@@ -33,8 +36,37 @@ _ELEMENTWISE = (
     nn.BCELoss,
     nn.BCEWithLogitsLoss,
     nn.PoissonNLLLoss,
+    nn.KLDivLoss,
+    nn.HingeEmbeddingLoss,
+    nn.SoftMarginLoss,
+)
+_OF_ROWS = (nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss, nn.MultiMarginLoss)
+
+# Their mean divides by the number or the class weights of the targets that are not ignored.
+_OF_CLASSES: tuple[type[nn.Module], ...] = (
+    nn.CrossEntropyLoss,
+    nn.NLLLoss,
+    *([nn.LinearCrossEntropyLoss] if hasattr(nn, "LinearCrossEntropyLoss") else []),
 )
 
+_MODULES = {
+    functional.cross_entropy: nn.CrossEntropyLoss,
+    functional.nll_loss: nn.NLLLoss,
+    functional.mse_loss: nn.MSELoss,
+    functional.l1_loss: nn.L1Loss,
+    functional.smooth_l1_loss: nn.SmoothL1Loss,
+    functional.huber_loss: nn.HuberLoss,
+    functional.binary_cross_entropy: nn.BCELoss,
+    functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    functional.poisson_nll_loss: nn.PoissonNLLLoss,
+    functional.kl_div: nn.KLDivLoss,
+    functional.hinge_embedding_loss: nn.HingeEmbeddingLoss,
+    functional.soft_margin_loss: nn.SoftMarginLoss,
+    functional.multilabel_margin_loss: nn.MultiLabelMarginLoss,
+    functional.multilabel_soft_margin_loss: nn.MultiLabelSoftMarginLoss,
+    functional.multi_margin_loss: nn.MultiMarginLoss,
+}
+"""The criteria that are functions, as modules, which know what their mean divides by."""
 
 IGNORED = -100
 """The label of a token that does not count."""
@@ -48,15 +80,15 @@ class OutputLoss(ABC):
         """Return what the model computes of a batch, the tensor that the loss is a function of."""
 
     @abstractmethod
-    def of_outputs(self, outputs: Tensor, batch: Any) -> SumAndCount:
-        """Return the sum of the loss terms, and their number or weight."""
+    def of_outputs(self, outputs: Tensor, batch: Any) -> SumAndCount | Tensor:
+        """Return the sum of the loss terms, and their number or weight; or their mean, as a Problem takes it."""
 
     @abstractmethod
     def terms_of_outputs(self, outputs: Tensor, batch: Any) -> SumsAndCounts:
         """Return the sum and the count term by term, (k,) each; they add up to those of :meth:`of_outputs`."""
 
-    def __call__(self, model: nn.Module, batch: Any) -> SumAndCount:
-        """Return the sum of the loss terms of a batch, and their number or weight."""
+    def __call__(self, model: nn.Module, batch: Any) -> SumAndCount | Tensor:
+        """Return the sum of the loss terms of a batch, and their number or weight; or their mean."""
         return self.of_outputs(self.outputs(model, batch), batch)
 
 
@@ -70,49 +102,118 @@ def supervised(criterion: Callable[[Any, Any], Tensor]) -> OutputLoss:
     Parameters
     ----------
     criterion
-        A torch loss module such as ``nn.CrossEntropyLoss()``, of reduction "mean" or "sum", or any function of
-        (output, targets) that returns the mean over the leading dimension. Cross-entropy and negative log-likelihood
-        count their targets as PyTorch's mean does: without the ignored ones, and by class weight. Term by term
+        A torch loss module such as ``nn.CrossEntropyLoss()`` or a function of ``torch.nn.functional``, of reduction
+        "mean", "batchmean" or "sum"; or any function of (output, targets) that returns a mean. Those of PyTorch count
+        terms as their own mean does: cross-entropy and negative log-likelihood the targets that are not ignored, by
+        class weight, others elements or samples. How many terms another mean is of, it does not say, so it is taken
+        for a mean as :class:`~hesd_fast.Problem` takes one. With reduction "sum" the loss is PyTorch's sum divided by
+        the number of samples in all batches, so that the Hessian does not grow with the data. Term by term
         (:meth:`OutputLoss.terms_of_outputs`), one sample of the leading dimension is one term.
 
     Raises
     ------
     ProblemError
-        For reduction "none", and at a batch or an output of unknown form or a batch with NumPy arrays.
+        For reduction "none" and a criterion of other arguments than (output, targets); and at a batch or an output of
+        unknown form, a batch with NumPy arrays, or a criterion that returns no scalar.
     """
     if not callable(criterion):
         raise ProblemError(
             f"criterion of type {type(criterion).__name__} is not callable; give a torch loss module, "
             "for example nn.CrossEntropyLoss()"
         )
-    # As modules, these two count the targets that are not ignored.
-    if criterion is functional.cross_entropy:
-        criterion = nn.CrossEntropyLoss()
-    elif criterion is functional.nll_loss:
-        criterion = nn.NLLLoss()
+    if isinstance(criterion, type):
+        raise ProblemError(f"criterion is the class {criterion.__name__}; give an instance, {criterion.__name__}()")
+    criterion = _as_module(criterion)
+    signature = _signature(criterion)
+    if signature is not None and not _takes(signature, None, None):
+        raise ProblemError(
+            f"the criterion {_name_of(criterion)} has the arguments {signature}, but supervised gives it two, "
+            "(output, targets); write a loss(model, batch) that calls it and returns its mean, or (sum, count)"
+        )
     reduction = getattr(criterion, "reduction", "mean")
     if reduction not in ("mean", "sum", "batchmean"):
         raise ProblemError(f"the criterion has reduction={reduction!r}; use 'mean' or 'sum'")
     return _Supervised(criterion, reduction)
 
 
+def _as_module(criterion: Any) -> Any:
+    """Return the loss module of a function of ``torch.nn.functional``, with options as a partial gives them."""
+    function, options = criterion, {}
+    if isinstance(criterion, functools.partial) and not criterion.args:
+        function, options = criterion.func, criterion.keywords
+    kind = next((module for known, module in _MODULES.items() if known is function), None)
+    if kind is None:
+        return criterion
+    try:
+        return kind(**options)
+    except TypeError:  # an option that only the function has
+        return criterion
+
+
+def _name_of(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _signature(function: Any) -> inspect.Signature | None:
+    """Return the signature of a function, or of the forward method of a module; None if it has none to be seen."""
+    try:
+        return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):
+        return None
+
+
+def _takes(signature: inspect.Signature, *arguments: Any, **options: Any) -> bool:
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError:
+        return False
+    return True
+
+
 class _Supervised(OutputLoss):
     def __init__(self, criterion: Callable[[Any, Any], Tensor], reduction: str) -> None:
         self.criterion, self.reduction = criterion, reduction
+        # A subclass may compute anything.
+        own = getattr(type(criterion), "forward", None)
+        self.is_torchs_own = (
+            isinstance(criterion, (*_OF_ELEMENTS, *_OF_ROWS, *_OF_CLASSES))
+            and getattr(own, "__module__", None) == CriterionModule.__module__
+        )
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         _check_leaves(batch)
         inputs, _ = _inputs_and_targets(batch)
         return _logits(_call(model, to_device(inputs, _device_of(model))))
 
-    def of_outputs(self, outputs: Tensor, batch: Any) -> SumAndCount:
-        return _sum_and_count(self.criterion, self.reduction, outputs, self._targets(outputs, batch))
+    def of_outputs(self, outputs: Tensor, batch: Any) -> SumAndCount | Tensor:
+        targets = self._targets(outputs, batch)
+        if self.is_torchs_own:
+            return _sum_and_count(self.criterion, self.reduction, outputs, targets)
+        value = self.criterion(outputs, targets)
+        if not isinstance(value, Tensor) or value.ndim:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise ProblemError(
+                f"the criterion {_name_of(self.criterion)} returned a value of {got}; wanted is a scalar tensor, for "
+                "example its .mean()"
+            )
+        return (value, float(len(outputs) if outputs.ndim else 1)) if self.reduction == "sum" else value
 
     def terms_of_outputs(self, outputs: Tensor, batch: Any) -> SumsAndCounts:
+        if not self.is_torchs_own:
+            raise ProblemError(
+                f"{_name_of(self.criterion)} gives one loss for a batch, and one for each sample is wanted; give "
+                "supervised() a torch loss module, for example nn.CrossEntropyLoss()"
+            )
         return _sums_and_counts(self.criterion, self.reduction, outputs, self._targets(outputs, batch))
 
     def _targets(self, outputs: Tensor, batch: Any) -> Any:
-        return to_device(_inputs_and_targets(batch)[1], outputs.device)
+        targets = _inputs_and_targets(batch)[1]
+        if self.is_torchs_own and not isinstance(targets, Tensor):
+            raise ProblemError(
+                f"the targets are of {_form(targets)}, and {_name_of(self.criterion)} wants a tensor; give a tensor "
+                "(the .data of a packed sequence), or write a loss(model, batch)"
+            )
+        return to_device(targets, outputs.device)
 
 
 def causal_lm() -> OutputLoss:
@@ -162,8 +263,13 @@ class _CausalLM(OutputLoss):
 
 
 def is_ready_made(loss: Callable[..., Any]) -> bool:
-    """Return whether a loss was built here; its counts are right however small class weights make them."""
-    return isinstance(loss, _Supervised | _CausalLM)
+    """Return whether a loss was built here and counts its terms; they are right however small class weights are."""
+    return isinstance(loss, _CausalLM) or (isinstance(loss, _Supervised) and loss.is_torchs_own)
+
+
+def divides_a_sum(loss: Callable[..., Any]) -> bool:
+    """Return whether a loss is the sum of a criterion, which a Problem divides by the number of samples."""
+    return isinstance(loss, _Supervised) and loss.reduction == "sum"
 
 
 def _check_leaves(batch: Any) -> None:
@@ -219,11 +325,24 @@ def _arguments_and_labels(batch: Any) -> tuple[dict[str, Any], Tensor]:
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
+    if isinstance(inputs, PackedSequence) or not isinstance(inputs, Mapping | tuple | list):
+        return model(inputs)
+    signature = _signature(model)
+    reason: TypeError | None = None
+    if not isinstance(inputs, Mapping):
+        if signature is None or _takes(signature, *inputs):
+            return model(*inputs)
+    elif signature is None or (all(isinstance(name, str) for name in inputs) and _takes(signature, **inputs)):
         return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+    elif _takes(signature, inputs):
+        try:
+            return model(inputs)
+        except TypeError as error:
+            reason = error
+    raise ProblemError(
+        f"the model's forward has the arguments {signature}, and the inputs are of {_form(inputs)}, which it does not "
+        f"take{f' ({reason})' if reason else ''}; give the inputs as its arguments, or write a loss(model, batch)"
+    ) from reason
 
 
 def _call_language_model(model: nn.Module, arguments: dict[str, Any]) -> Any:
@@ -254,38 +373,38 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _sum_and_count(criterion: Any, reduction: str, output: Tensor, targets: Any) -> SumAndCount:
-    if reduction == "mean" and isinstance(criterion, (*_ELEMENTWISE, nn.CrossEntropyLoss, nn.NLLLoss)):
-        total = _reduced(criterion, "sum", output, targets)
-        if isinstance(criterion, _ELEMENTWISE):
-            shape: torch.Size = torch.broadcast_shapes(output.shape, targets.shape)  # type: ignore[no-untyped-call]
-            return total, float(shape.numel())
-        counts = _target_counts(criterion, output, targets)
-        return total, counts.sum()  # no number: code that is traced cannot read one
-    count = leading_dimension(targets)
-    if count is None:
-        raise ProblemError("the targets have no leading dimension to count terms by; give targets of shape (N, ...)")
-    value = _reduced(criterion, reduction, output, targets)
-    return (value if reduction == "sum" else value * count), float(count)
+def _sum_and_count(criterion: Any, reduction: str, output: Tensor, targets: Tensor) -> SumAndCount:
+    total = _reduced(criterion, "sum", output, targets)
+    if reduction == "mean" and isinstance(criterion, _OF_CLASSES):
+        return total, _target_counts(criterion, targets).sum()  # no number: code that is traced cannot read one
+    shape = _shape_of_losses(criterion, output, targets)
+    return total, float(shape.numel() if reduction == "mean" else _samples(shape))
 
 
-def _sums_and_counts(criterion: Any, reduction: str, output: Tensor, targets: Any) -> SumsAndCounts:
+def _shape_of_losses(criterion: Any, output: Tensor, targets: Tensor) -> torch.Size:
+    """Return the shape of the losses without a reduction."""
+    if isinstance(criterion, _OF_CLASSES):
+        return _target_counts(criterion, targets).shape
+    if isinstance(criterion, nn.MultiMarginLoss):
+        return output.shape[:-1]
+    shape: torch.Size = torch.broadcast_shapes(output.shape, targets.shape)  # type: ignore[no-untyped-call]
+    return shape[:-1] if isinstance(criterion, _OF_ROWS) else shape
+
+
+def _samples(shape: torch.Size) -> int:
+    return shape[0] if shape else 1
+
+
+def _sums_and_counts(criterion: Any, reduction: str, output: Tensor, targets: Tensor) -> SumsAndCounts:
     """Return the loss and the count of every sample."""
-    if not isinstance(criterion, CriterionModule):
-        raise ProblemError(
-            f"{getattr(criterion, '__name__', type(criterion).__name__)} gives one loss for a batch, and one for each "
-            "sample is wanted; give supervised() a torch loss module, for example nn.CrossEntropyLoss()"
-        )
     losses = _reduced(criterion, "none", output, targets)
-    samples = len(losses) if losses.ndim else 1
-    if reduction == "mean" and isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
-        counts = _target_counts(criterion, output, targets).to(losses.dtype)
-    elif reduction == "mean" and isinstance(criterion, _ELEMENTWISE):
-        counts = torch.ones_like(losses)
-    else:
+    samples = _samples(losses.shape)
+    if reduction != "mean":
         counts = losses.new_ones(samples)
-        if reduction == "mean":
-            losses = losses.reshape(samples, -1).mean(1)
+    elif isinstance(criterion, _OF_CLASSES):
+        counts = _target_counts(criterion, targets).to(losses.dtype)
+    else:
+        counts = torch.ones_like(losses)
     return losses.reshape(samples, -1).sum(1), counts.detach().reshape(samples, -1).sum(1)
 
 
@@ -325,11 +444,11 @@ def _cross_entropy(
     return losses.sum() if reduction == "sum" else losses.view(wanted)
 
 
-def _target_counts(criterion: nn.CrossEntropyLoss | nn.NLLLoss, output: Tensor, targets: Tensor) -> Tensor:
+def _target_counts(criterion: Any, targets: Tensor) -> Tensor:
     """Return what PyTorch's mean divides by, target by target: its weight, or 0 if it is ignored."""
     if targets.is_floating_point():  # class probabilities: one term per position, none ignored, weights not counted
-        return torch.ones_like(output.select(1 if output.ndim > 1 else 0, 0), dtype=torch.float32)
-    counted = targets != criterion.ignore_index
+        return torch.ones_like(targets.select(1 if targets.ndim > 1 else 0, 0), dtype=torch.float32)
+    counted = targets != (IGNORED if criterion.ignore_index is None else criterion.ignore_index)
     if criterion.weight is None:
         return counted
     weight = criterion.weight.to(torch.promote_types(criterion.weight.dtype, torch.float32))

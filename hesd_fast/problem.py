@@ -7,13 +7,11 @@ import functools
 import hashlib
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,8 +20,9 @@ from torch.utils.data import DataLoader
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hesd_fast import data as _data
-from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
+from hesd_fast.errors import HESDError, OperatorError, ProblemError
 from hesd_fast.exact_operations import ExactOperations, operations_in
+from hesd_fast.loss_terms import Count, ReadingCheck, TermCounter, warn_of_fraction
 from hesd_fast.losses import is_ready_made
 from hesd_fast.model_state import SESSIONS, ModelState, RandomStreams, borrowed, first_written, version_of
 from hesd_fast.parameters import ParameterLayout, Selection, as_real, check_hooks, check_model, select_parameters
@@ -106,6 +105,7 @@ class _Facts:
     digests: list[int]
     sizes: list[int]
     total_count: float
+    description: str
 
 
 class Problem:
@@ -118,9 +118,11 @@ class Problem:
         random state. What its forward pass puts into attributes that are not tensors (lists, dictionaries, numbers)
         stays.
     loss : callable
-        ``loss(model, batch)`` returns the mean loss of a batch, or ``(sum, count)``. A mean loss counts as many terms
-        as the batch's leading dimension; where that is not their number (padding), return ``(sum, count)``.
-        Only the selected parameters require gradients while it runs.
+        ``loss(model, batch)`` returns the mean loss of a batch, or ``(sum, count)``. A mean loss of one batch, and of
+        batches of the same shapes, needs no count. Batches of other shapes are weighted by their leading dimension
+        where all of a batch's tensors agree on it and nothing else differs; elsewhere (lists of samples, padding,
+        steps before samples, graphs) return ``(sum, count)``, or give ``count``. Only the selected parameters require
+        gradients while it runs.
     data
         A re-iterable of batches, one batch, or a dataset of samples; see :func:`hesd_fast.data.as_batches`.
         Every pass starts from the same random state, so a shuffling DataLoader yields the same batches each time.
@@ -133,6 +135,8 @@ class Problem:
         batch has its own fixed random seed, so dropout draws the same mask at every pass.
     batch_size : int, optional
         Samples per batch, 256 by default; only for a dataset.
+    count : callable, optional
+        ``count(batch)`` is the number of terms that a mean loss is the mean of; only for a loss without a count.
 
     Attributes
     ----------
@@ -154,13 +158,20 @@ class Problem:
         parameters: Selection = None,
         mode: str = "eval",
         batch_size: int | None = None,
+        count: Count | None = None,
     ) -> None:
+        if count is not None and not callable(count):
+            raise ProblemError(
+                f"count is of type {type(count).__name__}; give a function count(batch) that returns the number of "
+                "terms of a batch's mean loss"
+            )
         if mode not in MODES:
             raise ProblemError(f"mode is {mode!r}; give one of {', '.join(map(repr, MODES))}")
         check_model(model)
         _check_loss_function(loss)
         self.model = model
         self.loss = loss
+        self.count = count
         self.mode = mode
         self.data = _data.as_batches(data, batch_size)
         self.parameters = select_parameters(model, parameters)
@@ -263,6 +274,11 @@ class Problem:
         return self._prepared().total_count
 
     @property
+    def loss_description(self) -> str:
+        """Which function of how many loss terms L is, in words."""
+        return self._prepared().description
+
+    @property
     def batch_count(self) -> int:
         """Number of batches in the data."""
         return len(self._prepared().weights)
@@ -296,7 +312,8 @@ class Problem:
     def prepare(self) -> None:
         """Read the data once, check every batch and its loss, and note what later passes must find again.
 
-        Does nothing the second time. Cost: one forward pass per batch, and a backward pass on the first.
+        Does nothing the second time. Cost: one forward pass per batch, a backward pass on the first, and for a loss of
+        one's own one more forward pass of a batch, in halves.
 
         Raises
         ------
@@ -402,7 +419,11 @@ class Problem:
     def _batches(self) -> Iterator[tuple[int, Any]]:
         # The data has a random stream of its own, so that what a forward pass draws does not decide what comes next.
         self._streams.seed(0)
-        iterator = iter(self.data)
+        try:
+            iterator = iter(self.data)
+        except Exception as error:
+            self._refuse_unreadable(0, error)
+            raise
         stream = self._streams.state()
         for index in itertools.count():
             self._streams.set_state(stream)
@@ -410,8 +431,20 @@ class Problem:
                 batch = next(iterator)
             except StopIteration:
                 return
+            except Exception as error:
+                self._refuse_unreadable(index, error)
+                raise
             stream = self._streams.state()
             yield index, batch
+
+    def _refuse_unreadable(self, index: int, error: Exception) -> None:
+        """Raise a ProblemError if the data could be read once; what else it raises tells its owner most as it is."""
+        if self._facts is None or isinstance(error, HESDError | MemoryError | torch.cuda.OutOfMemoryError):
+            return
+        raise ProblemError(
+            f"the data could be read once, but raised {type(error).__name__} at batch {index} of a later pass: "
+            f"{error}; give data that can be read again and again, as list(data) is"
+        ) from error
 
     def _batch_loss(self, index: int, batch: Any) -> tuple[Tensor, Any]:
         """Return the loss of one batch, and its count if the loss returned one."""
@@ -464,49 +497,41 @@ class Problem:
     def _first_pass(self, before: Sequence[float] = ()) -> _Facts:
         """Read the data; ``before`` has the first losses of a pass that ended where an operation was to be replaced."""
         values: list[float] = []
-        counts: list[float] = []
         digests: list[int] = []
         sizes: list[int] = []
-        is_sum: list[bool] = []
         dtype = self.dtype
-        fraction: int | None = None
+        counter = TermCounter(self.loss, self.count)
+        reading = None if is_ready_made(self.loss) else ReadingCheck(self._batch_loss, self.count, self.epsilon)
+        depends = warned = False
         for index, batch in self._batches():
             _data.check_batch(batch, index)
             digests.append(_data.digest(batch, self._digests))
             sizes.append(_data.size_in_bytes(batch))
             loss, count = self._batch_loss(index, batch)
-            counts.append(_term_count(count, batch, index))
-            if fraction is None and 0 < counts[-1] < 1 and (_data.leading_dimension(batch) or 0) > 1:
-                fraction = index
-            is_sum.append(count is not None)
-            if is_sum[-1] != is_sum[0]:
-                raise ProblemError(
-                    f"the loss of batch {index} is {'(sum, count)' if is_sum[-1] else 'a mean'}, unlike that of "
-                    "batch 0; return the same kind for every batch"
-                )
             values.append(float(loss.detach()))
             dtype = loss.dtype
-            if counts[-1] > 0:
-                is_first = sum(c > 0 for c in counts) == 1
-                self._check_first_value(loss, values[-1], index, is_first)
+            if counter.add(index, batch, count):
+                self._check_first_value(loss, values[-1], index, first=not depends)
                 if found := operations_in(loss).keys() - self.replaced_operations:
                     self.replaced_operations += tuple(sorted(found))
                     self._operations.add(found)
                     return self._first_pass(values)  # anew, so that all values are those of one function
                 del loss  # its graph
-                if is_first:
+                if not depends:
                     self._check_selection(index, batch, values[-1], dtype)
+                depends = True
             if index < len(before):
                 self._check_replaced_value(before[index], values[-1], index, dtype)
+            if reading is not None:
+                warned = warned or warn_of_fraction(index, batch, count)
+                if index not in self._altered:
+                    reading.see(index, batch, values[-1], count)
         if not digests:
             raise ProblemError("the data yields no batch; give at least one (a used-up iterator yields none)")
-        total = math.fsum(counts)
+        total = math.fsum(counter.counts)
         if total <= 0:
-            raise ProblemError(f"the {len(counts)} batches hold {total:g} loss terms; at least one is wanted")
-        if fraction is not None and not is_ready_made(self.loss):
-            _warn_of_fraction(fraction, counts[fraction])
-        weights = [(1.0 if s and c else c) / total for s, c in zip(is_sum, counts, strict=True)]
-        return _Facts(values, dtype, weights, digests, sizes, total)
+            raise ProblemError(f"the {len(values)} batches hold {total:g} loss terms; at least one is wanted")
+        return _Facts(values, dtype, counter.weights, digests, sizes, total, counter.description)
 
     def _check_first_value(self, loss: Tensor, value: float, index: int, first: bool) -> None:
         if not math.isfinite(value):
@@ -644,37 +669,6 @@ def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor
         raise
     except RuntimeError as error:
         raise OperatorError(f"the gradient of the loss cannot be computed with torch.autograd.grad: {error}") from error
-
-
-def _term_count(count: Any, batch: Any, index: int) -> float:
-    if count is None:
-        leading = _data.leading_dimension(batch)
-        if leading is None:
-            raise ProblemError(
-                f"batch {index} has no tensor with a leading dimension, so the terms of its mean loss cannot be "
-                "counted; return (sum, count) from the loss"
-            )
-        return float(leading)
-    if isinstance(count, Tensor) and count.ndim == 0 and not count.is_complex():
-        number = float(count.detach())
-    elif isinstance(count, int | float | np.number):
-        number = float(count)
-    else:
-        got = f"has shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"is of type {type(count).__name__}"
-        raise ProblemError(f"the count of batch {index} {got}; return (sum, count) with a number as count")
-    if not (math.isfinite(number) and number >= 0):
-        raise ProblemError(f"the count of batch {index} is {number}; return a finite count that is not negative")
-    return number
-
-
-def _warn_of_fraction(index: int, count: float) -> None:
-    """Warn of a count that hardly is one, as where a loss returns (loss, accuracy)."""
-    warnings.warn(
-        f"the loss of batch {index} is a pair, which means (sum, count): the sum of the batch's loss terms and their "
-        f"number, but this count is {count:g}; if it is something else, as an accuracy is, return the mean loss alone",
-        HESDWarning,
-        stacklevel=2,
-    )
 
 
 def likely_causes(model: nn.Module) -> str:

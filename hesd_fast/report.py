@@ -88,6 +88,8 @@ class ProblemFacts:
         Digest of all parameters and buffers of the model, selected or not.
     fingerprint : str
         Digest of weights, selection, mode and data.
+    function : str
+        Which function of how many loss terms L is, in words.
     """
 
     model: str
@@ -102,6 +104,7 @@ class ProblemFacts:
     terms: float
     weights: str
     fingerprint: str
+    function: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +233,7 @@ class Report:
         tridiagonal = self.measure.tridiagonal
         steps = "" if tridiagonal is None else f"{tridiagonal.probes} probes x {tridiagonal.steps} steps, "
         rows: list[tuple[str, str]] = [
+            ("loss", f"{problem.function}; {problem.batches:,} {'batch' if problem.batches == 1 else 'batches'}"),
             ("type", f"{self.hesd_type} ({self.hesd_type.name})"),
             ("  because", self.type_evidence.reason),
             *[("  to decide", text) for text in self.type_evidence.advice],
@@ -247,8 +251,7 @@ class Report:
         group = f", group {self.group!r}" if self.group else ""
         title = (
             f"{OPERATOR_TITLES[self.operator]} of {problem.model}{group}: {problem.size:,} parameters, "
-            f"loss {problem.loss:.4g} over {problem.terms:,.0f} terms in {problem.batches} batches, "
-            f"mode {problem.mode}, {problem.precision}"
+            f"loss {problem.loss:.4g}, mode {problem.mode}, {problem.precision}"
         )
         return "\n".join([printable(title), *[f"  {name:<12}{printable(text)}" for name, text in rows]])
 

@@ -91,6 +91,8 @@ def test_a_sample_of_weight_2_counts_as_two() -> None:
         (nn.HuberLoss(), None),
         (nn.MSELoss(reduction="sum"), None),
         (nn.MultiLabelSoftMarginLoss(), None),
+        (nn.SoftMarginLoss(), None),
+        (nn.KLDivLoss(), None),
         (nn.KLDivLoss(reduction="batchmean"), None),
         (nn.CrossEntropyLoss(), None),
         (nn.CrossEntropyLoss(reduction="sum"), (10,)),
@@ -225,6 +227,7 @@ def test_errors_by_name() -> None:
 
     with pytest.raises(ProblemError, match="plain has no outputs and no of_outputs and no terms_of_outputs"):
         EmpiricalFisherOperator(Problem(model, plain, data))
-    problem = Problem(model, losses.supervised(functional.soft_margin_loss), [(data[0][0], torch.ones(4, 3).double())])
-    with pytest.raises(ProblemError, match=r"soft_margin_loss gives one loss for a batch, .* torch loss module"):
+    own = losses.supervised(lambda output, targets: functional.soft_margin_loss(output, targets))
+    problem = Problem(model, own, [(data[0][0], torch.ones(4, 3).double())])
+    with pytest.raises(ProblemError, match=r"<lambda> gives one loss for a batch, .* torch loss module"):
         EmpiricalFisherOperator(problem).matvec(torch.ones(27, dtype=torch.float64))

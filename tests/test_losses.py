@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import UserDict
+from functools import partial
 
 import pytest
 import torch
 from models import gpt2, vectors
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from hesd_fast.errors import ProblemError
 from hesd_fast.losses import OutputLoss, causal_lm, is_ready_made, supervised
@@ -39,6 +41,17 @@ def uneven_value(model: nn.Module, criterion: object, targets: Tensor, log: bool
     body = nn.Sequential(model, nn.LogSoftmax(1)) if log else model
     problem = Problem(body, supervised(criterion), [(inputs[:5], targets[:5]), (inputs[5:], targets[5:])])
     return problem.loss_value, float(criterion(body(inputs), targets).detach())
+
+
+def half_squares(output: Tensor, targets: Tensor) -> Tensor:
+    return (output - targets).square().mean() / 2
+
+
+class Doubled(nn.MSELoss):
+    """A subclass that computes something of its own."""
+
+    def forward(self, output: Tensor, targets: Tensor) -> Tensor:
+        return 2 * super().forward(output, targets)
 
 
 CROSS_ENTROPIES = [
@@ -76,13 +89,136 @@ def test_other_forms_of_cross_entropy(weight: Tensor | None) -> None:
 
 @pytest.mark.parametrize(
     "criterion",
-    [nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss(),
-     nn.KLDivLoss(reduction="batchmean"), nn.PoissonNLLLoss(), nn.MultiLabelSoftMarginLoss(), functional.mse_loss],
+    [nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss(), nn.KLDivLoss(),
+     nn.KLDivLoss(reduction="batchmean"), nn.KLDivLoss(log_target=True), nn.PoissonNLLLoss(), nn.SoftMarginLoss(),
+     nn.HingeEmbeddingLoss(0.5), nn.MultiLabelSoftMarginLoss(), functional.mse_loss, functional.kl_div,
+     functional.soft_margin_loss, partial(functional.huber_loss, delta=0.3), half_squares, Doubled()],
     ids=named,
 )  # fmt: skip
-def test_other_means_of_uneven_batches_are_those_of_all(criterion: object) -> None:
+@pytest.mark.parametrize("trailing", [(3,), (3, 2, 2)])
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+def test_other_means_of_uneven_batches_are_those_of_all(criterion: object, trailing: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    assert same(*uneven_value(nn.Linear(8, 3).double(), criterion, torch.rand(7, 3, dtype=torch.float64)))
+    model = nn.Linear(8, 3).double() if len(trailing) == 1 else Reshaped().double()
+    assert same(*uneven_value(model, criterion, torch.rand(7, *trailing, dtype=torch.float64)))
+
+
+CLASS_WEIGHT = torch.tensor([0.2, 1.5, 3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "targets"),
+    [
+        (nn.MultiMarginLoss(), torch.tensor([0, 2, 1, 1, 0, 2, 2])),
+        (nn.MultiMarginLoss(p=2, margin=0.7, weight=CLASS_WEIGHT), torch.tensor([0, 2, 1, 1, 0, 2, 2])),
+        (nn.MultiLabelMarginLoss(), torch.tensor([[0, 2, -1], [1, -1, -1], [2, 1, 0]])[[0, 1, 2, 2, 1, 0, 1]]),
+        (nn.MultiLabelSoftMarginLoss(weight=CLASS_WEIGHT), (torch.arange(21).view(7, 3) % 2).double()),
+        (nn.BCEWithLogitsLoss(pos_weight=CLASS_WEIGHT), (torch.arange(21).view(7, 3) % 2).double()),
+        (functional.multi_margin_loss, torch.tensor([0, 2, 1, 1, 0, 2, 2])),
+        (partial(functional.cross_entropy, ignore_index=2), torch.tensor([0, 2, 1, 1, 0, 2, 2])),
+        (partial(functional.cross_entropy, weight=CLASS_WEIGHT), torch.tensor([0, 2, 1, 1, 0, 2, 2])),
+        (partial(functional.nll_loss, weight=CLASS_WEIGHT), torch.tensor([0, 2, 1, 1, 0, 2, 2])),
+    ],
+    ids=named,
+)
+def test_means_over_classes_of_uneven_batches_are_those_of_all(criterion: object, targets: Tensor) -> None:
+    torch.manual_seed(0)
+    assert same(*uneven_value(nn.Linear(8, 3).double(), criterion, targets))
+
+
+def test_mean_of_a_batch_of_one_sample_without_a_leading_dimension() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 3).double(), torch.randn(8, dtype=torch.float64)
+    for criterion, target, wanted in (
+        (nn.CrossEntropyLoss(), torch.tensor(2), 1),
+        (nn.CrossEntropyLoss(), torch.tensor([0.2, 0.3, 0.5]).double(), 1),
+        (nn.MultiMarginLoss(), torch.tensor(2), 1),
+        (nn.MultiLabelSoftMarginLoss(), torch.ones(3).double(), 1),
+        (nn.MSELoss(), torch.ones(3).double(), 3),
+    ):
+        total, count = supervised(criterion)(model, (x, target))
+        assert count == wanted
+        assert same(float(total.detach() / count), float(criterion(model(x), target).detach()))
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="this PyTorch has no such loss")
+def test_linear_cross_entropy_counts_as_cross_entropy() -> None:
+    torch.manual_seed(0)
+    for options in ({}, {"weight": CLASS_WEIGHT}, {"ignore_index": 1}):
+        criterion = nn.LinearCrossEntropyLoss(4, 3, **options).double()
+        assert same(*uneven_value(nn.Linear(8, 4).double(), criterion, torch.tensor([0, 2, 1, 1, 0, 2, 2])))
+
+
+def test_time_before_samples_does_not_matter_to_a_mean_over_elements() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3).double()
+    batches = [(torch.randn(4, n, 8).double(), torch.randn(4, n, 3).double()) for n in (5, 2)]
+    value = Problem(model, supervised(nn.MSELoss()), batches).loss_value
+    inputs, targets = (torch.cat(parts, 1) for parts in zip(*batches, strict=True))
+    assert same(value, float(functional.mse_loss(model(inputs), targets).detach()))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "signature"),
+    [
+        (nn.GaussianNLLLoss(), r"GaussianNLLLoss has the arguments \(input.*target.*var"),
+        (nn.CTCLoss(), "CTCLoss has the arguments .*input_lengths"),
+        (nn.TripletMarginLoss(), "TripletMarginLoss has the arguments .*negative"),
+        (nn.TripletMarginWithDistanceLoss(), "TripletMarginWithDistanceLoss has the arguments .*negative"),
+        (nn.CosineEmbeddingLoss(), "CosineEmbeddingLoss has the arguments .*input2"),
+        (nn.MarginRankingLoss(), "MarginRankingLoss has the arguments .*input2"),
+        (functional.gaussian_nll_loss, "gaussian_nll_loss has the arguments .*var"),
+        (lambda output, targets, lengths: output.mean(), r"<lambda> has the arguments \(output, targets, lengths"),
+        (lambda output: output.mean(), r"<lambda> has the arguments \(output\)"),
+    ],
+)
+def test_criteria_of_other_arguments_are_refused(criterion: object, signature: str) -> None:
+    message = rf"the criterion {signature}.*, but supervised gives it two, .*; write a loss\(model, batch\)"
+    with pytest.raises(ProblemError, match=message):
+        supervised(criterion)
+    assert supervised(lambda output, targets, scale=1.0: output.mean())
+
+
+@pytest.mark.parametrize(
+    ("criterion", "got"),
+    [
+        (lambda output, targets: (output - targets).square().mean(1), r"shape \(5,\)"),
+        (lambda output, targets: float((output - targets).mean()), "type float"),
+        (lambda output, targets: None, "type NoneType"),
+    ],
+)
+def test_criteria_that_return_no_scalar_are_refused(criterion: object, got: str) -> None:
+    problem = Problem(nn.Linear(8, 3), supervised(criterion), (torch.ones(5, 8), torch.ones(5, 3)))
+    with pytest.raises(ProblemError, match=rf"the criterion <lambda> returned a value of {got}; wanted is a scalar"):
+        problem.prepare()
+
+
+class Whole(nn.Module):
+    """Takes all inputs as one mapping or packed sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.rnn = nn.Linear(8, 3), nn.GRU(8, 3)
+
+    def forward(self, batch: object) -> Tensor:
+        return self.rnn(batch)[1][0] if isinstance(batch, PackedSequence) else self.layer(batch["x"])
+
+
+def test_inputs_are_handed_over_as_the_model_takes_them() -> None:
+    torch.manual_seed(0)
+    model, x, y = Whole(), torch.randn(4, 8), torch.randint(3, (4,))
+    loss = supervised(nn.CrossEntropyLoss())
+    wanted = functional.cross_entropy(model.layer(x), y, reduction="sum")
+    for batch in ({"x": x, "labels": y}, UserDict({"x": x, "label": y}), ({"x": x}, y)):
+        assert torch.equal(loss(model, batch)[0], wanted)
+    packed = pack_sequence([torch.randn(t, 8) for t in (5, 3, 3, 1)])
+    wanted = functional.cross_entropy(model.rnn(packed)[1][0], y, reduction="sum")
+    total, count = loss(model, (packed, y))
+    assert torch.equal(total, wanted)
+    assert count == 4
+    for inputs, form in (({"x": x, "mask": x}, r"keys \['mask', 'x'\]"), ((x, x), "tuple with 2 items")):
+        with pytest.raises(ProblemError, match=rf"forward has the arguments .*, and the inputs are .*{form}, .*; give"):
+            loss(nn.Linear(8, 3), (inputs, y))
 
 
 def test_elementwise_terms_are_counted_after_broadcasting() -> None:
@@ -135,6 +271,8 @@ def test_bad_supervised_input() -> None:
     x = torch.ones(2, 8)
     with pytest.raises(ProblemError, match="reduction='none'; use 'mean'"):
         supervised(nn.MSELoss(reduction="none"))
+    with pytest.raises(ProblemError, match=r"criterion is the class MSELoss; give an instance, MSELoss\(\)"):
+        supervised(nn.MSELoss)
     with pytest.raises(ProblemError, match="criterion of type str is not callable"):
         supervised("cross_entropy")
     with pytest.raises(ProblemError, match=r"keys \['x'\]; give a pair"):
@@ -143,8 +281,10 @@ def test_bad_supervised_input() -> None:
         loss(model, (x, x, x))
     with pytest.raises(ProblemError, match="the model returned type dict with the keys"):
         loss(_Returning({"out": x}), (x, torch.zeros(2).long()))
-    with pytest.raises(ProblemError, match="targets have no leading dimension"):
-        supervised(nn.SoftMarginLoss())(model, (x, torch.ones(())))
+    with pytest.raises(ProblemError, match=r"targets are of type list with 2 items, and CrossEnt.* wants a tensor"):
+        loss(model, (x, [torch.zeros(2).long()] * 2))
+    with pytest.raises(ProblemError, match=r"targets are of type PackedSequence.*give a tensor \(the \.data"):
+        loss(model, (x, pack_sequence([torch.zeros(2).long()])))
 
 
 class _Returning(nn.Module):
@@ -288,8 +428,9 @@ def test_terms_are_samples_or_tokens() -> None:
 
 def test_terms_are_refused_where_the_criterion_has_none() -> None:
     x, y = vectors(6)[0]
-    with pytest.raises(ProblemError, match=r"soft_margin_loss gives one loss for a batch, .* torch loss module"):
-        supervised(functional.soft_margin_loss).terms_of_outputs(x, (x, y))
+    for criterion, name in ((half_squares, "half_squares"), (Doubled(), "Doubled")):
+        with pytest.raises(ProblemError, match=rf"{name} gives one loss for a batch, .* torch loss module"):
+            supervised(criterion).terms_of_outputs(x, (x, y))
 
 
 def test_numpy_batches_are_refused_by_name() -> None:

@@ -129,8 +129,10 @@ def test_model_is_unchanged_after_a_failure(mode: str, failing_call: int) -> Non
     model, data, calls = stateful(), vectors(6, 4), []
 
     def failing_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        calls.append(1)
         loss = noisy_loss(model, batch)
+        if len(batch[0]) < 4:  # half of the first batch, whose failures are let pass
+            return loss
+        calls.append(1)
         if len(calls) == failing_call:
             raise ArithmeticError("no more")
         return loss

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import pickle
 import warnings
 from collections import UserDict
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from dense import dense_hessian
 from models import SmallTransformer, Wrapped, mlp, vectors
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from hesd_fast import data as data_module
 from hesd_fast import losses
-from hesd_fast.data import as_batches, digest
+from hesd_fast.data import as_batches, digest, leaves, size_in_bytes, to_device
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.operators import HessianOperator
 from hesd_fast.problem import Problem
@@ -35,6 +41,10 @@ def model() -> nn.Module:
 
 def mean(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def total(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
 
 
 # Data
@@ -391,6 +401,282 @@ def vectors_of(seed: int) -> list[object]:
     return vectors(4)
 
 
+# What a batch may hold
+
+
+class Graph:
+    """A batch that is an object, as graph libraries have them: it moves itself in place, and refers to itself."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.parts, self.scale, self.itself = x, {"y": [y]}, 1.0, self
+        self._cache: object = None
+
+    def to(self, device: torch.device) -> Graph:
+        self.x, self.parts = self.x.to(device), {"y": [part.to(device) for part in self.parts["y"]]}
+        self.itself = self
+        return self
+
+
+class Slotted:
+    """A batch with slots and no dictionary."""
+
+    __slots__ = ("x", "y")
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+
+class Store:
+    """A batch that shows what it holds by ``to_dict`` alone, and iterates over its entries."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self._entries = {"x": x, "y": y}
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self._entries.items())
+
+    def to_dict(self) -> dict[str, Tensor]:
+        return dict(self._entries)
+
+    def to(self, device: torch.device) -> Store:
+        return Store(*(tensor.to(device) for tensor in self._entries.values()))
+
+
+OBJECTS = [Graph, Slotted, Store, lambda x, y: SimpleNamespace(x=x, y=y)]
+
+
+def of_object(model: nn.Module, batch: object) -> tuple[Tensor, int]:
+    tensors = [leaf for _, leaf in leaves(batch) if isinstance(leaf, Tensor)]
+    return total(model, tensors), len(tensors[0])
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_are_batches(kind: object) -> None:
+    data = vectors(4, 3)
+    operators = [HessianOperator(Problem(model(), of_object, [kind(x, y) for x, y in data])),
+                 HessianOperator(Problem(model(), CROSS_ENTROPY, data))]  # fmt: skip
+    vector = torch.ones(1011, dtype=torch.float64)
+    assert torch.equal(*(operator.matvec(vector) for operator in operators))
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_that_change_from_pass_to_pass_are_noticed(kind: object) -> None:
+    class Drifting:
+        passes = 0
+
+        def __iter__(self) -> Iterator[object]:
+            self.passes += 1
+            return iter([kind(x + 1e-9 * self.passes, y) for x, y in batches])
+
+    batches = vectors(4, 3)
+    with pytest.raises(ProblemError, match=r"the data changed between two passes: batch 0 differs .*; give data"):
+        HessianOperator(Problem(model(), of_object, Drifting())).matvec(torch.ones(1011, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_non_finite_numbers_in_objects_are_named(kind: object) -> None:
+    (x, y), other = vectors(4, 3)
+    x[1, 2] = torch.nan
+    with pytest.raises(ProblemError, match=r"batch 1 of the data holds NaN or Inf in batch\.x .shape .4, 8..; clean"):
+        Problem(model(), of_object, [kind(*other), kind(x, y)]).prepare()
+
+
+def test_what_an_object_keeps_for_itself_may_change() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model()
+
+        def forward(self, batch: Graph) -> Tensor:
+            batch._cache = batch.x * 2
+            return self.body(batch.x)
+
+    data = [Graph(x, y) for x, y in vectors(4, 3)]
+    problem = Problem(
+        Caching(),
+        lambda m, b: (functional.cross_entropy(m(b), b.parts["y"][0], reduction="sum"), len(b.x)),
+        data,
+    )
+    HessianOperator(problem).matvec(torch.ones(1011, dtype=torch.float64))
+
+
+def test_a_graph_batch_alone_is_one_batch() -> None:
+    ((x, y),) = vectors(4)
+    batch = Store(x, y)
+    assert as_batches(batch) == [batch]
+
+
+def test_objects_of_every_other_kind_are_left_alone() -> None:
+    class Node:
+        def __init__(self) -> None:
+            self.neighbours: list[Node] = []
+
+    nodes = [Node() for _ in range(40)]
+    for node in nodes:
+        node.neighbours = nodes  # more paths than could ever be walked
+    things = [
+        nodes,
+        object(),
+        mlp,
+        nn.Linear(2, 2),
+        torch.float32,
+        Graph,
+        logging.getLogger(),
+        Path("a"),
+        torch.Generator(),
+    ]
+    assert digest(things) == digest(things)
+    assert to_device(things, torch.device("meta"))[1:] == things[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A frozen dataclass with a field that is no argument."""
+
+    x: Tensor
+    half: Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "half", self.x / 2)
+
+
+def test_batches_of_every_form_are_moved() -> None:
+    meta, x = torch.device("meta"), torch.ones(3, 2)
+    packed = pack_sequence([x, x[:1]])
+    nested = torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged)
+    for batch in (x, (x, 1), [x], {"x": (x,)}, UserDict(x=x), Pair(x, x), Derived(x), Graph(x, x), Store(x, x), packed,
+                  x.to_sparse(), nested, Named(x, [x])):  # fmt: skip
+        moved = to_device(batch, meta)
+        tensors = [leaf for path, leaf in leaves(moved) if isinstance(leaf, Tensor) and path != "batch[1]"]
+        assert tensors
+        assert all(tensor.device == meta for tensor in tensors)
+        assert isinstance(moved, dict if isinstance(batch, UserDict) else type(batch))
+        originals = [leaf for _, leaf in leaves(batch) if isinstance(leaf, Tensor)]
+        assert all(tensor.device == torch.device("cpu") for tensor in originals)
+    assert to_device(packed, meta).batch_sizes.device == torch.device("cpu")  # where PyTorch wants it
+
+
+class Named(NamedTuple):
+    """A batch as a named tuple."""
+
+    x: Tensor
+    rest: list[Tensor]
+
+
+def kinds_of_tensors(x: Tensor) -> dict[str, Tensor]:
+    """Return the same (4, 4) numbers in every form that PyTorch has for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sparse and nested tensors are young, and quantized ones old
+        return {
+            "coo": x.to_sparse(),
+            "csr": x.to_sparse_csr(),
+            "csc": x.to_sparse_csc(),
+            "bsr": x.to_sparse_bsr((2, 2)),
+            "bsc": x.to_sparse_bsc((2, 2)),
+            "nested": torch.nested.nested_tensor([x, x[:2]]),
+            "jagged": torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+            "complex": torch.complex(x, x),
+            "conjugate": torch.complex(x, x).conj(),
+            "half": x.half(),
+            "eight bits": x.to(torch.float8_e4m3fn),
+            "quantized": torch.quantize_per_tensor(x, 0.5, 0, torch.quint8),
+            "by channel": torch.quantize_per_channel(x, torch.ones(4), torch.zeros(4), 0, torch.qint8),
+            "packed": pack_sequence([x, x[:2]]).data,
+        }
+
+
+@pytest.mark.parametrize("kind", kinds_of_tensors(torch.eye(4)))
+@pytest.mark.parametrize("with_values", [False, True])
+def test_batches_hold_tensors_of_every_kind(kind: str, with_values: bool) -> None:
+    (x, y) = vectors(4)[0]
+    numbers = torch.eye(4) + torch.ones(4, 4).triu(2)
+    other = kinds_of_tensors(numbers)[kind]
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        factor = batch[2].to_dense().sum() if with_values and kind in ("coo", "csr") else 1.0
+        return factor * mean(model, batch[:2])
+
+    operator = HessianOperator(Problem(model(), loss, (x, y, other)))
+    assert torch.isfinite(operator.matvec(torch.ones(1011, dtype=torch.float64))).all()
+    assert size_in_bytes(other) >= 16
+    assert digest(other) == digest(kinds_of_tensors(numbers)[kind]) != digest(kinds_of_tensors(numbers * 2)[kind])
+
+
+@pytest.mark.parametrize("kind", ["coo", "csr", "csc", "bsr", "nested", "jagged", "complex", "half", "eight bits"])
+def test_non_finite_numbers_of_every_kind_are_named(kind: str) -> None:
+    (x, y), numbers = vectors(4)[0], torch.eye(4)
+    numbers[1, 1] = torch.nan
+    message = r"batch 0 of the data holds NaN or Inf in batch\[2\] \(shape .*\); clean the data"
+    with pytest.raises(ProblemError, match=message):
+        Problem(model(), mean, (x, y, kinds_of_tensors(numbers)[kind])).prepare()
+
+
+def test_tensors_without_values_are_refused() -> None:
+    (x, y) = vectors(4)[0]
+    with pytest.raises(ProblemError, match=r"batch\[2\] of batch 0 .* on the meta device, .*; give tensors"):
+        Problem(model(), mean, (x, y, torch.ones(4, device="meta"))).prepare()
+
+
+def test_a_sparse_adjacency_is_as_good_as_a_dense_one() -> None:
+    torch.manual_seed(0)
+    layer, x, dense = nn.Linear(3, 2).double(), torch.randn(5, 3).double(), torch.rand(5, 5).double().round()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.tanh(batch[1] @ model(batch[0])).square().mean()
+
+    eye = torch.eye(8, dtype=torch.float64)
+    wanted = dense_hessian(layer, lambda m: loss(m, (x, dense)), dict(layer.named_parameters()))
+    for adjacency in (dense, dense.to_sparse()):
+        for hvp in ("double_backward", "auto"):
+            found = HessianOperator(Problem(layer, loss, (x, adjacency)), hvp=hvp).matmat(eye)
+            assert float((found - wanted).norm()) <= 64 * torch.finfo(torch.float64).eps * float(wanted.norm())
+
+
+# Data that can be read once
+
+
+class Once(Reiterable):
+    """Raises whenever it is read again, at a batch."""
+
+    def __init__(self, batches: list[object], at: int | None, error: Exception) -> None:
+        super().__init__(batches)
+        self.at, self.error, self.passes = at, error, 0
+
+    def __iter__(self) -> Iterator[object]:
+        self.passes += 1
+        if self.at is None and self.passes > 1:
+            raise self.error
+        return self.generate()
+
+    def generate(self) -> Iterator[object]:
+        for index, batch in enumerate(self.batches):
+            if index == self.at and self.passes > 1:
+                raise self.error
+            yield batch
+
+
+@pytest.mark.parametrize("at", [None, 0, 1])
+@pytest.mark.parametrize("error", [ValueError("I/O operation on closed file"), RuntimeError("used up")])
+def test_data_that_raises_when_it_is_read_again(at: int | None, error: Exception) -> None:
+    problem = Problem(model(), mean, Once(vectors(4, 3), at, error))
+    message = (
+        rf"could be read once, but raised {type(error).__name__} at batch {at or 0} of a later pass: {error}; "
+        r"give data that can be read again and again, as list\(data\) is"
+    )
+    with pytest.raises(ProblemError, match=message) as caught:
+        HessianOperator(problem).matvec(torch.ones(1011, dtype=torch.float64))
+    assert caught.value.__cause__ is error
+
+
+def test_what_data_raises_at_first_is_its_own_error() -> None:
+    class Broken(Squares):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            raise KeyError(index)
+
+    with pytest.raises(KeyError):
+        Problem(model(), mean, Broken()).prepare()
+
+
 # Parameters
 
 
@@ -556,7 +842,7 @@ def test_empty_parameter_among_others_has_no_columns() -> None:
         (lambda m, b: (mean(m, b), b[0]), r"count of batch 0 has shape \(4, 8\); return \(sum, count\)"),
         (lambda m, b: (mean(m, b), "4"), r"count of batch 0 is of type str; return \(sum, count\)"),
         (lambda m, b: (mean(m, b), 0), "the 2 batches hold 0 loss terms; at least one"),
-        (lambda m, b: (mean(m, b), 4) if len(b[1]) == 4 else mean(m, b), "batch 1 is a mean, unlike that of batch 0"),
+        (lambda m, b: (total(m, b), 4) if len(b[1]) == 4 else mean(m, b), "batch 1 is a mean, unlike that of batch 0"),
     ],
 )  # fmt: skip
 def test_losses_that_are_refused(loss: object, message: str) -> None:
@@ -599,11 +885,6 @@ def test_small_counts_that_are_right_do_not_warn() -> None:
         warnings.simplefilter("error")
         assert Problem(model(), light, vectors(4)).total_count == pytest.approx(0.4, rel=1e-14)
         Problem(model(), lambda m, b: (mean(m, b), 0.5), vectors(1)).prepare()
-
-
-def test_mean_loss_without_anything_to_count() -> None:
-    with pytest.raises(ProblemError, match=r"batch 0 has no tensor with a leading dimension.*return \(sum, count\)"):
-        Problem(model(), lambda m, b: m[0].weight.square().mean(), [{"scale": torch.ones(())}]).prepare()
 
 
 @pytest.mark.parametrize("count", [4, 4.0, np.int64(4), np.float32(4), torch.tensor(4), torch.tensor(4.0)])
