@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hesd_fast import _engine, cuda, kernels
-from hesd_fast.basis import BASIS_DTYPES, BasisPlan
+from hesd_fast.basis import BasisPlan
+from hesd_fast.checks import checks_of_run
 from hesd_fast.criteria import criteria
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.hesd_type import classify
@@ -24,21 +25,15 @@ from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.checked import CheckedOperator, Deviations
 from hesd_fast.operators.hessian import check_hvp
 from hesd_fast.parameters import Selection
-from hesd_fast.problem import Loss, Problem, likely_causes
+from hesd_fast.problem import Loss, Problem
 from hesd_fast.progress import ProductProgress
-from hesd_fast.report import Check, Cost, ProblemFacts, Report
+from hesd_fast.report import Cost, ProblemFacts, Report
 from hesd_fast.spectrum import SpectralMeasure
 from hesd_fast.terminal import printable
 from hesd_fast.tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
 
 DEFAULT_BLOCK_SIZE = 4
 DEFAULT_MAX_STEPS = 100
-
-ORTHOGONALITY_MULTIPLE = 1024.0
-"""Loss of orthogonality, in machine epsilons, up to which a fully reorthogonalized run passes its check."""
-
-SEMIORTHOGONALITY_MULTIPLE = 8.0
-"""The same of a partially reorthogonalized one, in square roots of epsilon."""
 
 
 class Protocol(NamedTuple):
@@ -139,7 +134,7 @@ def analyze(
             matrix: ProblemOperator = HessianOperator(
                 problem,
                 hvp=hvp,
-                panels=int(chosen.max_steps),
+                panels=most_panels(problem.size, chosen),
                 memory_limit=memory_for_products(problem, where, int(chosen.block_size)),
             )
         else:
@@ -209,7 +204,7 @@ def report_of(
     hesd_type, evidence = classify(
         measure, found, loss_value=facts.loss, parameter_norm_squared=facts.parameter_norm_squared
     )
-    checks = _checks(tridiagonal, measure, deviations, matrix, problem)
+    checks = checks_of_run(tridiagonal, measure, deviations, matrix, problem)
     for check in checks:
         if not check.passed and check.name != "derivatives":  # of which the operator has warned
             group = f" of group {options['group']!r}" if "group" in options else ""
@@ -292,6 +287,11 @@ def most_products(size: int, settings: Protocol) -> int:
     return min(products, size) if settings.reorthogonalization in ORTHOGONAL_MODES else products
 
 
+def most_panels(size: int, settings: Protocol) -> int:
+    """Return how many panels of vectors of length ``size`` a run multiplies at most, whole or not."""
+    return -(-most_products(size, settings) // int(settings.block_size))
+
+
 def basis_for(
     problem: Problem, size: int, settings: Protocol, basis: str | os.PathLike[str], basis_dtype: str | torch.dtype
 ) -> BasisPlan:
@@ -307,87 +307,6 @@ def memory_for_products(problem: Problem, basis: BasisPlan, block_size: int) -> 
         return None
     working = 4 * block_size * basis.columns * problem.dtype.itemsize
     return max(available - working - basis.bytes_at_work, 0) // 2
-
-
-def _checks(
-    tridiagonal: BlockTridiagonal,
-    measure: SpectralMeasure,
-    deviations: Deviations,
-    matrix: ProblemOperator,
-    problem: Problem,
-) -> tuple[Check, ...]:
-    """What the run itself shows about the operator and the engine, at no further product."""
-    scale = measure.largest_magnitude
-    noise = tridiagonal.recurrence_error or 0.0
-    relative = noise / scale if scale > 0.0 else 0.0
-    allowed = float(np.sqrt(tridiagonal.epsilon))
-    strategy = getattr(matrix, "strategy", None)
-    products_allowed = max(allowed, 4.0 * getattr(strategy, "error", 0.0))
-    linearity, repetition = (deviation or 0.0 for deviation in deviations)
-    # A GPU's atomic additions come in any order.
-    repetition_allowed = (1024 if cuda.is_cuda(problem.device) else 64) * tridiagonal.epsilon
-    checks = [
-        Check(
-            "symmetry",
-            relative <= allowed,
-            f"u'Hv and v'Hu of all vectors u, v that met differ by at most {noise:.2g}, "
-            f"{relative:.2g} of the largest eigenvalue (allowed {allowed:.2g})",
-        ),
-        Check(
-            "linearity",
-            linearity <= products_allowed,
-            f"the product of a combination of probes is that of their products within {linearity:.2g} of its norm "
-            f"(allowed {products_allowed:.2g})",
-        ),
-        Check(
-            "determinism",
-            repetition <= repetition_allowed,
-            f"the same vector multiplied twice differs by {repetition:.2g} of the product's norm (allowed "
-            f"{repetition_allowed:.2g}); data and losses were the same at every pass",
-        ),
-        Check(
-            "weights",
-            bool(np.abs(measure.weight_sums - 1.0).max() <= 64 * tridiagonal.epsilon),
-            f"each probe's weights sum to 1 within {np.abs(measure.weight_sums - 1.0).max():.2g}",
-        ),
-    ]
-    derivatives = getattr(matrix, "derivatives", None)
-    if derivatives is not None:
-        detail = derivatives.detail if derivatives.agrees is not None else f"not known: {derivatives.detail}"
-        checks.append(Check("derivatives", derivatives.agrees is not False, detail))
-    if strategy is not None and not strategy.exact:
-        error, step = strategy.error, strategy.step
-        checks.append(
-            Check(
-                "finite differences",
-                True,
-                f"products were off by {error:.2g} of their norm where it was measured, at steps of {step:.2g} of the "
-                "weights' norm; above the tolerance the run would not have begun",
-            )
-        )
-    checks = [
-        check
-        if check.passed or check.name not in ("symmetry", "linearity", "determinism")
-        else Check(check.name, False, f"{check.detail}; {likely_causes(problem.model)}")
-        for check in checks
-    ]
-    if tridiagonal.orthogonality is not None:
-        bound = ORTHOGONALITY_MULTIPLE * tridiagonal.epsilon
-        if tridiagonal.reorthogonalization == "partial":
-            bound = max(bound, SEMIORTHOGONALITY_MULTIPLE * float(np.sqrt(tridiagonal.epsilon)))
-        rounding = 0.0 if tridiagonal.basis_dtype is None else torch.finfo(BASIS_DTYPES[tridiagonal.basis_dtype]).eps
-        if rounding > tridiagonal.epsilon:
-            # a stored vector is off by its rounding, all of it where the vector sits on a few coordinates
-            bound = max(bound, rounding)
-        checks.append(
-            Check(
-                "orthogonality",
-                tridiagonal.orthogonality <= bound,
-                f"the last block is orthonormal to the basis within {tridiagonal.orthogonality:.2g} "
-                f"(allowed {bound:.2g})",
-            )
-        )
-    return tuple(checks)
 
 
 def _versions(device: torch.device) -> dict[str, str]:

@@ -13,9 +13,13 @@ from .spectrum import SpectralMeasure
 
 MORE_STEPS = "take more Lanczos steps: the bounds of the distribution function are still wide"
 MORE_PROBES = "take more probes: their sampling error is what is left"
-MORE_DATA = "take more data, or disjoint parts of it: neither more steps nor more probes will change this"
+BALANCED = "nothing that takes longer: both signs are certain to be as strong as that, as they are before training"
+CONTRADICTORY = "nothing that takes longer: the balance and the extreme eigenvalues are certain, of opposite signs"
 CONVERGE_EXTREMES = "take more Lanczos steps: the extreme eigenvalues have not converged"
-LESS_NOISE = "compute the Hessian product in a higher precision: its noise covers the extreme eigenvalues"
+LESS_NOISE = "compute the Hessian product in a higher precision: its noise is as large as what is to be told"
+
+COARSE = 0.01
+"""Noise relative to max|lambda| from which on more steps do not help: what is wide is the noise."""
 
 
 class HESDType(enum.Enum):
@@ -182,6 +186,10 @@ def decide_type(
         reason = f"the balance {balance} is at most {-thresholds.delta:g} and |lambda_min| {negated} exceeds lambda_max"
         return verdict(HESDType.MN, reason)
     reasons, advice = _what_is_missing(largest, negated, criteria, thresholds.delta)
+    if noise >= COARSE * curvature.value:
+        advice = tuple(
+            dict.fromkeys(LESS_NOISE if text in (MORE_STEPS, CONVERGE_EXTREMES) else text for text in advice)
+        )
     return verdict(HESDType.UNDETERMINED, reasons, *advice)
 
 
@@ -227,4 +235,5 @@ def _what_is_missing(
         reasons.append(f"{names[0]} {ends[0]} does not lie above {names[1]} {ends[1]}")
         if max(largest.low, negated.low) <= min(largest.high, negated.high) and CONVERGE_EXTREMES not in advice:
             advice.append(CONVERGE_EXTREMES)
-    return "; ".join(reasons), tuple(advice) or (MORE_DATA,)
+    certain = BALANCED if -delta < balance.low and balance.high < delta else CONTRADICTORY
+    return "; ".join(reasons), tuple(advice) or (certain,)

@@ -247,8 +247,18 @@ class LanczosRun:
         except NumericalError as error:
             _name_non_finite(product, self._operator, error)
             raise
-        _check_scale(self._engine.scale, self._engine.recurrence_error)
+        self._check_scale()
         _check_symmetry(self._engine.recurrence_error, self._engine.scale, self._epsilon)
+
+    def _check_scale(self) -> None:
+        """Raise an OperatorError for products too small to be squared."""
+        scale = self._engine.scale
+        if scale >= SMALLEST_SCALE or (scale == 0.0 and not np.any(self._engine.diagonal[-1])):
+            return
+        raise OperatorError(
+            f"the products have norms of {scale:.3g}, which squared are lost to underflow; multiply the loss, or the "
+            "matrix, by a power of two that brings its curvature near 1"
+        )
 
     def result(self) -> BlockTridiagonal:
         """Return what the steps so far have found; in an orthogonal mode the basis is read once."""
@@ -337,16 +347,6 @@ def check_options(
         raise ProblemError(f"reorthogonalization is {reorthogonalization!r}; wanted one of {REORTHOGONALIZATIONS}")
     if probe_kind not in (*PROBE_KINDS, "given"):
         raise ProblemError(f"probe_kind is {probe_kind!r}; wanted one of {PROBE_KINDS}")
-
-
-def _check_scale(scale: float, error: float) -> None:
-    """Raise an OperatorError for products too small to be squared; an error beside a scale of zero shows some."""
-    if scale >= SMALLEST_SCALE or scale == error == 0.0:
-        return
-    raise OperatorError(
-        f"the products have norms of {scale:.3g}, which squared are lost to underflow; multiply the loss, or the "
-        "matrix, by a power of two that brings its curvature near 1"
-    )
 
 
 def _check_symmetry(error: float, scale: float, epsilon: float) -> None:

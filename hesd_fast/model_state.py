@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +19,27 @@ from hesd_fast.errors import OperatorError
 from hesd_fast.memory import available_memory
 from hesd_fast.precision import full_float32, without_cudnn
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 StreamState = tuple[list[tuple[torch.Generator, Tensor]], dict[str, Any], tuple[Any, ...]]
 
 _ABSENT = object()
 
 SESSIONS = threading.RLock()
 """Held while a model is borrowed: random streams and precision settings are those of the whole process."""
+
+
+def alone(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function wait until no other thread has a model borrowed, so that it sees models as they are."""
+
+    @wraps(function)
+    def wait(*args: P.args, **kwargs: P.kwargs) -> T:
+        with SESSIONS:
+            return function(*args, **kwargs)
+
+    return wait
+
 
 COPY_SHARE = 0.125
 """Part of the available memory that copies of weights may take while it is not known yet that the loss leaves them."""

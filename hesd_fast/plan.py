@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hesd_fast.analyze import basis_for, memory_for_products, most_products, settings
+from hesd_fast.analyze import basis_for, memory_for_products, most_panels, most_products, settings
 from hesd_fast.basis import BasisPlan
 from hesd_fast.errors import ProblemError
 from hesd_fast.hvp.planner import ProductPlan, choose
@@ -81,12 +81,12 @@ def plan(
         raise ProblemError(f"plan got {type(problem).__name__}; give a Problem, as in Problem(model, loss, data)")
     chosen = settings(problem.size, block_size, max_steps, reorthogonalization, protocol)
     check_options(problem.size, chosen.max_steps, chosen.block_size, chosen.reorthogonalization, seed=0)
-    steps, block = int(chosen.max_steps), int(chosen.block_size)
+    block = int(chosen.block_size)
     where = basis_for(problem, problem.size, chosen, basis, basis_dtype)
     strategy, products = choose(
         problem,
         block,
-        steps,
+        most_panels(problem.size, chosen),
         memory_limit=memory_for_products(problem, where, block),
     )
     strategy.release()

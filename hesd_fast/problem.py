@@ -24,7 +24,7 @@ from hesd_fast.errors import HESDError, OperatorError, ProblemError
 from hesd_fast.exact_operations import ExactOperations, operations_in
 from hesd_fast.loss_terms import Count, ReadingCheck, TermCounter, warn_of_fraction
 from hesd_fast.losses import is_ready_made
-from hesd_fast.model_state import SESSIONS, ModelState, RandomStreams, borrowed, first_written, version_of
+from hesd_fast.model_state import SESSIONS, ModelState, RandomStreams, alone, borrowed, first_written, version_of
 from hesd_fast.parameters import ParameterLayout, Selection, as_real, check_hooks, check_model, select_parameters
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ class Problem:
         If the model, the loss, the data or an option cannot be used.
     """
 
+    @alone
     def __init__(
         self,
         model: nn.Module,
@@ -241,6 +242,7 @@ class Problem:
         return max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
 
     @property
+    @alone
     def parameter_norm_squared(self) -> float:
         """Squared Euclidean norm of the selected parameters, summed in float64."""
         norms = [torch.linalg.vector_norm(as_real(p.detach()), dtype=torch.float64) for p in self.parameters.values()]
@@ -290,6 +292,7 @@ class Problem:
         return [size for size, weight in zip(facts.sizes, facts.weights, strict=True) if weight]
 
     @functools.cached_property
+    @alone
     def weights(self) -> str:
         """Hexadecimal digest of all parameters and buffers, with their names; cost: one reading of the weights."""
         self.prepare()  # from then on a change of the weights is noticed
@@ -302,6 +305,7 @@ class Problem:
         return code.hexdigest()
 
     @functools.cached_property
+    @alone
     def fingerprint(self) -> str:
         """Hexadecimal digest of the weights, the selection, the mode and the data; cost: that of `weights`."""
         digests = self._prepared().digests
@@ -330,6 +334,7 @@ class Problem:
         vars(self).update(state, _digests=WeakTensorKeyDictionary())
         self._versions = [(name, tensor, version_of(tensor)) for name, tensor, _ in self._versions]
 
+    @alone
     def _prepared(self) -> _Facts:
         if self._facts is None:
             with self.session():
@@ -605,6 +610,18 @@ class Problem:
             )
         return f"{found}{likely}; give data that is the same each time, as list(data) is"
 
+    def likely_causes(self) -> str:
+        """Return what may make the loss change from one evaluation to the next, as words of a message."""
+        suspects = [
+            f"{name} ({type(module).__name__})"
+            for name, module in self.model.named_modules()
+            if (module.training if self.mode == "as_is" else self.mode == "train")
+            and any(word in type(module).__name__ for word in ("Drop", "Norm"))
+        ]
+        if suspects:
+            return f"likely causes are {', '.join(suspects[:3])} in train mode; use mode='eval'"
+        return "likely causes are a random generator of its own, or a counter that forward or loss keeps; remove them"
+
     def _check_evaluated(self, evaluated: list[tuple[int, Tensor]]) -> None:
         """Raise an OperatorError if a loss is not that of the first pass, or weights were written to."""
         self._borrowed_state().check_unwritten()
@@ -615,7 +632,7 @@ class Problem:
             if not self._is_same(value, wanted, facts.dtype):
                 raise OperatorError(
                     f"the loss is not deterministic: batch {index} gave {wanted!r} at first and now {value!r}, "
-                    f"from the same data and random seed; {likely_causes(self.model)}"
+                    f"from the same data and random seed; {self.likely_causes()}"
                 )
 
     def _is_same(self, value: float, wanted: float, dtype: torch.dtype) -> bool:
@@ -669,15 +686,3 @@ def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor
         raise
     except RuntimeError as error:
         raise OperatorError(f"the gradient of the loss cannot be computed with torch.autograd.grad: {error}") from error
-
-
-def likely_causes(model: nn.Module) -> str:
-    """Return what in a model may make its loss change from one evaluation to the next, as words of a message."""
-    suspects = [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if module.training and any(word in type(module).__name__ for word in ("Drop", "Norm"))
-    ]
-    if suspects:
-        return f"likely causes are {', '.join(suspects[:3])} in train mode; use mode='eval'"
-    return "likely causes are a random generator of its own, or a counter that forward or loss keeps; remove them"

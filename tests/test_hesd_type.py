@@ -13,9 +13,10 @@ from hesd_fast.criteria import criteria
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
 from hesd_fast.hesd_type import (
+    BALANCED,
+    CONTRADICTORY,
     CONVERGE_EXTREMES,
     LESS_NOISE,
-    MORE_DATA,
     MORE_PROBES,
     MORE_STEPS,
     HESDType,
@@ -65,13 +66,13 @@ def test_identity(value: float) -> None:
     assert classify(measure, criteria(measure))[0] is expected
 
 
-def test_symmetric_spectrum_is_undetermined_and_only_data_can_help() -> None:
+def test_a_balanced_spectrum_is_undetermined_and_nothing_more_can_be_computed() -> None:
     hesd_type, evidence = bare([-1.0, 1.0], [0.5, 0.5])
     assert hesd_type is HESDType.UNDETERMINED
     assert "balance" in evidence.reason
     assert "does not lie above" in evidence.reason
     hesd_type, evidence = bare([-1.0, 1.01], [0.5, 0.5])
-    assert evidence.advice == (MORE_DATA,)
+    assert evidence.advice == (BALANCED,)
 
 
 def test_contradicting_conditions_are_undetermined() -> None:
@@ -81,6 +82,14 @@ def test_contradicting_conditions_are_undetermined() -> None:
     assert hesd_type is HESDType.UNDETERMINED
     assert "lambda_max" in evidence.reason
     assert "balance" not in evidence.reason
+    assert evidence.advice == (CONTRADICTORY,)
+
+
+def test_where_noise_is_what_is_wide_more_steps_are_not_advised() -> None:
+    measure = SpectralMeasure([-1.0, 2.0], [0.5, 0.5])
+    wide = replace(criteria(measure), balance=Estimate(0.2, -0.3, 0.7), probe_balance=Estimate(0.2, -0.3, 0.7))
+    assert classify(measure, wide, noise=1e-3)[1].advice == (MORE_STEPS,)
+    assert classify(measure, wide, noise=0.1)[1].advice == (LESS_NOISE,)
 
 
 def test_balance_border_belongs_to_the_type() -> None:

@@ -17,6 +17,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor, nn
 from torch.nn import functional
 
+import hesd_fast as hesd
 from hesd_fast import losses
 from hesd_fast.errors import OperatorError
 from hesd_fast.operators import CurvatureOperator, HessianOperator, MatrixOperator, as_operator
@@ -327,7 +328,7 @@ class Flash(nn.Module):
         (nn.Sequential(nn.Linear(8, 8), Flash()), CROSS_ENTROPY, "flash_attention.* .in module '1'.* do not force"),
         (
             nn.Linear(8, 3),
-            lambda m, b: torch.segment_reduce(m(b[0]), "sum", lengths=torch.tensor([len(b[0])])).mean(),
+            lambda m, b: torch.segment_reduce(m(b[0]), "mean", lengths=torch.tensor([len(b[0])])).mean(),
             "_segment_reduce_backward .in the loss, b",
         ),
         (torch.compile(mlp(nn.Tanh), backend="aot_eager"), CROSS_ENTROPY, r"give the model without torch\.compile"),
@@ -466,3 +467,94 @@ def test_dense_helper_on_a_known_hessian() -> None:
     hessian = dense_hessian(model, lambda model: model(x).square().sum(), dict(model.named_parameters()))
     torch.testing.assert_close(hessian, 2 * torch.outer(x, x), rtol=0, atol=0)
     assert classification(mlp(nn.Tanh).double(), vectors(3, 2)).ndim == 0
+
+
+class Precise(LinearOperator):
+    """A symmetric matrix that says float64 and multiplies in float32, or in float64."""
+
+    def __init__(self, matrix: np.ndarray, narrow: bool) -> None:
+        super().__init__(np.float64, matrix.shape)
+        self.matrix, self.narrow = matrix.astype(np.float32 if narrow else np.float64), narrow
+
+    def _matmat(self, columns: np.ndarray) -> np.ndarray:
+        return (self.matrix @ columns.astype(self.matrix.dtype)).astype(np.float64)
+
+    _matvec = _matmat
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize("kind", ["dense", "diagonal"])
+def test_a_linear_operator_is_as_precise_as_its_products(kind: str, narrow: bool) -> None:
+    generator = np.random.default_rng(0)
+    matrix = generator.normal(size=(40, 40)) if kind == "dense" else np.diag(generator.normal(size=40))
+    matrix = (matrix + matrix.T) / 2
+    operator = as_operator(Precise(matrix, narrow))
+    assert operator.epsilon == 2.0 ** (-23 if narrow else -52)
+    measure = hesd.SpectralMeasure.from_tridiagonal(hesd.block_lanczos(operator, 40, 4))
+    truth = np.linalg.eigvalsh(matrix)
+    for found, wanted in ((measure.lambda_max, truth[-1]), (measure.lambda_min, truth[0])):
+        assert found.low <= wanted <= found.high
+        assert found.high - found.low <= 64 * (2.0**-23 if narrow else 2.0**-52) * np.abs(truth).max()
+
+
+def test_our_own_operator_in_scipys_clothes_is_itself() -> None:
+    problem = Problem(nn.Linear(8, 3), CROSS_ENTROPY, [to_float(batch) for batch in vectors(8)])
+    operator = HessianOperator(problem)
+    assert as_operator(operator.to_scipy()) is operator
+    found = hesd.block_lanczos(operator.to_scipy(), 10, 2)
+    assert found.epsilon == 2.0**-23
+
+
+def test_an_asymmetric_operator_is_refused_in_every_precision() -> None:
+    matrix = np.random.default_rng(0).normal(size=(12, 12))
+    with pytest.raises(OperatorError, match=r"is not symmetric: .* is rounding, also in float32; give a symmetric one"):
+        as_operator(Precise(matrix, True))
+
+
+@pytest.mark.parametrize("scale", [1e-145, 1e-160, 1e-165, 1e-200, 1e-300])
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_matrices_too_small_to_be_squared_are_an_error_with_a_remedy(scale: float, block_size: int) -> None:
+    matrix = scale * torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+    with pytest.raises(OperatorError, match="lost to underflow; multiply the loss, or the matrix, by a power of two"):
+        hesd.block_lanczos(matrix, 10, block_size)
+
+
+@pytest.mark.parametrize("scale", [1e-139, 1e-100, 1e100, 1e150])
+def test_matrices_far_from_one_have_their_spectrum(scale: float) -> None:
+    matrix = scale * torch.diag(torch.arange(-3.0, 8.0, dtype=torch.float64))
+    measure = hesd.SpectralMeasure.from_tridiagonal(hesd.block_lanczos(matrix, 11, 2))
+    assert measure.lambda_max.value == pytest.approx(7 * scale, rel=1e-12)
+    assert measure.lambda_min.value == pytest.approx(-3 * scale, rel=1e-12)
+    found = hesd.criteria(measure)
+    assert found.r_e.value == pytest.approx(3 / 7, rel=1e-12)
+
+
+def rooted(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return model(batch[0]).square().mean() + model.weight[0].norm()
+
+
+def sinc(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (torch.sinc(model.weight[0] * batch[0]) * model(batch[0])[:, :1]).mean()
+
+
+@pytest.mark.parametrize(("loss", "name"), [(rooted, "linalg_vector_norm"), (sinc, "sinc")])
+@pytest.mark.parametrize("hvp", ["auto", "double_backward", "kept_graph"])
+def test_a_product_that_is_not_a_number_names_operation_line_and_remedy(loss: object, name: str, hvp: str) -> None:
+    model = nn.Linear(8, 3).double()
+    with torch.no_grad():
+        model.weight[0] = 0.0
+    operator = HessianOperator(Problem(model, loss, vectors(4)), hvp=hvp)
+    message = (
+        rf"'weight'.*second derivative of {name} is not a number there, in `.*` \(test_hessian_operator\.py, line \d+\)"
+        r".*hvp='finite_differences'"
+    )
+    with pytest.raises(OperatorError, match=message):
+        operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+    with pytest.raises(hesd.OperatorError, match=f"second derivative of {name}"):
+        hesd.analyze_groups(operator.problem, groups="parameters", progress=False)
+
+
+def test_a_vector_that_is_not_finite_is_told_from_a_product_that_is_not() -> None:
+    operator = HessianOperator(Problem(nn.Linear(8, 3).double(), CROSS_ENTROPY, vectors(4)))
+    with pytest.raises(OperatorError, match=r"the panel given holds nan in vector 0 .*give vectors of finite numbers"):
+        operator.matvec(torch.full((operator.size,), torch.nan, dtype=torch.float64))

@@ -322,17 +322,40 @@ def test_linearity_and_repetition_are_measured(block):
     assert (zero.linearity, zero.repetition) == (None, None)
 
 
-def test_a_run_that_is_not_linear_says_so(monkeypatch):
+def test_steps_beyond_the_number_of_parameters_are_not_planned_for():
     problem = small_problem()
-    plain = HessianOperator._multiply
+    few, many = (hesd.plan(problem, block_size=4, max_steps=steps) for steps in (-(-problem.size // 4), 10**12))
+    assert few.products.panels == many.products.panels == -(-problem.size // 4)
+    assert many.hvps == problem.size
+    report = hesd.analyze(problem, max_steps=10**12, progress=False)
+    assert report.cost.hvps <= problem.size
+    endless = hesd.plan(problem, block_size=4, max_steps=10**6, reorthogonalization="none")
+    assert endless.products.panels == 10**6
 
-    def bent(self, panel, out):
-        plain(self, panel, out)
-        out.add_(1e-4 * out.abs().max())
 
-    monkeypatch.setattr(HessianOperator, "_multiply", bent)
-    with pytest.warns(HESDWarning, match="the check of linearity failed: .*; likely causes are"):
-        hesd.analyze(problem, max_steps=4, block_size=2, progress=False)
+@pytest.mark.parametrize("name", ["forward_over_reverse", "double_backward_batched", "auto", "finite_differences"])
+def test_an_exception_of_the_users_own_passes_through(name, patient):
+    calls = []
+
+    class MineError(Exception):
+        pass
+
+    def loss(model, batch):
+        calls.append(1)
+        if len(calls) > failing:
+            raise MineError("my own")
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    torch.manual_seed(0)
+    model, data = mlp(nn.Tanh).double(), vectors(8)
+    failing = 10**9  # calls after which it raises
+    vector = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    HessianOperator(Problem(model, loss, data), hvp=name, panels=100).matvec(vector)
+    for allowed in range(0, len(calls), max(len(calls) // 12, 1)):
+        failing = allowed
+        calls.clear()
+        with pytest.raises(MineError, match="my own"):
+            HessianOperator(Problem(model, loss, data), hvp=name, panels=100).matvec(vector)
 
 
 MEMORY = """
