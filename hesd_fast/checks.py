@@ -74,7 +74,8 @@ def _cause_of_disorder(problem: Problem, matrix: ProblemOperator, is_determinist
 def _symmetry(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> Check:
     scale, noise = measure.largest_magnitude, tridiagonal.recurrence_error or 0.0
     relative = noise / scale if scale > 0.0 else 0.0
-    allowed = float(np.sqrt(tridiagonal.epsilon))
+    # One of the two may be the vector that was multiplied, and the other as it is stored.
+    allowed = max(float(np.sqrt(tridiagonal.epsilon)), _rounding_of_basis(tridiagonal))
     return Check(
         "symmetry",
         relative <= allowed,
@@ -132,7 +133,7 @@ def _orthogonality(tridiagonal: BlockTridiagonal, found: float, problem: Problem
     bound = ORTHOGONALITY_MULTIPLE * epsilon
     if tridiagonal.reorthogonalization == "partial":
         bound = max(bound, SEMIORTHOGONALITY_MULTIPLE * float(np.sqrt(epsilon)))
-    rounding = 0.0 if tridiagonal.basis_dtype is None else torch.finfo(BASIS_DTYPES[tridiagonal.basis_dtype]).eps
+    rounding = _rounding_of_basis(tridiagonal)
     if rounding > epsilon:
         # a stored vector is off by its rounding, all of it where the vector sits on a few coordinates
         bound = max(bound, rounding)
@@ -141,3 +142,7 @@ def _orthogonality(tridiagonal: BlockTridiagonal, found: float, problem: Problem
         found <= bound,
         f"the last block is orthonormal to the basis within {found:.2g} (allowed {bound:.2g})",
     )
+
+
+def _rounding_of_basis(tridiagonal: BlockTridiagonal) -> float:
+    return 0.0 if tridiagonal.basis_dtype is None else torch.finfo(BASIS_DTYPES[tridiagonal.basis_dtype]).eps

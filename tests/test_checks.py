@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -47,6 +48,17 @@ def test_products_that_are_the_same_each_time_are_not_blamed_on_random_numbers(m
     assert {check.name for check in failed} >= {"linearity"}
     assert all("came out twice" in check.detail and "autocast" in check.detail for check in failed)
     assert not any("random" in str(one.message) for one in caught)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("basis_dtype", ["float32", "bfloat16", "float16"])
+def test_a_coarse_basis_is_no_asymmetry(basis_dtype, block_size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    data = [(torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HESDWarning)
+        hesd.analyze(model, CROSS_ENTROPY, data, block_size=block_size, basis_dtype=basis_dtype, progress=False)
 
 
 def test_products_that_change_are_blamed_on_what_changes(monkeypatch):

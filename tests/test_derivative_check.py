@@ -84,6 +84,11 @@ class Doubled(nn.Module):
         return y
 
 
+@torch.no_grad()
+def without_gradient(x):
+    return x.sigmoid()
+
+
 def with_layer(layer) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 6), layer, nn.Linear(6, 3)).double()
@@ -134,16 +139,30 @@ def test_a_function_with_another_second_derivative_is_named_and_differences_serv
         (Doubled(), "gradient hook that is registered .register_hook. in module '1'"),
         (
             Layer(lambda x: x.tanh() + (x.tanh().round() - x.tanh()).detach()),
-            r"\.detach\(\) or \.data in module '1'.*straight-through",
+            r"\.detach\(\), \.data or torch\.no_grad\(\) in module '1'.*straight-through",
         ),
-        (Layer(lambda x: x * x.detach().sigmoid()), r"\.detach\(\) or \.data in module '1'"),
+        (Layer(lambda x: x * x.detach().sigmoid()), r"\.detach\(\), \.data or torch\.no_grad\(\) in module '1'"),
+        (Layer(lambda x: x * without_gradient(x)), r"torch\.no_grad\(\) in module '1'"),
     ],
-    ids=["hook", "straight-through", "stopped"],
+    ids=["hook", "straight-through", "stopped", "no_grad"],
 )
 def test_hooks_and_stopped_gradients_are_named(layer, cause):
     operator = HessianOperator(Problem(with_layer(layer), CROSS_ENTROPY, vectors(7)))
     with pytest.warns(HESDWarning, match=f"is not the derivative of its first.*{cause}"):
         operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+
+
+def test_the_power_iteration_of_spectral_norm_is_named_in_train_mode_and_right_in_eval_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 3)).double()
+    vector = torch.ones(Problem(model, CROSS_ENTROPY, vectors(7)).size, dtype=torch.float64)
+    with pytest.warns(
+        HESDWarning, match=r"torch\.no_grad\(\) in module '0\.parametrizations\.weight\.0'.*power iteration"
+    ):
+        HessianOperator(Problem(model, CROSS_ENTROPY, vectors(7), mode="train")).matvec(vector)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HessianOperator(Problem(model, CROSS_ENTROPY, vectors(7))).matvec(vector)
 
 
 def test_a_report_says_it_and_the_warning_comes_once():
