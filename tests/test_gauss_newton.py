@@ -332,3 +332,40 @@ def test_errors_by_name() -> None:
     assert operator.describe(24) == "column 24 (parameter 'bias')"
     columns = np.eye(27)
     np.testing.assert_array_equal(operator.to_scipy() @ columns, operator.matmat(torch.eye(27).double()).T.numpy())
+
+
+class Elsewhere(torch.autograd.Function):
+    """x^3 whose backward pass leaves PyTorch, so that its derivative by the gradient is lost."""
+
+    @staticmethod
+    def forward(context, x):
+        context.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(context, gradient):
+        (x,) = context.saved_tensors
+        return torch.from_numpy(3 * x.detach().numpy() ** 2 * gradient.detach().numpy())
+
+
+class Cubed(nn.Module):
+    def forward(self, x):
+        return Elsewhere.apply(x)
+
+
+@pytest.mark.parametrize("kind", [GaussNewtonOperator, EmpiricalFisherOperator])
+@pytest.mark.parametrize("parameters", [None, "0.*", "2.*"])
+def test_a_backward_pass_that_leaves_no_graph_is_refused_where_it_is_passed(kind, parameters):
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(8, 6), Cubed(), nn.Linear(6, 3)).double(), vectors(7, 4)
+    operator = kind(Problem(model, losses.supervised(nn.CrossEntropyLoss()), data, parameters=parameters))
+    panel = torch.randn(2, operator.size, dtype=torch.float64)
+    if parameters == "2.*":
+        found = operator.matmat(panel)
+        model[1].forward = lambda x: x**3
+        plain = kind(Problem(model, losses.supervised(nn.CrossEntropyLoss()), data, parameters=parameters))
+        assert torch.linalg.vector_norm(found - plain.matmat(panel)) <= 64 * 2.0**-52 * torch.linalg.vector_norm(found)
+        return
+    message = r"on batch 0: products with the Jacobian and .*backward pass .*jvp='forward'"
+    with pytest.raises(OperatorError, match=message):
+        operator.matmat(panel)

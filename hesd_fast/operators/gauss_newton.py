@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from hesd_fast.errors import OperatorError, ProblemError, first_line, raised_out
 from hesd_fast.hvp.base import Vectors, accumulate, agrees, quiet, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import differentiate, refuse_dead_ends
 from hesd_fast.operators.base import ProblemOperator
+from hesd_fast.parameters import as_real
 from hesd_fast.problem import LossTerm, Problem
 
 TANGENT_BYTES = 2**28
@@ -87,6 +89,7 @@ class JacobianOperator(ProblemOperator):
         self.reason = ""
         """Why "auto" takes reverse mode, if it does."""
         self._checked: set[int] = set()
+        self._adjoint: set[int] = set()
 
     @property
     def method(self) -> str:
@@ -130,6 +133,7 @@ class JacobianOperator(ProblemOperator):
             chunk = rows[first : first + size]
             if self.jvp == "reverse" or self.reason:
                 jacobian = Jacobian(values, list(self.problem.parameters.values()))
+                self._check_adjoint(term, jacobian)
                 for j in range(first, len(rows)):
                     yield j, jacobian.times(rows[j])
                 return
@@ -140,10 +144,11 @@ class JacobianOperator(ProblemOperator):
             except MemoryError:
                 raise
             except Exception as error:  # what transforms raise at code they cannot take has no common type
-                if raised_outside_of_libraries(error):
+                out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
+                if raised_outside_of_libraries(error) and not out_of_memory:
                     raise
                 message = first_line(error)
-                if self.jvp == "forward" and isinstance(error, torch.cuda.OutOfMemoryError):
+                if self.jvp == "forward" and out_of_memory:
                     raise
                 if self.jvp == "forward":
                     raise OperatorError(
@@ -190,6 +195,31 @@ class JacobianOperator(ProblemOperator):
                 f"forward mode is {difference:.2g} away from reverse mode, of norm {norm:.2g}, on batch {term.index}"
             )
         self._checked.add(term.index)
+
+    def _check_adjoint(self, term: LossTerm, jacobian: Jacobian) -> None:
+        """Raise an OperatorError unless J g is what it has to be for g = J^T w; of each batch once, at 4 F.
+
+        <w, J g> is |g|^2. J g comes from a second differentiation, to which a backward pass without a graph is zero.
+        """
+        if term.index in self._adjoint:
+            return
+        values = jacobian.values
+        generator = torch.Generator().manual_seed(0)
+        w = torch.randn(values.shape, generator=generator, device="cpu").to(values.device, values.dtype)
+        found = differentiate(values, jacobian.parameters, w, retain_graph=True)
+        gradient = [
+            torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(jacobian.parameters, found, strict=True)
+        ]
+        wanted = sum(float(torch.linalg.vector_norm(as_real(g), dtype=torch.float64)) ** 2 for g in gradient)
+        product = float((w.double() * jacobian.times(gradient).double()).sum())
+        if math.isfinite(wanted) and not agrees(abs(product - wanted), wanted, self.epsilon):
+            raise OperatorError(
+                f"{type(self).__name__} cannot multiply on batch {term.index}: products with the Jacobian and with its "
+                f"transpose are not those of one matrix ({product:.4g} for {wanted:.4g}), as where the backward pass "
+                "of an autograd Function leaves PyTorch, for NumPy or a kernel of one's own; write its backward in "
+                "operations of PyTorch, or give it a jvp and take jvp='forward'"
+            )
+        self._adjoint.add(term.index)
 
     def _outputs(self, term: LossTerm, weights: Sequence[Tensor] | None = None) -> Tensor:
         outputs = term.outputs(weights)
