@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import vectors
+from snapshots import assert_same, equal, snapshot
 from torch import nn
 from torch.nn import functional
 
@@ -60,46 +61,6 @@ def stateful() -> Stateful:
 def noisy_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
     return functional.cross_entropy(model(batch[0]), batch[1]) * (1 + noise)
-
-
-def snapshot(model: nn.Module) -> dict[str, object]:
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        "values": {name: tensor.detach().clone() for name, tensor in tensors},
-        "identities": {name: id(tensor) for name, tensor in tensors},
-        "versions": {name: tensor._version for name, tensor in tensors},
-        "buffers": {name: sorted(module._buffers) for name, module in model.named_modules()},
-        "state_dict": list(model.state_dict()),
-        "training": {name: module.training for name, module in model.named_modules()},
-        "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        "grad": {
-            name: (id(p.grad), None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()
-        },
-        "hooks": {name: len(module._forward_hooks) for name, module in model.named_modules()},
-        "cache": id(getattr(model, "cache", None)),
-        "has_new_attribute": hasattr(model, "new_attribute"),
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state()[1:],  # noqa: NPY002
-        "python": random.getstate(),
-        "grad_mode": torch.is_grad_enabled(),
-        "flash": torch.backends.cuda.flash_sdp_enabled(),
-    }
-
-
-def equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def assert_same(before: dict[str, object], after: dict[str, object]) -> None:
-    assert [key for key in before if not equal(before[key], after[key])] == []
 
 
 def test_snapshot_sees_a_forward_pass() -> None:
