@@ -25,6 +25,10 @@ SEMIORTHOGONALITY_MULTIPLE = 8.0
 REPETITION_MULTIPLE, REPETITION_MULTIPLE_ON_GPUS = 64, 1024
 """Difference of a product from the same one before, in machine epsilons; a GPU's atomic additions come in any order."""
 
+DIFFERENCES_MULTIPLE = 64.0
+"""Disagreement of products from finite differences, in the error that was measured along one vector: of small models
+others have had up to 17 times that."""
+
 
 def checks_of_run(
     tridiagonal: BlockTridiagonal,
@@ -40,7 +44,7 @@ def checks_of_run(
     error = 0.0 if strategy is None or strategy.exact else strategy.error
     cause = _cause_of_disorder(problem, matrix, determinism.passed)
     checks = [
-        _with_cause(_symmetry(tridiagonal, measure), cause),
+        _with_cause(_symmetry(tridiagonal, measure, error), cause),
         _with_cause(_linearity(tridiagonal, linearity, error), cause),
         _with_cause(determinism, problem.likely_causes()),
         _weights(measure, problem),
@@ -71,11 +75,11 @@ def _cause_of_disorder(problem: Problem, matrix: ProblemOperator, is_determinist
     )
 
 
-def _symmetry(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> Check:
+def _symmetry(tridiagonal: BlockTridiagonal, measure: SpectralMeasure, error: float) -> Check:
     scale, noise = measure.largest_magnitude, tridiagonal.recurrence_error or 0.0
     relative = noise / scale if scale > 0.0 else 0.0
     # One of the two may be the vector that was multiplied, and the other as it is stored.
-    allowed = max(float(np.sqrt(tridiagonal.epsilon)), _rounding_of_basis(tridiagonal))
+    allowed = max(float(np.sqrt(tridiagonal.epsilon)), _rounding_of_basis(tridiagonal), DIFFERENCES_MULTIPLE * error)
     return Check(
         "symmetry",
         relative <= allowed,
@@ -85,7 +89,7 @@ def _symmetry(tridiagonal: BlockTridiagonal, measure: SpectralMeasure) -> Check:
 
 
 def _linearity(tridiagonal: BlockTridiagonal, deviation: float, error: float) -> Check:
-    allowed = max(float(np.sqrt(tridiagonal.epsilon)), 4.0 * error)
+    allowed = max(float(np.sqrt(tridiagonal.epsilon)), DIFFERENCES_MULTIPLE * error)
     return Check(
         "linearity",
         deviation <= allowed,
