@@ -5,15 +5,19 @@ The model and the process are as before in every case. Numbers are held against 
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from dense import dense_hessian
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
-from odd_problems import OddProblem, problems
+from odd_faults import FAULTS
+from odd_problems import OddProblem, problems, unpack
 from snapshots import assert_same, snapshot
+from torch import nn
 
 import hesd_fast as hesd
 from hesd_fast.errors import HESDError, HESDWarning
@@ -31,8 +35,14 @@ EXACT = ("double_backward", "double_backward_batched", "kept_graph", "kept_graph
 ROUNDING = 4096
 """What a product, the eigenvalues and the loss may be off, in machine epsilons of curvature and loss together."""
 
-REFUSALS = ("cannot multiply by the Hessian", "finite differences are off", "gets the product of batch 0 wrong")
-"""What strategies say of problems that they cannot serve."""
+REFUSALS = (
+    "cannot multiply by the Hessian",
+    "gets the product of batch 0 wrong",
+    "finite differences are off",
+    "finite differences cannot hold",
+    "use float64",
+)
+"""What strategies other than plain double backward say of problems that they cannot serve."""
 
 DIFFERENCES = ("finite_differences", "forward_differences")
 
@@ -49,7 +59,10 @@ def outcome(problem: OddProblem, function: Any) -> tuple[Any, BaseException | No
             found, error = function(), None
         except HESDError as raised:
             found, error = None, raised
-    assert_same(before, snapshot(problem.model))
+    after = snapshot(problem.model)
+    if error is not None and "in place" in str(error):
+        before.pop("versions")  # a write that autograd saw is counted, also where the values are back
+    assert_same(before, after)
     return found, error, [str(one.message) for one in caught if issubclass(one.category, HESDWarning)]
 
 
@@ -129,12 +142,14 @@ class Spectrum:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the Krylov space had room for all of the spectrum, orthogonally."""
+        """Whether the Krylov space had room for all of the spectrum, orthogonally.
+
+        A few signs may be an eigenvector themselves, so for a few parameters only as many probes count.
+        """
         options = self.report.options
-        return options["max_steps"] * options["block_size"] >= self.size and options["reorthogonalization"] in (
-            "full",
-            "partial",
-        )
+        has_room = options["max_steps"] * options["block_size"] >= self.size
+        is_orthogonal = options["reorthogonalization"] in ("full", "partial")
+        return has_room and is_orthogonal and (self.size > 8 or options["block_size"] == self.size)
 
     @property
     def is_found(self) -> bool:
@@ -166,7 +181,7 @@ def compare_with_dense_hessian(problem: OddProblem, draw: Any) -> Spectrum | Non
     truth = Truth(problem)
     note(f"{truth.low} {truth.high} {truth.trace} of loss {truth.loss}")
     if error is not None:
-        strategy_is_named = any(text in str(error) for text in REFUSALS) and hvp not in ("auto", "double_backward")
+        strategy_is_named = hvp not in ("auto", "double_backward") and any(text in str(error) for text in REFUSALS)
         assert strategy_is_named or (truth.is_rounding and "use float64" in str(error)), error
         return None
     unexpected = [text for text in warned if not problem.warns or problem.warns not in text]
@@ -183,7 +198,7 @@ def compare_with_dense_hessian(problem: OddProblem, draw: Any) -> Spectrum | Non
 def test_problems_that_compose_have_the_spectra_of_their_dense_hessians():
     spectra: list[Spectrum] = []
 
-    @settings(max_examples=150, **SETTINGS)
+    @settings(max_examples=100, **SETTINGS)
     @given(problem=problems(), data=st.data())
     def check(problem: OddProblem, data: Any) -> None:
         spectrum = compare_with_dense_hessian(problem, data.draw)
@@ -192,9 +207,69 @@ def test_problems_that_compose_have_the_spectra_of_their_dense_hessians():
 
     check()
     exhausted = [spectrum for spectrum in spectra if spectrum.is_exhausted]
-    assert len(spectra) > 75
-    assert len(exhausted) > 25
+    assert len(spectra) > 60
+    assert len(exhausted) > 8
     # An end of an interval is that of 97.5 of 100 probes, and a trace of two standard errors.
     assert sum(not spectrum.is_held for spectrum in spectra) <= 0.1 * len(spectra)
     # Few signs may be orthogonal to an eigenvector.
     assert sum(not spectrum.is_found for spectrum in exhausted) <= 0.02 * len(exhausted)
+
+
+def expect_refusal(problem: OddProblem, fault: str) -> None:
+    """Make a mistake in a problem, and assert that the error names it and says what to do."""
+    note(f"{fault} in {problem.name}")
+    change, message = FAULTS[fault]
+    problem.parameters = None
+    problem.model.requires_grad_(True)
+    arguments = {**problem.arguments, **change(problem)}
+    report, error, _ = outcome(problem, lambda: hesd.analyze(**arguments, progress=False))
+    assert report is None
+    assert re.search(message, str(error), re.DOTALL), error
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_mistake_in_a_problem_is_named_with_what_to_do(fault):
+    @settings(max_examples=2, **SETTINGS)
+    @given(problem=problems())
+    def check(problem: OddProblem) -> None:
+        expect_refusal(problem, fault)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", [ArithmeticError, RuntimeError, KeyError, KeyboardInterrupt, MemoryError])
+def test_what_the_users_code_raises_comes_out_as_it_is(kind):
+    @settings(max_examples=8, **SETTINGS)
+    @given(problem=problems(), at=st.integers(1, 9), hvp=st.sampled_from(["auto", *EXACT, *DIFFERENCES]))
+    def check(problem: OddProblem, at: int, hvp: str) -> None:
+        raise_at_a_call(problem, at, hvp, kind("mine"))
+
+    check()
+
+
+def raise_at_a_call(problem: OddProblem, at: int, hvp: str, error: BaseException) -> None:
+    """Let the loss raise an error at one of its calls, and assert that this very error is what comes out."""
+    note(f"call {at}, {hvp} of {problem.name}")
+    problem.model.requires_grad_(True)
+    problem.parameters = None
+    calls: list[int] = []
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        calls.append(len(unpack(batch)[1]))
+        if len(calls) == at:
+            raise error
+        return problem.loss(model, batch)
+
+    arguments = {**problem.arguments, "loss": loss}
+    before = snapshot(problem.model)
+    caught = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            hesd.analyze(**arguments, hvp=hvp, max_steps=2, progress=False)
+        except HESDError:
+            assert len(calls) < at or hvp != "auto"
+        except BaseException as raised:
+            caught = raised
+    assert caught is None or caught is error
+    assert_same(before, snapshot(problem.model))
