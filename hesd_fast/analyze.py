@@ -24,7 +24,7 @@ from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, He
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.checked import CheckedOperator, Deviations
 from hesd_fast.operators.hessian import check_hvp
-from hesd_fast.parameters import Selection
+from hesd_fast.parameters import Selection, as_real
 from hesd_fast.problem import Loss, Problem
 from hesd_fast.progress import ProductProgress
 from hesd_fast.report import Cost, ProblemFacts, Report
@@ -188,7 +188,7 @@ def report_of(
         model=type(problem.model).__name__,
         size=problem.size,
         parameters=tuple(problem.parameters),
-        shapes=tuple(tuple(parameter.shape) for parameter in problem.parameters.values()),
+        shapes=tuple(tuple(as_real(parameter.detach()).shape) for parameter in problem.parameters.values()),
         mode=problem.mode,
         precision=str(problem.dtype).removeprefix("torch."),
         loss=problem.loss_value,
@@ -198,6 +198,7 @@ def report_of(
         weights=problem.weights,
         fingerprint=problem.fingerprint,
         function=problem.loss_description,
+        replaced_operations=problem.replaced_operations,
     )
     measure = SpectralMeasure.from_tridiagonal(tridiagonal)
     found = criteria(measure)

@@ -71,7 +71,7 @@ class ProblemFacts:
     parameters : tuple of str
         Names of the tensors that hold them.
     shapes : tuple of tuple of int
-        Their shapes.
+        Their shapes in real numbers; that of a complex one has a last dimension of 2.
     mode : str
         Module mode of the run.
     precision : str
@@ -90,6 +90,8 @@ class ProblemFacts:
         Digest of weights, selection, mode and data.
     function : str
         Which function of how many loss terms L is, in words.
+    replaced_operations : tuple of str
+        Operations of PyTorch that the run did in ordinary ones, as their own have no second derivative or a wrong one.
     """
 
     model: str
@@ -105,6 +107,7 @@ class ProblemFacts:
     weights: str
     fingerprint: str
     function: str
+    replaced_operations: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +237,10 @@ class Report:
         steps = "" if tridiagonal is None else f"{tridiagonal.probes} probes x {tridiagonal.steps} steps, "
         rows: list[tuple[str, str]] = [
             ("loss", f"{problem.function}; {problem.batches:,} {'batch' if problem.batches == 1 else 'batches'}"),
+            *[
+                ("replaced", f"{name}, by ordinary operations of the same value")
+                for name in problem.replaced_operations
+            ],
             ("type", f"{self.hesd_type} ({self.hesd_type.name})"),
             ("  because", self.type_evidence.reason),
             *[("  to decide", text) for text in self.type_evidence.advice],

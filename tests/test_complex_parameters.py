@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from dense import dense_hessian
 from test_model_state import assert_same, snapshot
 from torch import Tensor, nn
 
-from hesd_fast import analyze, losses
+from hesd_fast import analyze, load_report, losses
 from hesd_fast.errors import ProblemError
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
 from hesd_fast.operators.grouped import GroupedHessianOperator
@@ -236,3 +237,17 @@ def test_a_report_of_a_model_with_complex_weights() -> None:
         assert report.lambda_max.value == pytest.approx(float(eigenvalues[-1]), rel=1e3 * EPSILON)
     assert all(check.passed for check in reports[0].checks)
     assert reports[0].problem.size == reports[1].problem.size
+
+
+def test_a_report_of_complex_and_replaced_operations_comes_back_from_its_file(tmp_path: Path) -> None:
+    class Gated(Rotated):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.hardsigmoid(super().forward(x))
+
+    torch.manual_seed(0)
+    report = analyze(Gated(), losses.supervised(nn.CrossEntropyLoss()), batches(), max_steps=6, progress=False)
+    assert report.problem.shapes == ((3,), (5, 3, 2), (2, 5, 2))
+    assert report.problem.replaced_operations == ("hardsigmoid",)
+    assert "replaced    hardsigmoid, by ordinary operations" in str(report)
+    report.save(tmp_path / "report.json")
+    assert str(load_report(tmp_path / "report.json")) == str(report)

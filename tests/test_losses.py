@@ -63,8 +63,12 @@ CROSS_ENTROPIES = [
 ]
 
 
-def named(criterion: object) -> str:
-    return getattr(criterion, "__name__", repr(criterion))
+def named(value: object) -> str:
+    """Return a name that is the same in every process, as those of functions are not within a partial's."""
+    if isinstance(value, partial):
+        options = ",".join(f"{name}={number}" for name, number in value.keywords.items())
+        return f"{value.func.__name__}({options})"
+    return getattr(value, "__name__", str(value))
 
 
 @pytest.mark.parametrize("criterion", CROSS_ENTROPIES, ids=named)

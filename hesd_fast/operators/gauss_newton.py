@@ -144,10 +144,11 @@ class JacobianOperator(ProblemOperator):
             except MemoryError:
                 raise
             except Exception as error:  # what transforms raise at code they cannot take has no common type
-                if raised_outside_of_libraries(error):
+                out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
+                if raised_outside_of_libraries(error) and not out_of_memory:
                     raise
                 message = first_line(error)
-                if self.jvp == "forward" and isinstance(error, torch.cuda.OutOfMemoryError):
+                if self.jvp == "forward" and out_of_memory:
                     raise
                 if self.jvp == "forward":
                     raise OperatorError(
