@@ -323,7 +323,7 @@ def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def borrowed(
-    model: nn.Module, selected: Sequence[nn.Parameter], mode: str, streams: RandomStreams, copies: bool
+    model: nn.Module, selected: Sequence[nn.Parameter], mode: str, streams: RandomStreams, copies: bool = False
 ) -> Iterator[ModelState]:
     """Borrow a model: set its mode and differentiable parameters, and give it back exactly as it was.
 
