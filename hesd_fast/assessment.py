@@ -263,7 +263,7 @@ def _judge(changes: Mapping[str, Change], thresholds: ComparisonThresholds) -> t
             within.append(key)
     allowed = f"{1.0 + thresholds.relative:g} times the reference plus {thresholds.absolute:g}"
     if grown:
-        return Verdict.DEGRADES, f"{' and '.join(grown)} certainly exceeds {allowed}."
+        return Verdict.DEGRADES, f"{' and '.join(grown)} certainly exceed{'s' if len(grown) == 1 else ''} {allowed}."
     if len(within) == 2:
         return Verdict.HOLDS, f"r_e and k_mass certainly stay within {allowed}."
     unclear = [key for key in ("r_e", "k_mass") if key not in within]

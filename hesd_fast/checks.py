@@ -29,6 +29,12 @@ DIFFERENCES_MULTIPLE = 64.0
 """Disagreement of products from finite differences, in the error that was measured along one vector: of small models
 others have had up to 17 times that."""
 
+LOST = (
+    "so intervals may be too narrow; likely causes are products near underflow (multiply the loss by a power of two "
+    "that brings its curvature near 1) or a coarse basis (use reorthogonalization='full' and basis_dtype='auto')"
+)
+"""What follows where vectors are not orthonormal."""
+
 
 def checks_of_run(
     tridiagonal: BlockTridiagonal,
@@ -47,13 +53,13 @@ def checks_of_run(
         _with_cause(_symmetry(tridiagonal, measure, error), cause),
         _with_cause(_linearity(tridiagonal, linearity, error), cause),
         _with_cause(determinism, problem.likely_causes()),
-        _weights(measure, problem),
+        _with_cause(_weights(measure, problem), LOST),
         *_derivatives(matrix),
     ]
     if strategy is not None and not strategy.exact:
         checks.append(_finite_differences(strategy.error, strategy.step))
     if tridiagonal.orthogonality is not None:
-        checks.append(_orthogonality(tridiagonal, tridiagonal.orthogonality, problem))
+        checks.append(_with_cause(_orthogonality(tridiagonal, tridiagonal.orthogonality, problem), LOST))
     return tuple(checks)
 
 
@@ -65,13 +71,20 @@ def _cause_of_disorder(problem: Problem, matrix: ProblemOperator, is_determinist
     """Return why products may be those of no symmetric matrix."""
     if not is_deterministic:
         return problem.likely_causes()
+    strategy = getattr(matrix, "strategy", None)
+    if strategy is not None and not strategy.exact:
+        return (
+            "the products are finite differences, whose error was measured along one direction of the first batch and "
+            "may be larger along others, across kinks of the loss (ReLU, max pooling) and by rounding; use "
+            "hvp='double_backward' where the model has second derivatives, float64, or smooth activations"
+        )
     derivatives = getattr(matrix, "derivatives", None)
     if derivatives is not None and derivatives.agrees is False:
         return "the second derivative is wrong, see the check of derivatives"
     return (
         "the same product came out twice, so likely causes are rounding (a loss that works in lower precision, as "
-        "under autocast; numbers near overflow; a loss near zero, whose curvature is what is left of larger terms: use "
-        "float64) or an operation with a wrong second derivative"
+        "under autocast; numbers near overflow or underflow; a loss near zero, whose curvature is what is left of "
+        "larger terms: use float64) or an operation with a wrong second derivative"
     )
 
 

@@ -256,8 +256,8 @@ class LanczosRun:
         if scale >= SMALLEST_SCALE or (scale == 0.0 and not np.any(self._engine.diagonal[-1])):
             return
         raise OperatorError(
-            f"the products have norms of {scale:.3g}, which squared are lost to underflow; multiply the loss, or the "
-            "matrix, by a power of two that brings its curvature near 1"
+            f"the products have norms below {SMALLEST_SCALE:g}, which squared are lost to underflow; multiply the "
+            "loss, or the matrix, by a power of two that brings its curvature near 1"
         )
 
     def result(self) -> BlockTridiagonal:
@@ -355,8 +355,9 @@ def _check_symmetry(error: float, scale: float, epsilon: float) -> None:
         raise OperatorError(
             f"the products are not those of one symmetric matrix: u'Hv and v'Hu differ by {error:.3g}, "
             f"{error / scale:.2g} of the largest product (at most {allowed / scale:.2g} is allowed). Likely causes "
-            "are rounding, where the loss is close to zero (use float64), an operation with a wrong second derivative, "
-            "or a loss that changes from one product to the next; compare a few products with a dense Hessian"
+            "are rounding, where the loss is close to zero (use float64), finite differences of a loss with kinks (use "
+            "hvp='double_backward'), an operation with a wrong second derivative, or a loss that changes from one "
+            "product to the next; compare a few products with a dense Hessian"
         )
 
 

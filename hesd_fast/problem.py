@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Any, Any], Any]
 
+_SAME_IN_EVERY_MODE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm)
+
 MODES = ("eval", "train", "as_is")
 
 
@@ -646,10 +648,11 @@ class Problem:
             for name, module in self.model.named_modules()
             if (module.training if self.mode == "as_is" else self.mode == "train")
             and any(word in type(module).__name__ for word in ("Drop", "Norm"))
+            and not isinstance(module, _SAME_IN_EVERY_MODE)
         ]
-        if suspects:
-            return f"likely causes are {', '.join(suspects[:3])} in train mode; use mode='eval'"
-        return "likely causes are a random generator of its own, or a counter that forward or loss keeps; remove them"
+        causes = "likely causes are a random generator of its own, or a counter that forward or loss keeps; remove them"
+        # The dropout and norms of PyTorch are the same at every pass: streams and buffers are put back.
+        return f"{causes}, or use mode='eval' for {', '.join(suspects[:3])}" if suspects else causes
 
     def _check_evaluated(self, evaluated: list[tuple[int, Tensor]]) -> None:
         """Raise an OperatorError if a loss is not that of the first pass, or weights were written to."""

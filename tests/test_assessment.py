@@ -66,6 +66,9 @@ def test_one_criterion_is_enough_to_degrade_and_k_hn_decides_nothing() -> None:
     reference = mp(0.2)
     worse = Criteria(**{**reference.criteria.__dict__, "k_mass": Estimate(0.9, 0.8, 1.0)})
     assert verdict(reference, FakeReport(HESDType.MP, reference.type_evidence, worse)) is Verdict.DEGRADES
+    assert "k_mass certainly exceeds 1.25 times" in str(
+        compare({"train": reference, "shifted": FakeReport(HESDType.MP, reference.type_evidence, worse)})
+    )
     odd = Criteria(**{**reference.criteria.__dict__, "k_hn": Estimate(1e6, 1e6, 1e6)})
     assert verdict(reference, FakeReport(HESDType.MP, reference.type_evidence, odd)) is Verdict.HOLDS
 
@@ -119,6 +122,7 @@ def test_several_entries_and_the_printed_argument() -> None:
         "same: mainly positive; generalization: holds",
         "k_hn:",
         "degrades",
+        "r_e and k_mass certainly exceed 1.25 times",
     ):
         assert words in text
 

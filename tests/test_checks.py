@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import hesd_fast as hesd
 from hesd_fast import losses
-from hesd_fast.errors import HESDWarning
+from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.operators import HessianOperator
 from hesd_fast.problem import Problem
 
@@ -75,7 +75,7 @@ def test_modules_in_train_mode_are_suspects_only_where_the_run_has_them_so(monke
         model = nn.Sequential(nn.Linear(8, 6), nn.Dropout(0.1), nn.Linear(6, 3)).double().train()
         with pytest.warns(HESDWarning):
             report = hesd.analyze(Problem(model, CROSS_ENTROPY, vectors(8), mode=mode), max_steps=4, progress=False)
-        assert ("(Dropout) in train mode; use mode='eval'" in check_of(report, "determinism").detail) == suspected
+        assert ("or use mode='eval' for 1 (Dropout)" in check_of(report, "determinism").detail) == suspected
 
 
 def test_a_wrong_second_derivative_is_the_cause_where_it_is_known():
@@ -125,3 +125,30 @@ def test_checks_of_a_run_in_bfloat16_can_fail(monkeypatch):
     disturbed(monkeypatch, lambda out, call: out.mul_(1 + 1e-3 * call))
     with pytest.warns(HESDWarning, match="the check of determinism failed"):
         hesd.analyze(model, CROSS_ENTROPY, data, max_steps=5, progress=False)
+
+
+def test_finite_differences_that_are_too_coarse_are_named_as_the_cause(monkeypatch):
+    disturbed(monkeypatch, lambda out, call: out.add_(1e-4 * out.abs().max()))
+    with pytest.warns(HESDWarning, match="the check of linearity failed") as caught:
+        hesd.analyze(small_problem(), max_steps=4, block_size=2, hvp="finite_differences", progress=False)
+    assert all("are finite differences" in str(one.message) and "kinks" in str(one.message) for one in caught)
+
+
+def test_products_near_underflow_are_told_to_be_scaled():
+    def tiny(model, batch):
+        return 1e-38 * functional.cross_entropy(model(batch[0]), batch[1])
+
+    torch.manual_seed(0)
+    data = [(x.float(), y) for x, y in vectors(20)]
+    with pytest.warns(
+        HESDWarning, match=r"check of orthogonality failed: .*near underflow \(multiply the loss by a power"
+    ):
+        hesd.analyze(mlp(nn.Tanh), tiny, data, progress=False)
+
+
+def test_finite_differences_across_kinks_are_told_what_their_asymmetry_comes_from():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    data = [(torch.randn(20, 8), torch.randint(3, (20,))) for _ in range(2)]
+    with pytest.raises(OperatorError, match=r"not those of one symmetric.*kinks \(use hvp='double_backward'\)"):
+        hesd.analyze(model, CROSS_ENTROPY, data, hvp="finite_differences", max_steps=3, progress=False)

@@ -216,7 +216,10 @@ class ProblemOperator(OperatorBase):
         cause = cause_of_nan(lambda: self._multiply_anew(vector, torch.empty_like(vector)))
         if not cause:
             return f"{wanted}: check weights, data and loss for numbers near overflow, or use a higher precision"
-        remedy = "write it so that it has a derivative there, or leave the parameters before it out of the selection"
+        remedy = (
+            "write it so that it has a derivative there, scale the loss or use a higher precision if numbers overflow, "
+            "or leave the parameters before it out of the selection"
+        )
         if cause.startswith("the second"):
             remedy += ", or use hvp='finite_differences', which needs first derivatives alone"
         return f"{cause}; {wanted}: {remedy}"
