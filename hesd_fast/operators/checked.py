@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesd_fast.operators.base import CurvatureOperator
+from hesd_fast.parameters import norm_of
 
 CHECK_VECTORS = 3
 """Vectors of memory that a check takes, beside the first panel."""
@@ -82,13 +83,11 @@ def deviations(products: Tensor, first: Tensor, second: Tensor) -> Deviations:
 
     Both relative to the norm of the first; None where that is zero.
     """
-    norm = float(torch.linalg.vector_norm(first))
+    norm = norm_of([first])
     if norm == 0.0:
         return None, None
-    repetition = float(torch.linalg.vector_norm(second.sub_(first))) / norm
-    return float(
-        torch.linalg.vector_norm(first.addmm_(_coefficients(products), products, alpha=-1.0))
-    ) / norm, repetition
+    repetition = norm_of([second.sub_(first)]) / norm
+    return norm_of([first.addmm_(_coefficients(products), products, alpha=-1.0)]) / norm, repetition
 
 
 def _coefficients(panel: Tensor) -> Tensor:
