@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,7 +29,11 @@ else:
         if name not in _FUNCTIONS and find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
         if name == "__all__" or not name.startswith("_"):
-            public = import_module(f"{__name__}.public")
+            state = random.getstate()  # other packages draw random numbers when they are imported
+            try:
+                public = import_module(f"{__name__}.public")
+            finally:
+                random.setstate(state)
             for each in ("__all__", *public.__all__):
                 globals().setdefault(each, getattr(public, each))
         if name not in globals():

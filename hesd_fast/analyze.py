@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hesd_fast import _engine, cuda, kernels
 from hesd_fast.basis import BasisPlan
 from hesd_fast.checks import checks_of_run
+from hesd_fast.choices import is_one_of
 from hesd_fast.criteria import criteria
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.hesd_type import classify
@@ -222,7 +223,7 @@ def report_of(
 
 
 def _check_operator(operator: str, hvp: str) -> None:
-    if operator not in OPERATORS:
+    if not is_one_of(operator, OPERATORS):
         raise OperatorError(f"operator is {operator!r}; wanted one of {', '.join(map(repr, OPERATORS))}")
     check_hvp(hvp)
     if operator != "hessian" and hvp != "auto":
@@ -258,7 +259,7 @@ def settings(
 ) -> Protocol:
     """Return what the options of a run say, with their defaults; a ProblemError for what does not fit together."""
     if protocol is not None:
-        if protocol not in PROTOCOLS:
+        if not is_one_of(protocol, PROTOCOLS):
             raise ProblemError(f"protocol is {protocol!r}; wanted None or one of {', '.join(map(repr, PROTOCOLS))}")
         if block_size != "auto" or max_steps is not None or reorthogonalization is not None:
             raise ProblemError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 REORTHOGONALIZATIONS = ("full", "partial", "window", "none")
 GROUPINGS = ("modules", "parameters")
 OPERATORS = ("hessian", "gauss_newton", "empirical_fisher")
@@ -17,3 +20,8 @@ STRATEGIES = (
     "finite_differences",
     "forward_differences",
 )
+
+
+def is_one_of(value: Any, names: Iterable[str]) -> bool:
+    """Whether an option is one of some names, also where it is of a type that cannot be looked up."""
+    return isinstance(value, str) and value in names

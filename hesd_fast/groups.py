@@ -24,6 +24,7 @@ from hesd_fast.basis import TILE_COLUMNS
 from hesd_fast.errors import ProblemError
 from hesd_fast.lanczos import LanczosProgress, LanczosRun, check_options
 from hesd_fast.loss_terms import Count
+from hesd_fast.model_state import alone
 from hesd_fast.operators.checked import Deviations, combination_of, deviations
 from hesd_fast.operators.grouped import GroupedHessianOperator, Groups
 from hesd_fast.parameters import select_parameters
@@ -142,6 +143,7 @@ def analyze_groups(
     return reports
 
 
+@alone
 def _problem(
     model: nn.Module | Problem, loss: Loss | None, data: Any, groups: Groups, mode: str | None, count: Count | None
 ) -> Problem:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hesd_fast import _engine, cuda, kernels
 from hesd_fast.basis import BasisPlan, plan_basis
-from hesd_fast.choices import REORTHOGONALIZATIONS
+from hesd_fast.choices import REORTHOGONALIZATIONS, is_one_of
 from hesd_fast.errors import NumericalError, OperatorError, ProblemError
 from hesd_fast.memory import available_memory
 from hesd_fast.operators import as_operator
@@ -338,14 +338,14 @@ def check_options(
     if steps < 1:
         raise ProblemError(f"steps is {steps}; wanted at least 1")
     if block_size < 1 or block_size > n:
-        raise ProblemError(f"block_size is {block_size}; wanted 1 to {n}, the number of parameters. Use fewer probes")
+        raise ProblemError(f"block_size is {block_size}; wanted 1 to {n}, the number of parameters")
     if window < 1:
         raise ProblemError(f"window is {window}; wanted at least 1 vector")
     if not 0 <= seed < 2**64:
         raise ProblemError(f"seed is {seed}; wanted an integer in [0, 2**64)")
-    if reorthogonalization not in REORTHOGONALIZATIONS:
+    if not is_one_of(reorthogonalization, REORTHOGONALIZATIONS):
         raise ProblemError(f"reorthogonalization is {reorthogonalization!r}; wanted one of {REORTHOGONALIZATIONS}")
-    if probe_kind not in (*PROBE_KINDS, "given"):
+    if not is_one_of(probe_kind, (*PROBE_KINDS, "given")):
         raise ProblemError(f"probe_kind is {probe_kind!r}; wanted one of {PROBE_KINDS}")
 
 

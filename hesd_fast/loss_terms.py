@@ -52,6 +52,7 @@ class BatchShape:
     def __init__(self, index: int, batch: Any) -> None:
         self.index = index
         self.leaves: list[Leaf] = []
+        self._open: set[int] = set()
         self.unknown = ""
         """Path and type of an object that is neither tensor, container nor plain value."""
         self.ignored = ""
@@ -96,6 +97,8 @@ class BatchShape:
 
     def _enter(self, value: Any, path: str, listed: bool, in_list: bool) -> None:
         """Note the leaves; ``listed``: all containers around are lists, as those that a DataLoader makes."""
+        if id(value) in self._open:
+            return  # it holds itself
         inside = _data.items(value)
         if isinstance(value, PackedSequence):
             self._add(path, value.data, (int(value.batch_sizes[0]), *value.data.shape), in_list)
@@ -106,8 +109,10 @@ class BatchShape:
         elif inside is not None:
             is_list = isinstance(value, list)
             only_lists = is_list and (listed or path == "batch")
+            self._open.add(id(value))
             for suffix, item in inside:
                 self._enter(item, path + suffix, only_lists, in_list or (is_list and not only_lists))
+            self._open.discard(id(value))
         else:
             self.leaves.append(Leaf(path, type(value).__name__, None, False, in_list))
             if not _is_plain(value):
@@ -240,15 +245,25 @@ class TermCounter:
         return [float(shape.leading) for shape in self._shapes] if self._by_shape else self._numbers
 
     @property
+    def total(self) -> float:
+        """The number of terms of all batches."""
+        try:
+            return math.fsum(self.counts)
+        except OverflowError:
+            return math.inf
+
+    @property
     def weights(self) -> list[float]:
-        """The factor of each batch's loss in L."""
-        total = math.fsum(self.counts)
+        """The factor of each batch's loss in L; not finite where the total is none to divide by."""
+        total = self.total
+        if not math.isfinite(total):
+            return [math.nan] * len(self.counts)
         return [(1.0 if self._returned and count else count) / total for count in self.counts]
 
     @property
     def description(self) -> str:
         """Which function of how many terms L is."""
-        total = math.fsum(self.counts)
+        total = self.total
         terms = f"{total:,.0f} terms" if total == int(total) else f"{total:,.4g} terms"
         if divides_a_sum(self._loss):
             return f"the criterion's sum divided by its {terms}"
@@ -269,12 +284,17 @@ class TermCounter:
 def checked_count(count: Any, index: int, given: bool = False) -> float:
     """Return a count as a number; a ProblemError if it is none that counts, saying who has to return what."""
     wanted = "return a number from count=" if given else "return (sum, count) with a number as count"
-    if isinstance(count, Tensor) and count.ndim == 0 and not count.is_complex():
+    if isinstance(count, Tensor) and count.ndim == 0 and not (count.is_complex() or count.dtype == torch.bool):
         number = float(count.detach())
-    elif isinstance(count, int | float | np.number):
-        number = float(count)
+    elif isinstance(count, int | float | np.integer | np.floating) and not isinstance(count, bool):
+        try:
+            number = float(count)
+        except OverflowError:
+            number = math.inf
     else:
-        got = f"has shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"is of type {type(count).__name__}"
+        got = f"is of type {type(count).__name__}"
+        if isinstance(count, Tensor):
+            got = f"has shape {tuple(count.shape)}" if count.ndim else f"has dtype {count.dtype}"
         raise ProblemError(f"the count of batch {index} {got}; {wanted}")
     if not (math.isfinite(number) and number >= 0):
         raise ProblemError(f"the count of batch {index} is {number}; return a finite count that is not negative")
@@ -315,7 +335,7 @@ def halves(batch: Any) -> tuple[Any, Any] | None:
     samples = shape.leading
     try:
         return _cut(batch, slice(0, samples // 2), samples), _cut(batch, slice(samples // 2, None), samples)
-    except (TypeError, ValueError, NotImplementedError):
+    except (TypeError, ValueError, NotImplementedError, RecursionError):
         return None
 
 

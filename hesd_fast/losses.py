@@ -6,7 +6,8 @@ import copy
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch.nn.modules.loss import _Loss as CriterionModule
 from torch.nn.utils.rnn import PackedSequence
 
 from hesd_fast.data import leaves, to_device
-from hesd_fast.errors import ProblemError
+from hesd_fast.errors import ProblemError, first_line
+from hesd_fast.signatures import signature_of, takes
 from hesd_fast.softmax_cross_entropy import pays, softmax_cross_entropy
 
 SumAndCount = tuple[Tensor, Tensor | float]
@@ -124,8 +126,8 @@ def supervised(criterion: Callable[[Any, Any], Tensor]) -> OutputLoss:
     if isinstance(criterion, type):
         raise ProblemError(f"criterion is the class {criterion.__name__}; give an instance, {criterion.__name__}()")
     criterion = _as_module(criterion)
-    signature = _signature(criterion)
-    if signature is not None and not _takes(signature, None, None):
+    signature = signature_of(criterion)
+    if signature is not None and not takes(signature, None, None):
         raise ProblemError(
             f"the criterion {_name_of(criterion)} has the arguments {signature}, but supervised gives it two, "
             "(output, targets); write a loss(model, batch) that calls it and returns its mean, or (sum, count)"
@@ -154,22 +156,6 @@ def _name_of(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _signature(function: Any) -> inspect.Signature | None:
-    """Return the signature of a function, or of the forward method of a module; None if it has none to be seen."""
-    try:
-        return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except (TypeError, ValueError):
-        return None
-
-
-def _takes(signature: inspect.Signature, *arguments: Any, **options: Any) -> bool:
-    try:
-        signature.bind(*arguments, **options)
-    except TypeError:
-        return False
-    return True
-
-
 class _Supervised(OutputLoss):
     def __init__(self, criterion: Callable[[Any, Any], Tensor], reduction: str) -> None:
         self.criterion, self.reduction = criterion, reduction
@@ -188,7 +174,8 @@ class _Supervised(OutputLoss):
     def of_outputs(self, outputs: Tensor, batch: Any) -> SumAndCount | Tensor:
         targets = self._targets(outputs, batch)
         if self.is_torchs_own:
-            return _sum_and_count(self.criterion, self.reduction, outputs, targets)
+            with self._naming_misfits(outputs, targets):
+                return _sum_and_count(self.criterion, self.reduction, outputs, targets)
         value = self.criterion(outputs, targets)
         if not isinstance(value, Tensor) or value.ndim:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
@@ -204,7 +191,28 @@ class _Supervised(OutputLoss):
                 f"{_name_of(self.criterion)} gives one loss for a batch, and one for each sample is wanted; give "
                 "supervised() a torch loss module, for example nn.CrossEntropyLoss()"
             )
-        return _sums_and_counts(self.criterion, self.reduction, outputs, self._targets(outputs, batch))
+        targets = self._targets(outputs, batch)
+        with self._naming_misfits(outputs, targets):
+            return _sums_and_counts(self.criterion, self.reduction, outputs, targets)
+
+    @contextmanager
+    def _naming_misfits(self, outputs: Tensor, targets: Tensor) -> Iterator[None]:
+        """Say what was given where PyTorch's criterion refuses it, but not under transforms, which refuse more."""
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if torch._C._functorch.maybe_current_level() is not None:
+                raise
+            wanted = "give outputs and targets of shapes and dtypes that fit together"
+            if isinstance(self.criterion, _OF_CLASSES):
+                wanted = "give int64 classes below the number of outputs, or probabilities of the outputs' shape"
+            raise ProblemError(
+                f"{_name_of(self.criterion)} cannot be computed of outputs of shape {tuple(outputs.shape)}, "
+                f"{outputs.dtype}, and targets of shape {tuple(targets.shape)}, {targets.dtype}; {wanted}. PyTorch "
+                f"says: {first_line(error)}"
+            ) from error
 
     def _targets(self, outputs: Tensor, batch: Any) -> Any:
         targets = _inputs_and_targets(batch)[1]
@@ -327,14 +335,14 @@ def _arguments_and_labels(batch: Any) -> tuple[dict[str, Any], Tensor]:
 def _call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, PackedSequence) or not isinstance(inputs, Mapping | tuple | list):
         return model(inputs)
-    signature = _signature(model)
+    signature = signature_of(model)
     reason: TypeError | None = None
     if not isinstance(inputs, Mapping):
-        if signature is None or _takes(signature, *inputs):
+        if signature is None or takes(signature, *inputs):
             return model(*inputs)
-    elif signature is None or (all(isinstance(name, str) for name in inputs) and _takes(signature, **inputs)):
+    elif signature is None or (all(isinstance(name, str) for name in inputs) and takes(signature, **inputs)):
         return model(**inputs)
-    elif _takes(signature, inputs):
+    elif takes(signature, inputs):
         try:
             return model(inputs)
         except TypeError as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hesd_fast import cuda
 from hesd_fast.errors import OperatorError
 from hesd_fast.memory import available_memory
-from hesd_fast.precision import full_float32, without_cudnn
+from hesd_fast.precision import full_float32, process_settings, without_autocast, without_cudnn
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,6 +41,18 @@ def alone(function: Callable[P, T]) -> Callable[P, T]:
 
     return wait
 
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+_GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 COPY_SHARE = 0.125
 """Part of the available memory that copies of weights may take while it is not known yet that the loss leaves them."""
@@ -94,7 +107,8 @@ class ModelState:
     Buffers, and tensors that are plain attributes of a module, are set aside: each forward pass gets fresh copies of
     the buffers, so the originals are never written to, and every pass computes the same function. Plain attributes are
     not copied, since they may share memory on purpose; a write into one is noticed. So is a write into a weight, also
-    one that autograd does not see (through ``.data``), by a digest of the values.
+    one that autograd does not see (through ``.data``), by a digest of the values, and another module or parameter in
+    the place of one. Hooks that were registered meanwhile are taken off.
 
     Parameters
     ----------
@@ -118,7 +132,14 @@ class ModelState:
         self._buffers = [dict(module._buffers) for module in self._modules]
         self._non_persistent = [set(module._non_persistent_buffers_set) for module in self._modules]
         self._attributes = [dict(vars(module)) for module in self._modules]
+        self._members = [(dict(module._modules), dict(module._parameters)) for module in self._modules]
+        self._names = {module: name for name, module in model.named_modules()}
         self._parameters = dict(model.named_parameters())
+        self._hooks = [{name: dict(getattr(module, name)) for name in _HOOKS} for module in self._modules]
+        self._gradient_hooks = [
+            {name: dict(getattr(parameter, name) or {}) for name in _GRADIENT_HOOKS}
+            for parameter in self._parameters.values()
+        ]
         self._requires_grad = [parameter.requires_grad for parameter in self._parameters.values()]
         self._gradients = [parameter.grad for parameter in self._parameters.values()]
         self.versions = _versions_of([*model.named_parameters(), *model.named_buffers()])
@@ -129,6 +150,7 @@ class ModelState:
         self.digests = dict(zip(names, digests_of(self._memory), strict=True))
         self._copies = _copies_that_fit(self._memory) if copies else None
         self._written: str | None = None
+        self._replaced: str | None = None
         self._is_lost = False
 
     @property
@@ -175,8 +197,10 @@ class ModelState:
     def check_unwritten(self) -> None:
         """Raise an OperatorError if a parameter, an original buffer or a tensor attribute was written to or replaced.
 
-        Values are put back first where there are copies of them. Cost: two readings of the weights.
+        Also if a module was. Values are put back first where there are copies of them. Cost: two readings of the
+        weights.
         """
+        self.check_members()
         self._put_back_values()
         if self._written is None:
             return
@@ -186,6 +210,45 @@ class ModelState:
             f"loss is not one fixed function; {outcome}, and make forward and loss leave the weights alone; state "
             "that forward has to write belongs into a buffer (register_buffer)"
         )
+
+    def check_members(self) -> None:
+        """Raise an OperatorError if a module or parameter was added, replaced or taken out; put back are those before.
+
+        Cost: a look at each module.
+        """
+        self._put_back_members()
+        if self._replaced is None:
+            return
+        raise OperatorError(
+            f"{self._replaced!r} of the model was added, replaced or taken out while the loss was computed, so that "
+            "is not one fixed function of its parameters; the model is as it was before: build all modules and "
+            "parameters before the analysis (a forward pass that builds some must have run once), and let forward and "
+            "loss leave them"
+        )
+
+    def _put_back_members(self) -> None:
+        """Put back modules and parameters under their names, and note the first that was not there."""
+        for module, (modules, parameters) in zip(self._modules, self._members, strict=True):
+            pairs: list[tuple[dict[str, Any], Any]] = [(modules, module._modules), (parameters, module._parameters)]
+            for before, now in pairs:
+                changed = next((name for name in (before | now) if not _same_member(before, now, name)), None)
+                if changed is None:
+                    continue
+                self._replaced = self._replaced or f"{self._names[module]}.{changed}".lstrip(".")
+                now.clear()
+                now.update(before)
+
+    def _put_back_hooks(self) -> None:
+        for module, hooks in zip(self._modules, self._hooks, strict=True):
+            for name, before in hooks.items():
+                present = getattr(module, name)
+                if present.keys() != before.keys():
+                    present.clear()
+                    present.update(before)
+        for parameter, gradient_hooks in zip(self._parameters.values(), self._gradient_hooks, strict=True):
+            for name, before in gradient_hooks.items():
+                if (getattr(parameter, name) or {}).keys() != before.keys():
+                    setattr(parameter, name, OrderedDict(before) or None)
 
     def _put_back_values(self) -> None:
         """Put back memory and values of what was written to, and note the first of its names."""
@@ -206,6 +269,8 @@ class ModelState:
 
     def restore(self) -> None:
         """Put everything back; cost: two readings of the weights."""
+        self._put_back_members()
+        self._put_back_hooks()
         self._put_back_tensors({})
         self._put_back_values()
         for module, training in zip(self._modules, self._training, strict=True):
@@ -235,6 +300,10 @@ class ModelState:
                     present[name] = before
 
 
+def _same_member(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> bool:
+    return before.get(name, _ABSENT) is now.get(name, _ABSENT)
+
+
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was written to in place; inference tensors do not count, so 0 for them."""
     return 0 if tensor.is_inference() else tensor._version
@@ -254,7 +323,7 @@ def digests_of(tensors: Sequence[Tensor]) -> list[int]:
     found = [0] * len(tensors)
     places: dict[torch.device, list[int]] = {}
     for position, tensor in enumerate(tensors):
-        if _has_plain_memory(tensor) and tensor.numel():
+        if has_plain_memory(tensor) and tensor.numel():
             places.setdefault(tensor.device, []).append(position)
     for positions in places.values():
         sums = torch.stack([_digest(tensors[position]) for position in positions]).tolist()
@@ -280,7 +349,8 @@ def _weights(count: int, start: int, like: Tensor) -> Tensor:
     return torch.arange(start, start + 2 * count, 2, device=like.device)  # odd: no product of a change is lost
 
 
-def _has_plain_memory(tensor: Tensor) -> bool:
+def has_plain_memory(tensor: Tensor) -> bool:
+    """Whether the values of a tensor lie in memory at its address and strides, and nowhere else."""
     return (
         type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
         and tensor.layout is torch.strided
@@ -292,14 +362,14 @@ def _same_memory(tensor: Tensor, memory: Tensor) -> bool:
     """Whether a tensor still has the memory that a detached one of before shows."""
     if tensor.dtype != memory.dtype or tensor.shape != memory.shape or tensor.device != memory.device:
         return False
-    if not _has_plain_memory(memory):
+    if not has_plain_memory(memory):
         return True
     return tensor.data_ptr() == memory.data_ptr() and tensor.stride() == memory.stride()
 
 
 def _copies_that_fit(tensors: Sequence[Tensor]) -> list[Tensor] | None:
     """Return copies of tensors, or None where they would take too much of the memory."""
-    plain = [tensor for tensor in tensors if _has_plain_memory(tensor)]
+    plain = [tensor for tensor in tensors if has_plain_memory(tensor)]
     needed: dict[torch.device, int] = {}
     for tensor in plain:
         needed[tensor.device] = needed.get(tensor.device, 0) + tensor.nbytes
@@ -307,7 +377,7 @@ def _copies_that_fit(tensors: Sequence[Tensor]) -> list[Tensor] | None:
         available = available_memory(device)
         if available is not None and size > COPY_SHARE * available:
             return None
-    return [tensor.clone() if _has_plain_memory(tensor) else tensor for tensor in tensors]
+    return [tensor.clone() if has_plain_memory(tensor) else tensor for tensor in tensors]
 
 
 def _versions_of(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor, int]]:
@@ -329,7 +399,9 @@ def borrowed(
 
     Meanwhile float32 operations are in float32, attention runs in the MATH backend, the only one with a second
     derivative, recurrent layers on GPUs without cuDNN, whose ones have none, nor a first one in eval mode, and
-    transformer layers without their fast path, which is another function where no parameter requires gradients.
+    transformer layers without their fast path, which is another function where no parameter requires gradients. An
+    autocast around the session is off; one in model or loss is theirs. The default dtype and deterministic algorithms
+    are what they were at the end.
     Attributes of modules that are not tensors (lists, dictionaries, numbers) are not looked at: what a forward pass
     puts there stays.
 
@@ -347,7 +419,14 @@ def borrowed(
         state.set_selected(selected)
         state.refresh_buffers()
         recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        with sdpa_kernel(SDPBackend.MATH), full_float32(), without_cudnn(recurrent), _without_fast_path():
+        with (
+            process_settings(),
+            without_autocast(),
+            sdpa_kernel(SDPBackend.MATH),
+            full_float32(),
+            without_cudnn(recurrent),
+            _without_fast_path(),
+        ):
             yield state
     finally:
         try:

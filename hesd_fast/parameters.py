@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import inspect
+import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -15,6 +15,8 @@ from torch.nn.modules import module as module_globals
 from torch.nn.parameter import is_lazy
 
 from hesd_fast.errors import ProblemError
+from hesd_fast.model_state import has_plain_memory
+from hesd_fast.signatures import refusal, signature_of
 
 Selection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -34,8 +36,16 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ProblemError(f"parameter {name!r} was made in inference mode; build the model outside of it")
-        if (parameter.is_floating_point() or parameter.is_complex()) and not torch.isfinite(parameter).all():
+        if not _is_finite(parameter):
             raise ProblemError(f"parameter {name!r} holds NaN or Inf; give a model with finite weights")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.itemsize == 1:
+        tensor = tensor.float()  # the formats of 8 bits have no such function
+    return bool(torch.isfinite(tensor).all())
 
 
 def select_parameters(model: nn.Module, selection: Selection = None) -> dict[str, nn.Parameter]:
@@ -68,6 +78,7 @@ def select_parameters(model: nn.Module, selection: Selection = None) -> dict[str
         _check_parameter(name, parameter)
     if not any(parameter.numel() for parameter in selected.values()):
         raise ProblemError(f"the selected parameters have no elements: {', '.join(selected)}; select others")
+    _check_memory(selected, dict(model.named_parameters()))
     devices = {parameter.device: name for name, parameter in selected.items()}
     if len(devices) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
@@ -123,20 +134,83 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"parameter {name!r} has dtype {parameter.dtype}; only floating-point parameters have a Hessian, leave it "
             "out of the selection"
         )
+    if parameter.is_floating_point() and parameter.itemsize == 1:
+        raise ProblemError(
+            f"parameter {name!r} has dtype {parameter.dtype}, in which there are no gradients; convert it, as in "
+            "model.bfloat16(), or leave it out of the selection"
+        )
+
+
+def _check_memory(selected: Mapping[str, nn.Parameter], everything: Mapping[str, nn.Parameter]) -> None:
+    """Raise a ProblemError if an element of a selected parameter lies where another element of some parameter does.
+
+    To autograd these are two variables, and to all that writes to weights, as optimizers and differences do, they are
+    one, so there is no telling which Hessian is meant.
+    """
+    for name, parameter in selected.items():
+        if has_plain_memory(parameter) and _overlap_within(parameter):
+            raise ProblemError(
+                f"elements of parameter {name!r}, of shape {tuple(parameter.shape)} and stride {parameter.stride()}, "
+                f"share memory, as those of an expanded tensor do; give it memory of its own, as in "
+                "parameter.data = parameter.data.clone(memory_format=torch.contiguous_format), or expand it in forward"
+            )
+    plain = {name: parameter for name, parameter in everything.items() if has_plain_memory(parameter)}
+    for one, other in _neighbours(plain):
+        if (one in selected or other in selected) and _overlap(plain[one], plain[other]):
+            raise ProblemError(
+                f"parameters {one!r} and {other!r} share memory, but are two parameters to autograd; tie them by "
+                "giving both modules the same parameter, as in head.weight = embedding.weight (not .data), or give "
+                "each memory of its own, as in parameter.data = parameter.data.clone()"
+            )
+
+
+def _neighbours(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, str]]:
+    """Yield the pairs of parameters the memory of which lies, from first to last element, one in the other."""
+    ends = sorted((*_ends(parameter), name) for name, parameter in parameters.items() if parameter.numel())
+    for position, (_, end, name) in enumerate(ends):
+        for start, _, other in itertools.islice(ends, position + 1, None):
+            if start >= end:
+                break
+            if parameters[name].device == parameters[other].device:
+                yield name, other
+
+
+def _ends(tensor: Tensor) -> tuple[int, int]:
+    last = sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    places, others = _places(one), _places(other)
+    return bool(torch.isin(places, others).any())
+
+
+def _overlap_within(tensor: Tensor) -> bool:
+    extent = 1
+    for stride, count in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if count > 1:
+            if stride < extent:
+                places = _places(tensor).sort().values
+                return bool((places[1:] == places[:-1]).any())
+            extent = stride * count
+    return False
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """Return the address of each element."""
+    places = torch.full((), tensor.data_ptr(), dtype=torch.int64, device="cpu")
+    for count, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        places = places[..., None] + torch.arange(count, device="cpu") * (stride * tensor.itemsize)
+    return places.flatten()
 
 
 def _check_predicate(predicate: Callable[..., object], example: tuple[str, nn.Parameter]) -> None:
-    try:
-        signature = inspect.signature(predicate)
-    except ValueError:  # some functions written in C have none to look at
-        return
-    try:
-        signature.bind(*example)
-    except TypeError as error:
+    signature = signature_of(predicate)
+    if signature is not None and (reason := refusal(signature, *example)):
         raise ProblemError(
             f"parameters is a predicate with the signature {signature}, which cannot be called with (name, parameter): "
-            f"{error}; give a function of both, as in lambda name, parameter: parameter.ndim > 1"
-        ) from error
+            f"{reason}; give a function of both, as in lambda name, parameter: parameter.ndim > 1"
+        )
 
 
 def check_hooks(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> None:

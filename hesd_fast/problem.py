@@ -20,17 +20,21 @@ from torch.utils.data import DataLoader
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hesd_fast import data as _data
-from hesd_fast.errors import HESDError, OperatorError, ProblemError
+from hesd_fast.choices import is_one_of
+from hesd_fast.errors import HESDError, OperatorError, ProblemError, first_line, raised_outside_of_libraries
 from hesd_fast.exact_operations import ExactOperations, operations_in
 from hesd_fast.loss_terms import Count, ReadingCheck, TermCounter, warn_of_fraction
 from hesd_fast.losses import is_ready_made
 from hesd_fast.model_state import SESSIONS, ModelState, RandomStreams, alone, borrowed, first_written, version_of
 from hesd_fast.parameters import ParameterLayout, Selection, check_hooks, check_model, norm_of, select_parameters
+from hesd_fast.signatures import refusal, signature_of
 
 if TYPE_CHECKING:
     from hesd_fast.hvp.derivative_check import DerivativeCheck
 
 Loss = Callable[[Any, Any], Any]
+
+_SAME_IN_EVERY_MODE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
 MODES = ("eval", "train", "as_is")
 
@@ -166,7 +170,9 @@ class Problem:
                 f"count is of type {type(count).__name__}; give a function count(batch) that returns the number of "
                 "terms of a batch's mean loss"
             )
-        if mode not in MODES:
+        if count is not None:
+            _check_arguments("count", count, "(batch)", 1)
+        if not is_one_of(mode, MODES):
             raise ProblemError(f"mode is {mode!r}; give one of {', '.join(map(repr, MODES))}")
         check_model(model)
         _check_loss_function(loss)
@@ -185,6 +191,7 @@ class Problem:
         self._facts: _Facts | None = None
         self._digests: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()  # of tensors on a device
         self._versions: list[tuple[str, Tensor, int]] = []
+        self._modules: dict[str, nn.Module] | None = None
         self._values: dict[str, int] = {}
         self._altered: dict[int, str] = {}
         self.derivative_check: DerivativeCheck | None = None
@@ -327,7 +334,7 @@ class Problem:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was read of tensors is about these tensors, which another process does not have.
-        return {**vars(self), "_digests": None, "_operations": ExactOperations()}
+        return {**vars(self), "_digests": None, "_operations": ExactOperations(), "_state": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _digests=WeakTensorKeyDictionary())
@@ -341,6 +348,7 @@ class Problem:
                 state = self._borrowed_state()
                 state.check_unwritten()  # an outer session would tell only when all the work is done
                 self._facts, self._versions, self._values = facts, state.versions, state.digests
+                self._modules = dict(self.model.named_modules(remove_duplicate=False))
         return self._facts
 
     @contextmanager
@@ -464,6 +472,11 @@ class Problem:
         before = [(path, leaf, version_of(leaf)) for path, leaf in _data.leaves(batch) if isinstance(leaf, Tensor)]
         try:
             result = function(self.model, batch)
+        except StopIteration as error:  # which the generators around would take for their own end
+            raise ProblemError(
+                f"forward or loss raised StopIteration at batch {index}, as next() does for an iterator that is used "
+                "up; give it a default, or an iterator that starts afresh at every call"
+            ) from error
         except RuntimeError as error:
             elsewhere = next(((path, leaf) for path, leaf, _ in before if leaf.device != self.device), None)
             if elsewhere is None or "same device" not in str(error):
@@ -512,6 +525,8 @@ class Problem:
             digests.append(_data.digest(batch, self._digests))
             sizes.append(_data.size_in_bytes(batch))
             loss, count = self._batch_loss(index, batch)
+            self._borrowed_state().check_members()
+            check_hooks(self.model, self.parameters)  # forward or loss may have registered some
             values.append(float(loss.detach()))
             dtype = loss.dtype
             if counter.add(index, batch, count):
@@ -532,15 +547,27 @@ class Problem:
                     reading.see(index, batch, values[-1], count)
         if not digests:
             raise ProblemError("the data yields no batch; give at least one (a used-up iterator yields none)")
-        total = math.fsum(counter.counts)
+        total = counter.total
         if total <= 0:
             raise ProblemError(f"the {len(values)} batches hold {total:g} loss terms; at least one is wanted")
-        return _Facts(values, dtype, counter.weights, digests, sizes, total, counter.description)
+        weights = counter.weights
+        if not all(map(math.isfinite, weights)):
+            raise ProblemError(
+                f"the {len(values)} batches hold {total:g} loss terms, too few or too many to divide by; give the "
+                "number of terms as count"
+            )
+        return _Facts(values, dtype, weights, digests, sizes, total, counter.description)
 
     def _check_first_value(self, loss: Tensor, value: float, index: int, first: bool) -> None:
         if not math.isfinite(value):
             raise ProblemError(f"the loss of batch {index} is {value}; a finite loss is wanted, check model and data")
         parameters = list(self.parameters.values())
+        frozen = next((name for name, parameter in self.parameters.items() if not parameter.requires_grad), None)
+        if frozen is not None:
+            raise ProblemError(
+                f"forward or loss turned requires_grad of {frozen!r} off, which is selected; let them leave it, or "
+                "select other parameters"
+            )
         # The data may require gradients too, so that only a backward pass shows what the loss depends on.
         if not loss.requires_grad or (first and all(g is None for g in _gradients(loss, parameters))):
             raise ProblemError(
@@ -581,6 +608,10 @@ class Problem:
         stale = next((name for name, parameter in self.parameters.items() if present.get(name) is not parameter), None)
         if stale is None:
             stale = first_written(self._versions)
+        if stale is None and self._modules is not None:
+            modules = dict(self.model.named_modules(remove_duplicate=False))
+            differing = (name for name in modules | self._modules if modules.get(name) is not self._modules.get(name))
+            stale = next(differing, None)
         if stale is not None:
             raise ProblemError(f"{stale!r} of the model has changed since the problem was made; make a new Problem")
 
@@ -616,10 +647,11 @@ class Problem:
             for name, module in self.model.named_modules()
             if (module.training if self.mode == "as_is" else self.mode == "train")
             and any(word in type(module).__name__ for word in ("Drop", "Norm"))
+            and not isinstance(module, _SAME_IN_EVERY_MODE)
         ]
-        if suspects:
-            return f"likely causes are {', '.join(suspects[:3])} in train mode; use mode='eval'"
-        return "likely causes are a random generator of its own, or a counter that forward or loss keeps; remove them"
+        causes = "likely causes are a random generator of its own, or a counter that forward or loss keeps; remove them"
+        # The dropout and norms of PyTorch are the same at every pass: streams and buffers are put back.
+        return f"{causes}, or use mode='eval' for {', '.join(suspects[:3])}" if suspects else causes
 
     def _check_evaluated(self, evaluated: list[tuple[int, Tensor]]) -> None:
         """Raise an OperatorError if a loss is not that of the first pass, or weights were written to."""
@@ -655,6 +687,16 @@ def _check_loss_function(loss: Any) -> None:
             f"loss is the criterion {name}, a function of (output, targets), but a function of (model, batch) is "
             "wanted; give hesd_fast.losses.supervised(criterion), or write a loss that calls it"
         )
+    _check_arguments("loss", loss, "(model, batch)", 2)
+
+
+def _check_arguments(name: str, function: Any, arguments: str, number: int) -> None:
+    signature = signature_of(function)
+    if signature is not None and (reason := refusal(signature, *[None] * number)):
+        raise ProblemError(
+            f"{name} has the arguments {signature}, and cannot be called with {arguments}: {reason}; give a function "
+            f"{name}{arguments}"
+        )
 
 
 def _altered_leaf(before: list[tuple[str, Tensor, int]], batch: Any) -> str | None:
@@ -684,4 +726,10 @@ def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise OperatorError(f"the gradient of the loss cannot be computed with torch.autograd.grad: {error}") from error
+        if raised_outside_of_libraries(error):
+            raise
+        raise OperatorError(
+            f"the gradient of the loss cannot be computed with torch.autograd.grad: {first_line(error)}; return a loss "
+            "with its whole graph: no .backward() in forward or loss (or one with retain_graph=True), and nothing "
+            "changed in place that the graph needs"
+        ) from error

@@ -13,17 +13,19 @@ Parameters = dict[str, nn.Parameter]
 def dense_hessian(model: nn.Module, total_loss, parameters: Parameters) -> Tensor:
     """Return the Hessian (n, n) of ``total_loss(model)`` with respect to the parameters, in the order given.
 
+    An element of a complex parameter is two rows and columns, its real and its imaginary part.
+
     The parameters are replaced by slices of one flat vector, so that PyTorch's own Hessian can be asked for. Modes and
     buffers of the model are used as they are.
     """
-    shapes = [p.shape for p in parameters.values()]
+    widths = [p.numel() * (2 if p.is_complex() else 1) for p in parameters.values()]
     # One name per place that holds a parameter: functional_call does not give back a module that it finds by two names.
     places = {
         f"model.{prefix}.{name}".replace("..", "."): id(parameter)
         for prefix, module in model.named_modules()
         for name, parameter in module._parameters.items()
     }
-    flat = torch.cat([p.detach().reshape(-1) for p in parameters.values()]).requires_grad_()
+    flat = torch.cat([_as_real(p.detach()).reshape(-1) for p in parameters.values()]).requires_grad_()
 
     class Total(nn.Module):
         def __init__(self) -> None:
@@ -34,13 +36,23 @@ def dense_hessian(model: nn.Module, total_loss, parameters: Parameters) -> Tenso
             return total_loss(self.model)
 
     def function(vector: Tensor) -> Tensor:
-        slices = vector.split([shape.numel() for shape in shapes])
-        parts = {id(p): part.view(p.shape) for p, part in zip(parameters.values(), slices, strict=True)}
+        slices = vector.split(widths)
+        parts = {id(p): _like(p, part) for p, part in zip(parameters.values(), slices, strict=True)}
         replaced = {name: parts[identity] for name, identity in places.items() if identity in parts}
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return torch.func.functional_call(Total(), replaced, (), tie_weights=False)
 
     return torch.autograd.functional.hessian(function, flat).detach()
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _like(parameter: Tensor, part: Tensor) -> Tensor:
+    if not parameter.is_complex():
+        return part.view(parameter.shape)
+    return torch.complex(*part.view(-1, 2).unbind(1)).view(parameter.shape)
 
 
 def differenced_product(

@@ -215,6 +215,8 @@ REFUSED = [
     ({"block_size": 124}, "block_size is 124; wanted 1 to 123"),
     ({"block_size": "large"}, "block_size is 'large'"),
     ({"block_size": 0}, "block_size is 0"),
+    ({"protocol": ["lla"]}, r"protocol is \['lla'\]; wanted None or one of 'lla'"),
+    ({"reorthogonalization": ["full"]}, r"reorthogonalization is \['full'\]; wanted one of"),
     ({"max_steps": -1}, "steps is -1"),
     ({"max_steps": 0}, "steps is 0"),
     ({"reorthogonalization": "some"}, "'some'"),
@@ -229,6 +231,14 @@ def test_bad_options_are_refused_before_the_first_product(case, options, message
     model, loss, batches, _ = case
     with pytest.raises(hesd.ProblemError, match=message):
         hesd.analyze(model, loss, batches, progress=False, **options)
+
+
+@pytest.mark.parametrize("name", ["operator", "hvp"])
+@pytest.mark.parametrize("value", [None, ["auto"], {}, np.array(["hessian", "auto"])])
+def test_names_of_every_type_are_refused(case, name, value):
+    model, loss, batches, _ = case
+    with pytest.raises(hesd.OperatorError, match=f"(?s){name} is .*; wanted"):
+        hesd.analyze(model, loss, batches, progress=False, **{name: value})
 
 
 def test_missing_and_doubled_arguments_are_named(case):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -49,6 +50,17 @@ def test_products_that_are_the_same_each_time_are_not_blamed_on_random_numbers(m
     assert not any("random" in str(one.message) for one in caught)
 
 
+@pytest.mark.parametrize("block_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("basis_dtype", ["float32", "bfloat16", "float16"])
+def test_a_coarse_basis_is_no_asymmetry(basis_dtype, block_size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    data = [(torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HESDWarning)
+        hesd.analyze(model, CROSS_ENTROPY, data, block_size=block_size, basis_dtype=basis_dtype, progress=False)
+
+
 def test_products_that_change_are_blamed_on_what_changes(monkeypatch):
     disturbed(monkeypatch, lambda out, call: out.mul_(1 + 1e-6 * call))
     with pytest.warns(HESDWarning, match="the check of determinism failed"):
@@ -63,7 +75,7 @@ def test_modules_in_train_mode_are_suspects_only_where_the_run_has_them_so(monke
         model = nn.Sequential(nn.Linear(8, 6), nn.Dropout(0.1), nn.Linear(6, 3)).double().train()
         with pytest.warns(HESDWarning):
             report = hesd.analyze(Problem(model, CROSS_ENTROPY, vectors(8), mode=mode), max_steps=4, progress=False)
-        assert ("(Dropout) in train mode; use mode='eval'" in check_of(report, "determinism").detail) == suspected
+        assert ("or use mode='eval' for 1 (Dropout)" in check_of(report, "determinism").detail) == suspected
 
 
 def test_a_wrong_second_derivative_is_the_cause_where_it_is_known():

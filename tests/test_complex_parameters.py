@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dense import dense_hessian
-from test_model_state import assert_same, snapshot
+from snapshots import assert_same, snapshot
 from torch import Tensor, nn
 
 from hesd_fast import analyze, load_report, losses

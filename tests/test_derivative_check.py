@@ -84,6 +84,11 @@ class Doubled(nn.Module):
         return y
 
 
+@torch.no_grad()
+def without_gradient(x):
+    return x.sigmoid()
+
+
 def with_layer(layer) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 6), layer, nn.Linear(6, 3)).double()
@@ -134,16 +139,48 @@ def test_a_function_with_another_second_derivative_is_named_and_differences_serv
         (Doubled(), "gradient hook that is registered .register_hook. in module '1'"),
         (
             Layer(lambda x: x.tanh() + (x.tanh().round() - x.tanh()).detach()),
-            r"\.detach\(\) or \.data in module '1'.*straight-through",
+            r"\.detach\(\), \.data or torch\.no_grad\(\) in module '1'.*straight-through",
         ),
-        (Layer(lambda x: x * x.detach().sigmoid()), r"\.detach\(\) or \.data in module '1'"),
+        (Layer(lambda x: x * x.detach().sigmoid()), r"\.detach\(\), \.data or torch\.no_grad\(\) in module '1'"),
+        (Layer(lambda x: x * without_gradient(x)), r"torch\.no_grad\(\) in module '1'"),
     ],
-    ids=["hook", "straight-through", "stopped"],
+    ids=["hook", "straight-through", "stopped", "no_grad"],
 )
 def test_hooks_and_stopped_gradients_are_named(layer, cause):
     operator = HessianOperator(Problem(with_layer(layer), CROSS_ENTROPY, vectors(7)))
     with pytest.warns(HESDWarning, match=f"is not the derivative of its first.*{cause}"):
         operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+
+
+def test_the_power_iteration_of_spectral_norm_is_named_in_train_mode_and_right_in_eval_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 3)).double()
+    vector = torch.ones(Problem(model, CROSS_ENTROPY, vectors(7)).size, dtype=torch.float64)
+    with pytest.warns(
+        HESDWarning, match=r"torch\.no_grad\(\) in module '0\.parametrizations\.weight\.0'.*power iteration"
+    ):
+        HessianOperator(Problem(model, CROSS_ENTROPY, vectors(7), mode="train")).matvec(vector)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HessianOperator(Problem(model, CROSS_ENTROPY, vectors(7))).matvec(vector)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_hessian_that_is_nothing_but_rounding_raises_no_alarm(dtype):
+    class Shifted(nn.Module):
+        """A number that is added to all classes changes no probability."""
+
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x):
+            return x[:, :3].sin() + self.shift
+
+    for seed in range(20):
+        torch.manual_seed(seed)
+        problem = Problem(Shifted().to(dtype), CROSS_ENTROPY, [(x.to(dtype), y) for x, y in vectors(9)])
+        assert agrees(problem).agrees is not False
 
 
 def test_a_report_says_it_and_the_warning_comes_once():

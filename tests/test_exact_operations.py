@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from dense import dense_hessian
-from test_model_state import assert_same, snapshot
+from snapshots import assert_same, snapshot
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode

@@ -237,3 +237,40 @@ def test_a_vector_that_is_not_finite_leaves_nothing_behind(name, bad):
     with pytest.raises(OperatorError):
         operator.matmat(torch.where(torch.arange(problem.size) == 3, bad, panel))
     assert torch.equal(operator.matmat(panel), wanted)
+
+
+class Tokens(nn.Module):
+    """Words with a row of padding; ``tied`` to the head, whose row of it is a weight like others."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, 5, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens).tanh().mean(1))
+
+
+def padded(tied: bool) -> Problem:
+    torch.manual_seed(0)
+    model = Tokens(tied).double()
+    with torch.no_grad():
+        model.embedding.weight[0] = torch.randn(4)
+    return Problem(model, CROSS_ENTROPY, [(torch.tensor([[1, 2, 0], [3, 0, 0], [4, 1, 2]]), torch.tensor([1, 0, 3]))])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_row_of_padding_is_not_moved(name):
+    problem = padded(tied=False)
+    panel = torch.eye(problem.size, dtype=torch.float64)
+    found, exact = HessianOperator(problem, hvp=name).matmat(panel), HessianOperator(problem).matmat(panel)
+    assert (found[:4] == 0).all()
+    assert relative(found, exact) <= 1e-6
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_row_of_padding_that_is_also_another_weight_is_refused(name):
+    operator = HessianOperator(padded(tied=True), hvp=name)
+    with pytest.raises(OperatorError, match=r"row of padding of 'embedding\.weight' .*; use hvp='double_backward'"):
+        operator.matvec(torch.ones(20, dtype=torch.float64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import sys
 from functools import cache
 
@@ -20,6 +21,7 @@ from torch.nn import functional
 import hesd_fast as hesd
 from hesd_fast import losses
 from hesd_fast.errors import OperatorError
+from hesd_fast.hvp import STRATEGIES
 from hesd_fast.operators import CurvatureOperator, HessianOperator, MatrixOperator, as_operator
 from hesd_fast.problem import Problem
 
@@ -561,3 +563,19 @@ def test_a_vector_that_is_not_finite_is_told_from_a_product_that_is_not() -> Non
     operator = HessianOperator(Problem(nn.Linear(8, 3).double(), CROSS_ENTROPY, vectors(4)))
     with pytest.raises(OperatorError, match=r"the panel given holds nan in vector 0 .*give vectors of finite numbers"):
         operator.matvec(torch.full((operator.size,), torch.nan, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+@pytest.mark.parametrize("hvp", ["auto", *STRATEGIES])
+def test_a_copy_of_an_operator_multiplies_as_it_does(hvp: str, copied) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    operator = HessianOperator(Problem(model, squared_output, vectors(5)), hvp=hvp)
+    panel = torch.randn(2, operator.size, dtype=torch.float64)
+    wanted = operator.matmat(panel)
+    difference = torch.linalg.vector_norm(copied(operator).matmat(panel) - wanted)
+    assert difference <= 64 * torch.finfo(torch.float64).eps * torch.linalg.vector_norm(wanted)
+
+
+def squared_output(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return model(batch[0]).square().mean()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from dense import dense_hessian, differenced_product, reverse_over_reverse
 from models import CATALOGUE, LOW_PRECISION, WITHOUT_SECOND_DERIVATIVE, Case
-from test_model_state import assert_same, snapshot
+from snapshots import assert_same, snapshot
 from torch import Tensor, nn
 
 from hesd_fast.errors import OperatorError

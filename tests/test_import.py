@@ -68,6 +68,11 @@ def test_scipy_and_matplotlib_wait_until_they_are_used():
     assert run(f"import sys; from hesd_fast import analyze\nprint([n for n in {parts} if n in sys.modules])") == "[]\n"
 
 
+def test_loading_draws_no_random_numbers():
+    code = "import random; before = random.getstate(); import hesd_fast; hesd_fast.analyze"
+    assert run(f"{code}\nprint(random.getstate() == before)") == "True\n"
+
+
 def test_a_name_that_there_is_not_is_refused_as_ever():
     with pytest.raises(AttributeError, match="module 'hesd_fast' has no attribute 'analyse'"):
         hesd.analyse  # noqa: B018

@@ -437,6 +437,23 @@ def test_terms_are_refused_where_the_criterion_has_none() -> None:
             supervised(criterion).terms_of_outputs(x, (x, y))
 
 
+@pytest.mark.parametrize(
+    ("criterion", "targets", "remedy"),
+    [
+        (nn.CrossEntropyLoss(), torch.full((6,), 3), "int64 classes"),
+        (nn.CrossEntropyLoss(), torch.ones(6, dtype=torch.bool), "int64 classes"),
+        (nn.NLLLoss(), torch.ones(5, dtype=torch.int64), "int64 classes"),
+        (nn.MSELoss(), torch.ones(6, 4), "shapes and dtypes that fit"),
+        (nn.MultiMarginLoss(), torch.full((6,), 7), "shapes and dtypes that fit"),
+    ],
+)
+def test_targets_that_a_criterion_refuses_are_named(criterion: object, targets: Tensor, remedy: str) -> None:
+    message = rf"{type(criterion).__name__} cannot be computed of outputs of shape \(6, 3\), torch.float32, and targets"
+    with pytest.raises(ProblemError, match=rf"{message}.*; give .*{remedy}.* PyTorch says: ") as caught:
+        supervised(criterion)(nn.Linear(4, 3), (torch.ones(6, 4), targets))
+    assert caught.value.__cause__ is not None
+
+
 def test_numpy_batches_are_refused_by_name() -> None:
     x, y = torch.ones(4, 8), torch.zeros(4).long()
     loss = supervised(nn.CrossEntropyLoss())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import vectors
+from snapshots import assert_same, equal, snapshot
 from torch import nn
 from torch.nn import functional
 
@@ -60,46 +61,6 @@ def stateful() -> Stateful:
 def noisy_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
     return functional.cross_entropy(model(batch[0]), batch[1]) * (1 + noise)
-
-
-def snapshot(model: nn.Module) -> dict[str, object]:
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        "values": {name: tensor.detach().clone() for name, tensor in tensors},
-        "identities": {name: id(tensor) for name, tensor in tensors},
-        "versions": {name: tensor._version for name, tensor in tensors},
-        "buffers": {name: sorted(module._buffers) for name, module in model.named_modules()},
-        "state_dict": list(model.state_dict()),
-        "training": {name: module.training for name, module in model.named_modules()},
-        "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        "grad": {
-            name: (id(p.grad), None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()
-        },
-        "hooks": {name: len(module._forward_hooks) for name, module in model.named_modules()},
-        "cache": id(getattr(model, "cache", None)),
-        "has_new_attribute": hasattr(model, "new_attribute"),
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state()[1:],  # noqa: NPY002
-        "python": random.getstate(),
-        "grad_mode": torch.is_grad_enabled(),
-        "flash": torch.backends.cuda.flash_sdp_enabled(),
-    }
-
-
-def equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def assert_same(before: dict[str, object], after: dict[str, object]) -> None:
-    assert [key for key in before if not equal(before[key], after[key])] == []
 
 
 def test_snapshot_sees_a_forward_pass() -> None:
@@ -279,6 +240,135 @@ def test_weights_written_past_autograd_are_an_error_and_come_back(write, name: s
         operator.matvec(torch.ones(operator.size))
     assert_same(before, snapshot(model))
     assert torch.equal(model.plain, torch.ones(3))
+
+
+def add(model: nn.Module) -> None:
+    model.add_module("more", nn.Identity())
+
+
+def replace(model: nn.Module) -> None:
+    model[1] = nn.Linear(5, 3)
+
+
+def other_parameter(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def take_out(model: nn.Module) -> None:
+    model[0].bias = None
+
+
+@pytest.mark.parametrize("hvp", ["auto", "double_backward", "finite_differences"])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(add, "more"), (replace, "1"), (other_parameter, "0.weight"), (take_out, "0.bias")],
+)
+def test_modules_and_parameters_that_the_loss_replaces_are_an_error_and_come_back(change, name, late, hvp) -> None:
+    torch.manual_seed(0)
+    model, calls = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3)), []
+    data = vectors(4, 6)
+    before, modules = snapshot(model), dict(model.named_modules())
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        value = squared(model, batch)
+        calls.append(1)
+        if len(calls) > 4 or not late:
+            change(model)
+        return value
+
+    operator = HessianOperator(Problem(model, loss, data), hvp=hvp)
+    with pytest.raises(OperatorError, match=rf"'{name}' of the model was added, replaced .*; .*let forward"):
+        operator.matmat(torch.ones(4, operator.size))
+    assert_same(before, snapshot(model))
+    assert dict(model.named_modules()) == modules
+
+
+def test_a_module_that_is_replaced_between_products_is_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
+    operator = HessianOperator(Problem(model, squared, vectors(4)))
+    operator.matvec(torch.ones(operator.size))
+    model[1] = nn.ReLU()
+    with pytest.raises(ProblemError, match=r"'1' of the model has changed .* make a new Problem"):
+        operator.matvec(torch.ones(operator.size))
+
+
+def test_hooks_and_settings_that_a_loss_leaves_behind_are_taken_back() -> None:
+    model = nn.Linear(8, 3)
+    kept = model.register_forward_hook(lambda module, inputs, output: None)
+    model.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        model.register_forward_hook(lambda module, inputs, output: None)
+        model.register_forward_pre_hook(lambda module, inputs, options: None, with_kwargs=True)
+        model.bias.register_post_accumulate_grad_hook(lambda parameter: None)
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return squared(model, batch)
+
+    HessianOperator(Problem(model, loss, vectors(4))).matvec(torch.ones(27))
+    assert list(model._forward_hooks) == [kept.id]
+    assert not model._forward_pre_hooks
+    assert not model._forward_pre_hooks_with_kwargs
+    assert len(model.weight._post_accumulate_grad_hooks) == 1
+    assert not model.bias._post_accumulate_grad_hooks
+    assert torch.get_default_dtype() == torch.float32
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_gradient_hooks_that_a_loss_registers_on_parameters_are_refused_and_taken_off() -> None:
+    model = nn.Linear(8, 3)
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if model.weight.requires_grad:
+            model.weight.register_hook(lambda gradient: 2 * gradient)
+        return squared(model, batch)
+
+    with pytest.raises(ProblemError, match=r"'weight' has gradient hooks .*remove them"):
+        Problem(model, loss, vectors(4)).prepare()
+    assert not model.weight._backward_hooks
+    (gradient,) = torch.autograd.grad(model.weight.sum(), model.weight)
+    assert torch.equal(gradient, torch.ones(3, 8))
+
+
+def test_a_selected_parameter_that_the_loss_freezes_is_named() -> None:
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        model.bias.requires_grad_(False)
+        return squared(model, batch)
+
+    model = nn.Linear(8, 3)
+    with pytest.raises(ProblemError, match=r"turned requires_grad of 'bias' off, .*; let them leave it"):
+        Problem(model, loss, vectors(4)).prepare()
+    assert model.bias.requires_grad
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 8])
+def test_an_iterator_that_is_used_up_in_a_loss_is_named(at: int) -> None:
+    model, calls = nn.Linear(8, 3), iter(range(at - 1))
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if len(batch[0]) > 2:  # not a half
+            next(calls)
+        return squared(model, batch)
+
+    with pytest.raises(ProblemError, match=r"raised StopIteration at batch 0, as next\(\) does .*; give"):
+        hesd.analyze(model, loss, vectors(4), hvp="double_backward", max_steps=9, block_size=1, progress=False)
+
+
+def test_an_autocast_around_an_analysis_changes_nothing_and_one_inside_counts() -> None:
+    model, data = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)), vectors(6)
+
+    def lower(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return squared(model, batch)
+
+    alone = hesd.analyze(model, squared, data, max_steps=3, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        around = hesd.analyze(model, squared, data, max_steps=3, progress=False)
+        assert torch.is_autocast_enabled("cpu")
+    assert around.problem.loss == alone.problem.loss
+    assert around.lambda_max == alone.lambda_max
+    assert Problem(model, lower, data).loss_value != alone.problem.loss
 
 
 def test_a_write_long_after_the_first_pass_is_an_error_too() -> None:

@@ -105,7 +105,7 @@ def test_settings_come_back_after_an_error():
 def test_a_borrowed_model_computes_in_float32(layer):
     torch.set_float32_matmul_precision("high")
     before = settings()
-    with borrowed(layer, list(layer.parameters()), "eval", RandomStreams()):
+    with borrowed(layer, list(layer.parameters()), "eval", RandomStreams(), copies=False):
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert torch.backends.cudnn.enabled == isinstance(layer, torch.nn.Linear)  # has no second derivative
     assert settings() == before

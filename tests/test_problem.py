@@ -887,6 +887,128 @@ def test_small_counts_that_are_right_do_not_warn() -> None:
         Problem(model(), lambda m, b: (mean(m, b), 0.5), vectors(1)).prepare()
 
 
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (True, "is of type bool; return"),
+        (torch.tensor(True), r"has dtype torch\.bool; return"),
+        (np.complex128(4), "is of type complex128; return"),
+        (10**400, "is inf; return a finite count"),
+    ],
+)
+def test_counts_that_are_no_numbers_of_terms_are_refused(count: object, message: str) -> None:
+    with pytest.raises(ProblemError, match=f"the count of batch 0 {message}"):
+        Problem(model(), lambda m, b: (mean(m, b) * 4, count), vectors(4)).prepare()
+
+
+@pytest.mark.parametrize(("count", "total"), [(1.7e308, "inf"), (5e-324, "9.88131e-324")])
+def test_counts_that_cannot_be_divided_by_are_refused(count: float, total: str) -> None:
+    problem = Problem(model(), lambda m, b: (mean(m, b), count), vectors(1, 1))
+    with pytest.raises(ProblemError, match=f"the 2 batches hold {total} loss terms, too few or too many.*; give"):
+        problem.prepare()
+
+
+@pytest.mark.parametrize("loss", [lambda: 0, lambda model: 0, lambda model, batch, more: 0, nn.Linear(2, 2)])
+def test_a_loss_of_other_arguments_is_refused(loss: object) -> None:
+    with pytest.raises(
+        ProblemError, match=r"loss has the arguments .* with \(model, batch\): .*; give a function loss"
+    ):
+        Problem(model(), loss, vectors(4))
+
+
+def test_a_count_of_other_arguments_is_refused() -> None:
+    with pytest.raises(
+        ProblemError, match=r"count has the arguments \(\), .* with \(batch\): .*; give a function count"
+    ):
+        Problem(model(), mean, vectors(4), count=lambda: 4)
+
+
+def test_a_graph_that_the_loss_has_used_up_is_named() -> None:
+    def loss(model: nn.Module, batch: object) -> torch.Tensor:
+        value = mean(model, batch)
+        value.backward()
+        return value
+
+    with pytest.raises(OperatorError, match=r"backward through the graph a second time.*; return .*no \.backward\(\)"):
+        Problem(model(), loss, vectors(4)).prepare()
+
+
+def test_an_error_of_the_users_own_backward_pass_is_handed_on() -> None:
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    error = RuntimeError("mine")
+    with pytest.raises(RuntimeError) as caught:
+        Problem(model(), lambda m, b: Refusing.apply(mean(m, b)), vectors(4)).prepare()
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("batch", [[torch.ones(4, 8)], {"x": torch.ones(4, 8)}], ids=["list", "mapping"])
+def test_a_batch_that_holds_itself_is_read(batch: object) -> None:
+    if isinstance(batch, list):
+        batch.append(batch)
+    else:
+        batch["self"] = batch
+
+    def loss(m: nn.Module, b: object) -> torch.Tensor:
+        return m(b[0] if isinstance(b, list) else b["x"]).square().mean()
+
+    problem = Problem(model().float(), loss, [batch])
+    assert problem.loss_value == float(loss(problem.model, batch).detach())
+
+
+def test_memory_that_parameters_share_is_refused() -> None:
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight.data = tied[0].weight.data.T
+    message = r"'0\.weight' and '1\.weight' share memory.*; tie them.*head\.weight = embedding\.weight"
+    for selection in (None, ["0.weight"], ["1.weight"]):
+        with pytest.raises(ProblemError, match=message):
+            Problem(tied, mean, vectors(4), parameters=selection)
+    Problem(tied, mean, vectors(4), parameters=r".*\.bias")
+    expanded = nn.Linear(8, 3)
+    expanded.bias.data = torch.zeros(1).expand(3)
+    with pytest.raises(
+        ProblemError, match=r"'bias', of shape \(3,\) and stride \(0,\), share memory.*; give it memory"
+    ):
+        Problem(expanded, mean, vectors(4))
+
+
+def test_memory_that_parameters_share_out_is_as_good_as_their_own() -> None:
+    flat = torch.randn(4, 8)
+    parted = nn.ParameterList([nn.Parameter(part) for part in (flat[:, :3], flat[:2, 3:], flat[2:, 3:], flat[:0])])
+    parted.append(nn.Parameter(torch.randn(6, 5).T[::2]))
+    problem = Problem(parted, lambda m, b: b * sum((p**3).sum() for p in m), torch.tensor(2.0))
+    product = HessianOperator(problem).matvec(torch.ones(problem.size))
+    assert torch.equal(product, 12 * torch.cat([p.detach().reshape(-1) for p in parted]))
+
+
+def test_parameters_of_8_bits_may_be_there_but_have_no_hessian() -> None:
+    network = nn.Linear(8, 3)
+    network.register_parameter("scale", nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False))
+    assert Problem(network, lambda m, b: m(b[0].float()).square().mean(), vectors(4)).loss_value > 0
+    with pytest.raises(ProblemError, match=r"'scale' has dtype torch\.float8_e4m3fn, .*; convert it"):
+        Problem(network, mean, vectors(4), parameters=".*")
+    network.scale.data = torch.full((3,), torch.nan).to(torch.float8_e4m3fn)
+    with pytest.raises(ProblemError, match="'scale' holds NaN or Inf"):
+        Problem(network, mean, vectors(4))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_copy_that_is_made_within_a_session_is_in_none(copied: object) -> None:
+    problem = Problem(model(), mean, vectors(4, 3))
+    vector = torch.ones(problem.size, dtype=torch.float64)
+    wanted = HessianOperator(problem).matvec(vector)
+    with problem.session():
+        twin = copied(problem)
+    assert torch.equal(HessianOperator(twin).matvec(vector), wanted)
+
+
 @pytest.mark.parametrize("count", [4, 4.0, np.int64(4), np.float32(4), torch.tensor(4), torch.tensor(4.0)])
 def test_counts_of_every_type(count: object) -> None:
     problem = Problem(model(), lambda m, b: (mean(m, b) * 4, count), vectors(4))

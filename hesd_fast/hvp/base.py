@@ -78,6 +78,10 @@ class Strategy(ABC):
         self.once_seconds = 0.0
         self._kept: dict[int, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is kept is of graphs, which no copy has.
+        return {**vars(self), "_kept": {}, "kept_bytes": 0, "is_full": False}
+
     def prepare(self, problem: Problem) -> None:
         """Prepare the problem, and multiply on its first batch to see that the strategy can serve it.
 

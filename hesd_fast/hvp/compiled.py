@@ -58,6 +58,9 @@ class Compiled(ReverseOverReverse):
         super().__init__(compensated, memory_limit)
         self._programs: dict[tuple[Any, ...], Callable[..., tuple[Tensor, ...]]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_programs": {}}
+
     def products(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
         """Yield one product after the other."""
         product = self._kept.get(term.index)

@@ -78,9 +78,10 @@ def _about_foreign(found: dict[str, list[str]]) -> Iterator[str]:
 def _about_detached(places: list[str]) -> Iterator[str]:
     if places:
         yield (
-            f"Likely cause: .detach() or .data in {_listed(places)}, which makes a part of the loss a constant to the "
-            "gradient that moves with the weights (a stopped or straight-through gradient); the product then is that "
-            "of the loss with this part held where it is."
+            f"Likely cause: .detach(), .data or torch.no_grad() in {_listed(places)}, which makes a part of the loss a "
+            "constant to the gradient that moves with the weights (a stopped or straight-through gradient, the power "
+            "iteration of spectral_norm in train mode); the product then is that of the loss with this part held where "
+            "it is."
         )
 
 
@@ -124,8 +125,8 @@ class _Detachments(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call the function."""
-        first = args[0] if args else None
-        if function in _DETACHING and isinstance(first, Tensor) and first.requires_grad:
+        takes_out = function in _DETACHING or not torch.is_grad_enabled()
+        if takes_out and any(isinstance(value, Tensor) and value.requires_grad for value in args[:2]):
             self._note()
         return function(*args, **(kwargs or {}))
 

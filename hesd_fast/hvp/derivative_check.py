@@ -36,6 +36,9 @@ STEPS_IN_FLOAT64 = (1e-9, 1e-8, 1e-7)
 LONG_STEPS = (3e-3, 1e-3, 3e-4)
 """The same where float64 cannot be had."""
 
+ROUNDING = 16.0
+"""Product along a vector of the weights' length, in machine epsilons of the loss, that is nothing but rounding."""
+
 ALLOWED = {torch.float32: (2e-2, 1e-3), torch.float64: (1e-3, 1e-5)}
 """Deviation relative to a parameter's part of the product, and to the whole product, that is no deviation."""
 
@@ -111,14 +114,15 @@ def _compare(problem: Problem, term: LossTerm, direction: Tensor, product: Parts
     if not all(bool(torch.isfinite(part).all()) for part in product):
         return DerivativeCheck(None, "the product is not finite")  # the operator names the place
     allowed = ALLOWED[torch.float64 if problem.epsilon < torch.finfo(torch.float32).eps else torch.float32]
+    noise = ROUNDING * problem.epsilon * abs(problem.loss_of(term)) / (scale * scale * length)
     if problem.epsilon == torch.finfo(torch.float32).eps:
         found = difference(STEP)
-        if not _deviating(product, found, *allowed):
+        if not _deviating(product, found, *allowed) or norm_of(product) + norm_of(found) <= noise:
             return _agreement(product, found, "float32")
     try:
         wide = _LossInFloat64(problem, term, direction, scale)
         found = wide.difference(STEPS_IN_FLOAT64[0])
-        if not _deviating(product, found, *allowed):
+        if not _deviating(product, found, *allowed) or norm_of(product) + norm_of(found) <= noise:
             return _agreement(product, found, "float64")
         return _with_short_steps(problem, term, wide.product(product), found, wide)
     except Exception as error:  # whatever code says that takes its own precision only

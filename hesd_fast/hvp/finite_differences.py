@@ -11,7 +11,14 @@ from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.base import Parts, Strategy, Vectors, with_row
 from hesd_fast.hvp.derivative_check import check_derivatives
 from hesd_fast.hvp.differences import Moved, gradient_at, length_of_weights, quotient
-from hesd_fast.hvp.second_derivatives import Gradient, direction_with, product_along_gradient, product_with
+from hesd_fast.hvp.second_derivatives import (
+    Gradient,
+    clear_padding,
+    direction_with,
+    padding_with_other_uses,
+    product_along_gradient,
+    product_with,
+)
 from hesd_fast.parameters import norm_of
 from hesd_fast.problem import LossTerm, Problem
 
@@ -56,6 +63,11 @@ class FiniteDifferences(Strategy):
         """
         problem.prepare()
         self.problem = problem
+        if (tied := padding_with_other_uses(problem)) is not None:
+            raise OperatorError(
+                f"finite differences cannot hold the row of padding of {tied!r} in the embedding and move it in the "
+                "other layer that has this weight; use hvp='double_backward', or leave it out of the selection"
+            )
         self.step, self.error = 0.0, float("inf")
         with problem.session():
             term = problem.first_term()
@@ -112,6 +124,8 @@ class FiniteDifferences(Strategy):
         return difference / scale
 
     def _difference(self, term: LossTerm, direction: Tensor, relative: float) -> Tensor:
+        # To autograd a row of padding is a constant, which differences must not move.
+        direction = clear_padding(self.problem, direction.clone())
         length = norm_of([direction])
         if length == 0.0:
             return torch.zeros_like(direction)

@@ -147,15 +147,38 @@ def direction_with(problem: Problem, gradient: Tensor) -> Tensor:
     length = norm_of([gradient])
     if 0.0 < length < float("inf"):
         direction += (gradient.double() * (2.0 / length)).to(direction.dtype)
-    padded = {
-        id(module.weight): module.padding_idx
-        for module in problem.model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
-    }
-    for parameter, part in zip(problem.parameters.values(), problem.unflatten(direction), strict=True):
+    return clear_padding(problem, direction)
+
+
+def clear_padding(problem: Problem, vector: Tensor) -> Tensor:
+    """Overwrite the rows of an embedding's padding in a vector (n,) by zeros, and return it."""
+    padded = {id(weight): row for weight, row in _paddings(problem)}
+    for parameter, part in zip(problem.parameters.values(), problem.unflatten(vector), strict=True):
         if id(parameter) in padded:
             part[padded[id(parameter)]] = 0.0
-    return direction
+    return vector
+
+
+def padding_with_other_uses(problem: Problem) -> str | None:
+    """Return the name of a selected embedding with a row of padding that serves as another weight too, or None."""
+    padded = {id(weight) for weight, _ in _paddings(problem)}
+    others = {
+        id(weight)
+        for module in problem.model.modules()
+        if not _has_padding(module)
+        for weight in module._parameters.values()
+    }
+    return next((name for name, weight in problem.parameters.items() if id(weight) in padded & others), None)
+
+
+def _paddings(problem: Problem) -> Iterator[tuple[nn.Parameter, int]]:
+    for module in problem.model.modules():
+        if _has_padding(module):
+            yield module.weight, module.padding_idx  # type: ignore[misc]
+
+
+def _has_padding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
 
 
 def _dense(tensor: Tensor) -> Tensor:

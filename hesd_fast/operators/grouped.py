@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hesd_fast.choices import GROUPINGS
+from hesd_fast.choices import GROUPINGS, is_one_of
 from hesd_fast.errors import OperatorError, ProblemError
 from hesd_fast.hvp.base import accumulate
 from hesd_fast.hvp.derivative_check import DerivativeCheck, warn_of_wrong_derivatives
@@ -117,7 +117,7 @@ class GroupedHessianOperator:
         hvp: str = "auto",
         memory_limit: int | None = None,
     ) -> None:
-        if hvp not in STRATEGIES:
+        if not is_one_of(hvp, STRATEGIES):
             raise OperatorError(f"hvp is {hvp!r}; for groups one of {', '.join(map(repr, STRATEGIES))} is wanted")
         chosen = names_of_groups(problem, groups)
         needed = {name for names in chosen.values() for name in names}

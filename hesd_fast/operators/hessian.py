@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hesd_fast.choices import is_one_of
 from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import ALL_STRATEGIES, DoubleBackward, Strategy
 from hesd_fast.hvp.derivative_check import DerivativeCheck, warn_of_wrong_derivatives
@@ -130,5 +131,5 @@ def multiply_or_fall_back(problem: Problem, strategy: S, fallback: S, multiply: 
 
 def check_hvp(hvp: str) -> None:
     """Raise an OperatorError for a strategy that does not exist."""
-    if hvp != "auto" and hvp not in ALL_STRATEGIES:
+    if not is_one_of(hvp, ("auto", *ALL_STRATEGIES)):
         raise OperatorError(f"hvp is {hvp!r}; wanted 'auto' or one of {', '.join(map(repr, ALL_STRATEGIES))}")

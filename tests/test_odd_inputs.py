@@ -1,0 +1,275 @@
+"""Whatever is given: a right number, an error of ours with cause and remedy, or the user's own exception.
+
+The model and the process are as before in every case. Numbers are held against dense Hessians of ordinary operations.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from dense import dense_hessian
+from hypothesis import HealthCheck, Phase, event, given, note, settings
+from hypothesis import strategies as st
+from odd_faults import FAULTS
+from odd_problems import OddProblem, problems, unpack
+from snapshots import assert_same, snapshot
+from torch import nn
+
+import hesd_fast as hesd
+from hesd_fast.errors import HESDError, HESDWarning
+
+SETTINGS = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "phases": (Phase.explicit, Phase.generate),  # examples are small as they are
+    "suppress_health_check": list(HealthCheck),
+}
+
+EXACT = ("double_backward", "double_backward_batched", "kept_graph", "kept_graph_batched", "forward_over_reverse")
+
+ROUNDING = 4096
+"""What a product, the eigenvalues and the loss may be off, in machine epsilons of curvature and loss together."""
+
+REFUSALS = (
+    "cannot multiply by the Hessian",
+    "gets the product of batch 0 wrong",
+    "finite differences are off",
+    "finite differences cannot hold",
+    "use float64",
+)
+"""What strategies other than plain double backward say of problems that they cannot serve."""
+
+DIFFERENCES = ("finite_differences", "forward_differences")
+
+LARGEST_DIFFERENCE = 0.03
+"""What products from differences may be off, as a share of the largest eigenvalue."""
+
+
+def outcome(problem: OddProblem, function: Any) -> tuple[Any, BaseException | None, list[str]]:
+    """What a function returns or raises, and its warnings of ours; nothing else may have changed."""
+    before = snapshot(problem.model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found, error = function(), None
+        except HESDError as raised:
+            found, error = None, raised
+    after = snapshot(problem.model)
+    if error is not None and "in place" in str(error):
+        before.pop("versions")  # a write that autograd saw is counted, also where the values are back
+    assert_same(before, after)
+    return found, error, [str(one.message) for one in caught if issubclass(one.category, HESDWarning)]
+
+
+def expected_error(problem: OddProblem) -> str:
+    """Part of the error that a selection has to be refused with, or ""."""
+    model, parameters = problem.reference()
+    if not parameters:
+        return "no parameter has requires_grad"
+    if not any(parameter.numel() for parameter in parameters.values()):
+        return "have no elements"
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    found = torch.autograd.grad(problem.total(model), list(parameters.values()), allow_unused=True)
+    return "does not depend on the selected parameters" if all(one is None for one in found) else ""
+
+
+def run_options(draw: Any, size: int) -> dict[str, Any]:
+    """Settings of a run, from a single vector to more than there are parameters."""
+    if draw(st.integers(0, 9)) == 0:
+        return {"protocol": "lla", "seed": draw(st.integers(0, 2**64 - 1))}
+    block_size = draw(st.one_of(st.just("auto"), st.integers(1, size), st.just(size)))
+    return {
+        "block_size": block_size,
+        "max_steps": draw(st.one_of(st.integers(1, 4), st.integers(size, 2 * size + 2))),
+        "reorthogonalization": draw(st.sampled_from(["full", "full", "partial", "window", "none"])),
+        "seed": draw(st.integers(0, 2**64 - 1)),
+        "basis_dtype": draw(st.sampled_from(["auto", "auto", "auto", "float32", "bfloat16", "float16"])),
+        "basis": draw(st.sampled_from(["auto", "memory", "disk"])),
+    }
+
+
+class Truth:
+    """The spectrum of a problem's dense Hessian."""
+
+    def __init__(self, problem: OddProblem) -> None:
+        model, parameters = problem.reference()
+        matrix = dense_hessian(model, problem.total, parameters)
+        eigenvalues = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+        self.low, self.high = float(eigenvalues[0]), float(eigenvalues[-1])
+        self.trace, self.size = float(matrix.trace()), len(matrix)
+        self.largest = max(abs(self.low), abs(self.high))
+        self.loss = float(problem.total(problem.reference()[0]).detach())
+        self.epsilon = torch.finfo(torch.float32 if problem.is_float32 else torch.float64).eps
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether nothing is left of the curvature in the problem's precision, as where classes cancel."""
+        return self.largest <= 64 * self.epsilon * max(abs(self.loss), 1.0)
+
+
+class Spectrum:
+    """A report, its truth, and how far they may be apart."""
+
+    def __init__(self, truth: Truth, report: hesd.Report, share: float) -> None:
+        dtype = report.options["basis_dtype"]
+        basis = 0.0 if dtype is None else torch.finfo(getattr(torch, dtype)).eps
+        coarse = basis if basis > truth.epsilon else 0.0
+        self.tolerance = ROUNDING * truth.epsilon * (truth.largest + abs(truth.loss)) + (share + coarse) * truth.largest
+        self.report, self.size = report, truth.size
+        self.low, self.high, self.trace = truth.low, truth.high, truth.trace
+
+    def check(self) -> None:
+        """Assert what is certain: Ritz values lie within the spectrum."""
+        report, tolerance = self.report, self.tolerance
+        assert report.lambda_max.value <= self.high + tolerance
+        assert report.lambda_min.value >= self.low - tolerance
+        assert report.lambda_max.low <= self.high + tolerance
+        assert report.lambda_min.high >= self.low - tolerance
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the intervals hold the truth, which is but likely."""
+        report, tolerance = self.report, self.tolerance
+        ends = report.lambda_max.high >= self.high - tolerance and report.lambda_min.low <= self.low + tolerance
+        margin = self.size * tolerance
+        return ends and report.trace.low - margin <= self.trace <= report.trace.high + margin
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the Krylov space had room for all of the spectrum, orthogonally.
+
+        A few signs may be an eigenvector themselves, so for a few parameters only as many probes count.
+        """
+        options = self.report.options
+        has_room = options["max_steps"] * options["block_size"] >= self.size
+        is_orthogonal = options["reorthogonalization"] in ("full", "partial")
+        return has_room and is_orthogonal and (self.size > 8 or options["block_size"] == self.size)
+
+    @property
+    def is_found(self) -> bool:
+        """Whether both ends of the spectrum were found to rounding."""
+        return (
+            abs(self.report.lambda_max.value - self.high) <= self.tolerance
+            and abs(self.report.lambda_min.value - self.low) <= self.tolerance
+        )
+
+
+def compare_with_dense_hessian(problem: OddProblem, draw: Any) -> Spectrum | None:
+    """Analyse a problem and assert all that is certain of the outcome; give the spectrum where there is one."""
+    refused = expected_error(problem)
+    size = max(sum(p.numel() * (1 + p.is_complex()) for p in problem.reference()[1].values()), 1)
+    options = run_options(draw, size)
+    if problem.is_float32 and "basis_dtype" in options:
+        options["basis_dtype"] = draw(st.sampled_from(["auto", "float32", "bfloat16"]))
+    hvp = draw(st.sampled_from(["auto", *EXACT]))
+    if problem.is_smooth and not problem.warns and draw(st.integers(0, 5)) == 0:
+        hvp = draw(st.sampled_from(DIFFERENCES))
+    note(f"{problem.name}; {options}, hvp={hvp}")
+    report, error, warned = outcome(
+        problem, lambda: hesd.analyze(**problem.arguments, hvp=hvp, progress=False, **options)
+    )
+    event("refused" if error else "number")
+    if refused:
+        assert refused in str(error), error
+        return None
+    truth = Truth(problem)
+    note(f"{truth.low} {truth.high} {truth.trace} of loss {truth.loss}")
+    if error is not None:
+        strategy_is_named = hvp not in ("auto", "double_backward") and any(text in str(error) for text in REFUSALS)
+        assert strategy_is_named or (truth.is_rounding and "use float64" in str(error)), error
+        return None
+    unexpected = [text for text in warned if not problem.warns or problem.warns not in text]
+    assert not unexpected or (truth.is_rounding and all("use float64" in text for text in unexpected)), unexpected
+    assert problem.terms is None or report.problem.terms == problem.terms
+    assert report.problem.parameters == tuple(problem.selected)
+    assert abs(report.problem.loss - truth.loss) <= ROUNDING * truth.epsilon * max(abs(truth.loss), 1.0)
+    note(f"{report.lambda_min} {report.lambda_max} {report.trace}")
+    spectrum = Spectrum(truth, report, LARGEST_DIFFERENCE if hvp in DIFFERENCES else 0.0)
+    spectrum.check()
+    return spectrum
+
+
+def test_problems_that_compose_have_the_spectra_of_their_dense_hessians():
+    spectra: list[Spectrum] = []
+
+    @settings(max_examples=100, **SETTINGS)
+    @given(problem=problems(), data=st.data())
+    def check(problem: OddProblem, data: Any) -> None:
+        spectrum = compare_with_dense_hessian(problem, data.draw)
+        if spectrum is not None:
+            spectra.append(spectrum)
+
+    check()
+    exhausted = [spectrum for spectrum in spectra if spectrum.is_exhausted]
+    assert len(spectra) > 60
+    assert len(exhausted) > 8
+    # An end of an interval is that of 97.5 of 100 probes, and a trace of two standard errors.
+    assert sum(not spectrum.is_held for spectrum in spectra) <= 0.1 * len(spectra)
+    # Few signs may be orthogonal to an eigenvector.
+    assert sum(not spectrum.is_found for spectrum in exhausted) <= 0.02 * len(exhausted)
+
+
+def expect_refusal(problem: OddProblem, fault: str) -> None:
+    """Make a mistake in a problem, and assert that the error names it and says what to do."""
+    note(f"{fault} in {problem.name}")
+    change, message = FAULTS[fault]
+    problem.parameters = None
+    problem.model.requires_grad_(True)
+    arguments = {**problem.arguments, **change(problem)}
+    report, error, _ = outcome(problem, lambda: hesd.analyze(**arguments, progress=False))
+    assert report is None
+    assert re.search(message, str(error), re.DOTALL), error
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_mistake_in_a_problem_is_named_with_what_to_do(fault):
+    @settings(max_examples=2, **SETTINGS)
+    @given(problem=problems())
+    def check(problem: OddProblem) -> None:
+        expect_refusal(problem, fault)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", [ArithmeticError, RuntimeError, KeyError, KeyboardInterrupt, MemoryError])
+def test_what_the_users_code_raises_comes_out_as_it_is(kind):
+    @settings(max_examples=8, **SETTINGS)
+    @given(problem=problems(), at=st.integers(1, 9), hvp=st.sampled_from(["auto", *EXACT, *DIFFERENCES]))
+    def check(problem: OddProblem, at: int, hvp: str) -> None:
+        raise_at_a_call(problem, at, hvp, kind("mine"))
+
+    check()
+
+
+def raise_at_a_call(problem: OddProblem, at: int, hvp: str, error: BaseException) -> None:
+    """Let the loss raise an error at one of its calls, and assert that this very error is what comes out."""
+    note(f"call {at}, {hvp} of {problem.name}")
+    problem.model.requires_grad_(True)
+    problem.parameters = None
+    calls: list[int] = []
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        calls.append(len(unpack(batch)[1]))
+        if len(calls) == at:
+            raise error
+        return problem.loss(model, batch)
+
+    arguments = {**problem.arguments, "loss": loss}
+    before = snapshot(problem.model)
+    caught = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            hesd.analyze(**arguments, hvp=hvp, max_steps=2, progress=False)
+        except HESDError:
+            assert len(calls) < at or hvp != "auto"
+        except BaseException as raised:
+            caught = raised
+    assert caught is None or caught is error
+    assert_same(before, snapshot(problem.model))
