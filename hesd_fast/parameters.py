@@ -305,6 +305,12 @@ class ParameterLayout:
         ]
 
 
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """Return the Euclidean norm of all elements of some tensors, summed in float64 so that squares do not underflow."""
+    norms = [torch.linalg.vector_norm(as_real(tensor), dtype=torch.float64) for tensor in tensors]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
 def as_real(tensor: Tensor) -> Tensor:
     """Return a complex tensor as pairs of reals in a last dimension of 2, others as they are."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

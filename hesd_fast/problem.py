@@ -26,7 +26,7 @@ from hesd_fast.exact_operations import ExactOperations, operations_in
 from hesd_fast.loss_terms import Count, ReadingCheck, TermCounter, warn_of_fraction
 from hesd_fast.losses import is_ready_made
 from hesd_fast.model_state import SESSIONS, ModelState, RandomStreams, alone, borrowed, first_written, version_of
-from hesd_fast.parameters import ParameterLayout, Selection, as_real, check_hooks, check_model, select_parameters
+from hesd_fast.parameters import ParameterLayout, Selection, check_hooks, check_model, norm_of, select_parameters
 from hesd_fast.signatures import refusal, signature_of
 
 if TYPE_CHECKING:
@@ -252,8 +252,7 @@ class Problem:
     @alone
     def parameter_norm_squared(self) -> float:
         """Squared Euclidean norm of the selected parameters, summed in float64."""
-        norms = [torch.linalg.vector_norm(as_real(p.detach()), dtype=torch.float64) for p in self.parameters.values()]
-        return float(torch.stack(norms).square().sum())
+        return norm_of(parameter.detach() for parameter in self.parameters.values()) ** 2
 
     def describe(self, column: int) -> str:
         """Return the name of the parameter that a panel column belongs to."""

@@ -17,7 +17,7 @@ from hesd_fast.data import leaves
 from hesd_fast.errors import OperatorError, first_line, raised_outside_of_libraries
 from hesd_fast.hvp.derivative_check import check_derivatives
 from hesd_fast.hvp.second_derivatives import Gradient
-from hesd_fast.parameters import as_real
+from hesd_fast.parameters import as_real, norm_of
 from hesd_fast.problem import LossTerm, Problem
 
 Vectors = list[list[Tensor]]
@@ -114,13 +114,13 @@ class Strategy(ABC):
 
     def compare(self, rows: Vectors, wanted: Tensor) -> None:
         """Raise an OperatorError unless products on the first batch are those of plain double backward."""
-        norm = float(torch.linalg.vector_norm(wanted))
+        norm = norm_of([wanted])
         if not math.isfinite(norm):
             return  # the operator names the parameter
         found = torch.zeros_like(wanted)
         term = self.problem.first_term()
         self._accumulate(term, self.attempt(term, rows), found)
-        difference = float(torch.linalg.vector_norm(found.sub_(wanted)))
+        difference = norm_of([found.sub_(wanted)])
         if not agrees(difference, norm, self.problem.epsilon):
             raise OperatorError(
                 f"hvp={self.name!r} gets the product of batch {term.index} wrong: it is {difference:.2g} away from "

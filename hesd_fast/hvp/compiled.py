@@ -21,7 +21,7 @@ from hesd_fast.errors import HESDWarning, OperatorError, first_line
 from hesd_fast.hvp.base import Parts, Vectors, agrees, vectors_of, with_row
 from hesd_fast.hvp.reverse_over_reverse import ReverseOverReverse, gradient_to_keep
 from hesd_fast.hvp.second_derivatives import Gradient, naming_operations
-from hesd_fast.parameters import as_real
+from hesd_fast.parameters import norm_of
 from hesd_fast.problem import LossTerm
 
 
@@ -109,12 +109,11 @@ class Compiled(ReverseOverReverse):
         products = dict(found)
         if products.keys() != wanted.keys():  # pragma: no cover - both come from the same graph
             raise OperatorError(f"hvp={self.name!r} traced other parameters than batch {term.index} has")
-        norm = sum(float(torch.linalg.vector_norm(as_real(part).double())) ** 2 for part in wanted.values()) ** 0.5
-        differences = [as_real(products[i][0] - part).double() for i, part in wanted.items()]
-        squares = [float(torch.linalg.vector_norm(difference)) ** 2 for difference in differences]
+        norm = norm_of(wanted.values())
         if not math.isfinite(norm):
             return  # the operator names the parameter
-        if not agrees(sum(squares) ** 0.5, norm, self.problem.epsilon):
+        difference = norm_of(products[i][0] - part for i, part in wanted.items())
+        if not agrees(difference, norm, self.problem.epsilon):
             raise OperatorError(
                 f"hvp={self.name!r} gets the product of batch {term.index} wrong: a backward pass leaves PyTorch, as "
                 "for NumPy, or its trace is compiled wrongly; use hvp='double_backward'"

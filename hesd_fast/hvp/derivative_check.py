@@ -24,7 +24,7 @@ from hesd_fast.hvp.derivative_causes import causes_of_wrong_derivatives, has_kin
 from hesd_fast.hvp.differences import central_difference, length_of_weights
 from hesd_fast.hvp.second_derivatives import product_along_gradient
 from hesd_fast.memory import available_memory
-from hesd_fast.parameters import as_real
+from hesd_fast.parameters import norm_of
 from hesd_fast.problem import LossTerm, Problem
 
 STEP = 5e-4
@@ -103,7 +103,7 @@ def warn_of_wrong_derivatives(problem: Problem) -> None:
 
 
 def _compare(problem: Problem, term: LossTerm, direction: Tensor, product: Parts) -> DerivativeCheck:
-    length = float(torch.linalg.vector_norm(direction, dtype=torch.float64))
+    length = norm_of([direction])
     if length == 0.0:
         return DerivativeCheck(None, "every parameter is a row of padding, which has no derivative")
     scale = length_of_weights(problem) / length
@@ -117,12 +117,12 @@ def _compare(problem: Problem, term: LossTerm, direction: Tensor, product: Parts
     noise = ROUNDING * problem.epsilon * abs(problem.loss_of(term)) / (scale * scale * length)
     if problem.epsilon == torch.finfo(torch.float32).eps:
         found = difference(STEP)
-        if not _deviating(product, found, *allowed) or _norm(product) + _norm(found) <= noise:
+        if not _deviating(product, found, *allowed) or norm_of(product) + norm_of(found) <= noise:
             return _agreement(product, found, "float32")
     try:
         wide = _LossInFloat64(problem, term, direction, scale)
         found = wide.difference(STEPS_IN_FLOAT64[0])
-        if not _deviating(product, found, *allowed) or _norm(product) + _norm(found) <= noise:
+        if not _deviating(product, found, *allowed) or norm_of(product) + norm_of(found) <= noise:
             return _agreement(product, found, "float64")
         return _with_short_steps(problem, term, wide.product(product), found, wide)
     except Exception as error:  # whatever code says that takes its own precision only
@@ -161,6 +161,8 @@ def _with_long_steps(
     if problem.epsilon > torch.finfo(torch.float32).eps or has_kinks(term):
         return DerivativeCheck(None, unclear)
     found = [difference(step) for step in LONG_STEPS]
+    if max(norm_of(one) for one in (product, *found)) < torch.finfo(torch.float32).tiny / problem.epsilon:
+        return DerivativeCheck(None, "the numbers are near underflow; multiply the loss by a power of two")
     if any(not _deviating(product, one, *ALLOWED[torch.float32]) for one in found):
         return _agreement(product, found[-1], "float32")
     suspects = set(range(len(product)))
@@ -194,24 +196,19 @@ def _disagreement(
     )
 
 
-def _norm(parts: Sequence[Tensor]) -> float:
-    norms = [torch.linalg.vector_norm(as_real(part), dtype=torch.float64) for part in parts]
-    return float(torch.stack(norms).norm())
-
-
 def _distance(wanted: Parts, found: Parts) -> float:
     """Return the distance of two vectors relative to the norm of the first, or of the other where that is zero."""
-    norm = _norm(wanted) or _norm(found)
-    return _norm([a - b for a, b in zip(wanted, found, strict=True)]) / norm if norm else 0.0
+    norm = norm_of(wanted) or norm_of(found)
+    return norm_of([a - b for a, b in zip(wanted, found, strict=True)]) / norm if norm else 0.0
 
 
 def _deviating(product: Parts, found: Parts, own: float, whole: float) -> set[int]:
     """Return the positions of the parameters whose parts differ; what is not finite differs."""
-    floor = whole * _norm(product)
+    floor = whole * norm_of(product)
     return {
         i
         for i, (a, b) in enumerate(zip(product, found, strict=True))
-        if not _norm([a - b]) <= own * max(_norm([a]), _norm([b])) + floor
+        if not norm_of([a - b]) <= own * max(norm_of([a]), norm_of([b])) + floor
     }
 
 
@@ -220,7 +217,7 @@ def _consistent(one: Parts, other: Parts, product: Parts, share: float) -> set[i
     return {
         i
         for i, (a, b, p) in enumerate(zip(one, other, product, strict=True))
-        if _norm([a - b]) <= share * min(_norm([a - p]), _norm([b - p]))
+        if norm_of([a - b]) <= share * min(norm_of([a - p]), norm_of([b - p]))
     }
 
 

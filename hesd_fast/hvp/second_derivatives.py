@@ -16,6 +16,7 @@ from hesd_fast.autograd_graph import graph_nodes, plain_name
 from hesd_fast.errors import OperatorError
 from hesd_fast.exact_operations import OPERATIONS, operations_in
 from hesd_fast.hvp.placed_nodes import PlacedNodes
+from hesd_fast.parameters import norm_of
 from hesd_fast.problem import LossTerm, Problem
 
 # What PyTorch says of an operation without a second derivative.
@@ -80,6 +81,13 @@ class Gradient:
             [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
         )
 
+    def times(self, problem: Problem, direction: Tensor) -> Tensor:
+        """Return the product (n,) with a vector (n,), and free the graph."""
+        pairs = zip(self.parameters, problem.unflatten(direction), strict=True)
+        parts = dict(self.multiply([part.to(p.dtype) for p, part in pairs], keep_graph=False))
+        zeros = (torch.zeros_like(parameter) for parameter in self.parameters)
+        return problem.flatten([_dense(parts.get(i, zero)) for i, zero in enumerate(zeros)])
+
     def multiply(
         self, vector: Sequence[Tensor | None], keep_graph: bool, batched: bool = False
     ) -> list[tuple[int, Tensor]]:
@@ -122,20 +130,23 @@ def product_along_gradient(problem: Problem, term: LossTerm) -> tuple[Tensor, Te
             [_dense(slopes.get(i, torch.zeros_like(p))) for i, p in enumerate(problem.parameters.values())]
         )
         direction = direction_with(problem, flat)
-        pairs = zip(problem.parameters.values(), problem.unflatten(direction), strict=True)
-        parts = dict(gradient.multiply([part.to(p.dtype) for p, part in pairs], keep_graph=False))
-    zeros = (torch.zeros_like(parameter) for parameter in problem.parameters.values())
-    return direction, problem.flatten([_dense(parts.get(i, zero)) for i, zero in enumerate(zeros)])
+        return direction, gradient.times(problem, direction)
+
+
+def product_with(problem: Problem, term: LossTerm, direction: Tensor) -> Tensor:
+    """Return the product (n,) of one batch's Hessian with a vector (n,), by a graph of its own."""
+    with naming_operations(problem, term):
+        return Gradient.of(problem, term.evaluate()).times(problem, direction)
 
 
 def direction_with(problem: Problem, gradient: Tensor) -> Tensor:
     """Return the sum of a gradient and noise, of lengths 2 and 1 so that they never cancel, without rows of padding."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(problem.size, dtype=problem.dtype, generator=generator, device="cpu").to(problem.device)
-    direction: Tensor = noise / torch.linalg.vector_norm(noise)
-    length = torch.linalg.vector_norm(gradient)
-    if 0.0 < float(length) < float("inf"):
-        direction.add_(gradient * (2.0 / length))
+    direction: Tensor = noise / norm_of([noise])
+    length = norm_of([gradient])
+    if 0.0 < length < float("inf"):
+        direction += (gradient.double() * (2.0 / length)).to(direction.dtype)
     return clear_padding(problem, direction)
 
 

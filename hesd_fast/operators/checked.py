@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesd_fast.operators.base import CurvatureOperator
+from hesd_fast.parameters import norm_of
 
 CHECK_VECTORS = 3
 """Vectors of memory that a check takes, beside the first panel."""
@@ -85,13 +86,13 @@ def deviations(products: Tensor, first: Tensor, second: Tensor, combination: Ten
 
     Both relative to the norm of the first, None where that is zero; and that norm relative to the combination's.
     """
-    norm = float(torch.linalg.vector_norm(first))
+    norm = norm_of([first])
     if norm == 0.0:
         return None, None, 0.0
-    gain = norm / float(torch.linalg.vector_norm(combination))
-    repetition = float(torch.linalg.vector_norm(second.sub_(first))) / norm
+    gain = norm / norm_of([combination])
+    repetition = norm_of([second.sub_(first)]) / norm
     residual = first.addmm_(_coefficients(products), products, alpha=-1.0)
-    return float(torch.linalg.vector_norm(residual)) / norm, repetition, gain
+    return norm_of([residual]) / norm, repetition, gain
 
 
 def _coefficients(panel: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from hesd_fast.errors import OperatorError, ProblemError, first_line, raised_out
 from hesd_fast.hvp.base import Vectors, accumulate, agrees, quiet, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import differentiate, refuse_dead_ends
 from hesd_fast.operators.base import ProblemOperator
-from hesd_fast.parameters import as_real
+from hesd_fast.parameters import norm_of
 from hesd_fast.problem import LossTerm, Problem
 
 TANGENT_BYTES = 2**28
@@ -189,7 +189,7 @@ class JacobianOperator(ProblemOperator):
         (row,) = vectors_of(self.problem, probe)
         found = self._forward(term, [row])[0]
         wanted = Jacobian(values, list(self.problem.parameters.values())).times(row)
-        difference, norm = float(torch.linalg.vector_norm(found - wanted)), float(torch.linalg.vector_norm(wanted))
+        difference, norm = norm_of([found - wanted]), norm_of([wanted])
         if not agrees(difference, norm, self.epsilon):
             raise OperatorError(
                 f"forward mode is {difference:.2g} away from reverse mode, of norm {norm:.2g}, on batch {term.index}"
@@ -210,7 +210,7 @@ class JacobianOperator(ProblemOperator):
         gradient = [
             torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(jacobian.parameters, found, strict=True)
         ]
-        wanted = sum(float(torch.linalg.vector_norm(as_real(g), dtype=torch.float64)) ** 2 for g in gradient)
+        wanted = norm_of(gradient) ** 2
         product = float((w.double() * jacobian.times(gradient).double()).sum())
         if math.isfinite(wanted) and not agrees(abs(product - wanted), wanted, self.epsilon):
             raise OperatorError(

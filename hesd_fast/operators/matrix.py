@@ -12,6 +12,7 @@ from torch import Tensor
 from hesd_fast import cuda
 from hesd_fast.errors import OperatorError
 from hesd_fast.operators.base import WRAPPED, CurvatureOperator, OperatorBase
+from hesd_fast.parameters import norm_of
 
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -88,7 +89,7 @@ class MatrixOperator(OperatorBase):
         u, v = torch.randn(2, self.size, dtype=self.dtype, generator=generator, device="cpu").to(self.device)
         image_u, image_v = self.matvec(u), self.matvec(v)
         self.products = 0
-        scale = float(torch.linalg.vector_norm(u) * torch.linalg.vector_norm(image_v))
+        scale = norm_of([u]) * norm_of([image_v])
         difference = abs(float(u @ image_v - v @ image_u))
         for dtype in (self.dtype, torch.float32):
             epsilon = torch.finfo(dtype).eps
