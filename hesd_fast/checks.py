@@ -25,9 +25,8 @@ SEMIORTHOGONALITY_MULTIPLE = 8.0
 REPETITION_MULTIPLE, REPETITION_MULTIPLE_ON_GPUS = 64, 1024
 """Difference of a product from the same one before, in machine epsilons; a GPU's atomic additions come in any order."""
 
-DIFFERENCES_MULTIPLE = 64.0
-"""Disagreement of products from finite differences, in the error that was measured along one vector: of small models
-others have had up to 17 times that."""
+DIFFERENCES_MULTIPLE = 16.0
+"""Disagreement of products from finite differences, in the error that was measured along two vectors on one batch."""
 
 LOST = (
     "so intervals may be too narrow; likely causes are products near underflow (multiply the loss by a power of two "
