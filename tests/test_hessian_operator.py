@@ -508,9 +508,14 @@ def test_our_own_operator_in_scipys_clothes_is_itself() -> None:
 
 
 def test_an_asymmetric_operator_is_refused_in_every_precision() -> None:
-    matrix = np.random.default_rng(0).normal(size=(12, 12))
-    with pytest.raises(OperatorError, match=r"is not symmetric: .* is rounding, also in float32; give a symmetric one"):
-        as_operator(Precise(matrix, True))
+    for size, narrow in ((12, True), (12, False), (1500, True), (1500, False)):
+        matrix = np.random.default_rng(0).normal(size=(size, size))
+        with pytest.raises(OperatorError, match=r"is not symmetric: .* is rounding; give a symmetric one"):
+            as_operator(Precise(matrix, narrow))
+        skewed = matrix + matrix.T + 0.05 * np.triu(matrix)
+        with pytest.raises(OperatorError, match="is not symmetric"):
+            as_operator(Precise(skewed, narrow))
+        as_operator(Precise(matrix + matrix.T, narrow))
 
 
 @pytest.mark.parametrize("scale", [1e-145, 1e-160, 1e-165, 1e-200, 1e-300])

@@ -73,9 +73,9 @@ class Gradient:
         return gradient
 
     @staticmethod
-    def first_order(problem: Problem, loss: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """Return the gradient (n,) alone, without a graph; ``weights`` may stand in the place of the parameters."""
-        parameters = list(problem.parameters.values()) if weights is None else weights
+    def first_order(problem: Problem, loss: Tensor) -> Tensor:
+        """Return the gradient (n,) alone, without a graph."""
+        parameters = list(problem.parameters.values())
         found = differentiate(loss, parameters)
         return problem.flatten(
             [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]

@@ -14,6 +14,7 @@ from hesd_fast.hvp.base import accumulate
 from hesd_fast.hvp.derivative_check import DerivativeCheck, warn_of_wrong_derivatives
 from hesd_fast.hvp.planner import give_up
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph, ReverseOverReverse
+from hesd_fast.model_state import alone
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.hessian import multiply_or_fall_back
 from hesd_fast.parameters import Selection, select_parameters
@@ -227,6 +228,7 @@ class GroupedHessianOperator:
                 place.out.add_(place.compensation)
 
 
+@alone
 def names_of_groups(problem: Problem, groups: Groups) -> dict[str, list[str]]:
     """Return the names of the parameters of each group; a ProblemError for groups that cannot be used."""
     known = list(problem.parameters)
