@@ -121,7 +121,9 @@ class Problem:
         ``loss(model, batch)`` returns the mean loss of a batch, or ``(sum, count)``. A mean loss of one batch, and of
         batches of the same shapes, needs no count. Batches of other shapes are weighted by their leading dimension
         where all of a batch's tensors agree on it and nothing else differs; elsewhere (lists of samples, padding,
-        steps before samples, graphs) return ``(sum, count)``, or give ``count``. Only the selected parameters require
+        steps before samples, graphs, one sample a batch) return ``(sum, count)``, or give ``count``. So do where
+        values decide what counts (masks, ignored labels), which shapes do not tell; and for lists of bare tensors if
+        they are samples, as a DataLoader collates tuples into such lists. Only the selected parameters require
         gradients while it runs.
     data
         A re-iterable of batches, one batch, or a dataset of samples; see :func:`hesd_fast.data.as_batches`.
@@ -506,7 +508,7 @@ class Problem:
         sizes: list[int] = []
         dtype = self.dtype
         counter = TermCounter(self.loss, self.count)
-        reading = None if is_ready_made(self.loss) else ReadingCheck(self._batch_loss, self.count, self.epsilon)
+        reading = None if is_ready_made(self.loss) else self._reading_check()
         depends = warned = False
         for index, batch in self._batches():
             _data.check_batch(batch, index)
@@ -515,7 +517,7 @@ class Problem:
             loss, count = self._batch_loss(index, batch)
             values.append(float(loss.detach()))
             dtype = loss.dtype
-            if counter.add(index, batch, count):
+            if counter.add(index, batch, values[-1], count):
                 self._check_first_value(loss, values[-1], index, first=not depends)
                 if found := operations_in(loss).keys() - self.replaced_operations:
                     self.replaced_operations += tuple(sorted(found))
@@ -533,10 +535,14 @@ class Problem:
                     reading.see(index, batch, values[-1], count)
         if not digests:
             raise ProblemError("the data yields no batch; give at least one (a used-up iterator yields none)")
+        counter.shapes_suffice = reading is None or reading.counts_samples
         total = math.fsum(counter.counts)
         if total <= 0:
             raise ProblemError(f"the {len(values)} batches hold {total:g} loss terms; at least one is wanted")
         return _Facts(values, dtype, counter.weights, digests, sizes, total, counter.description)
+
+    def _reading_check(self) -> ReadingCheck:
+        return ReadingCheck(self._batch_loss, self.count, self.epsilon, self.device)
 
     def _check_first_value(self, loss: Tensor, value: float, index: int, first: bool) -> None:
         if not math.isfinite(value):
