@@ -204,8 +204,8 @@ class Problem:
             If a name is not that of a selected parameter, or there is none.
         """
         chosen = set(names)
-        if strangers := sorted(chosen - self.parameters.keys()):
-            raise ProblemError(f"{strangers[0]!r} is none of the problem's selected parameters")
+        if unknown := sorted(chosen - self.parameters.keys()):
+            raise ProblemError(f"{unknown[0]!r} is none of the problem's selected parameters")
         if not chosen:
             raise ProblemError("no parameter is left; give the name of one at least")
         self.prepare()
@@ -319,7 +319,7 @@ class Problem:
         """Read the data once, check every batch and its loss, and note what later passes must find again.
 
         Does nothing the second time. Cost: one forward pass per batch, a backward pass on the first, and for a loss of
-        one's own one more forward pass of a batch, in halves.
+        one's own one more forward pass of a batch, in halves, and up to three in thirds where halves say too little.
 
         Raises
         ------
