@@ -133,7 +133,9 @@ class Problem:
         ``loss(model, batch)`` returns the mean loss of a batch, or ``(sum, count)``. A mean loss of one batch, and of
         batches of the same shapes, needs no count. Batches of other shapes are weighted by their leading dimension
         where all of a batch's tensors agree on it and nothing else differs; elsewhere (lists of samples, padding,
-        steps before samples, graphs) return ``(sum, count)``, or give ``count``. Only the selected parameters require
+        steps before samples, graphs, one sample a batch) return ``(sum, count)``, or give ``count``. So do where
+        values decide what counts (masks, ignored labels), which shapes do not tell; and for lists of bare tensors if
+        they are samples, as a DataLoader collates tuples into such lists. Only the selected parameters require
         gradients while it runs.
     data
         A re-iterable of batches, one batch, or a dataset of samples; see :func:`hesd_fast.data.as_batches`.
@@ -217,8 +219,8 @@ class Problem:
             If a name is not that of a selected parameter, or there is none.
         """
         chosen = set(names)
-        if strangers := sorted(chosen - self.parameters.keys()):
-            raise ProblemError(f"{strangers[0]!r} is none of the problem's selected parameters")
+        if unknown := sorted(chosen - self.parameters.keys()):
+            raise ProblemError(f"{unknown[0]!r} is none of the problem's selected parameters")
         if not chosen:
             raise ProblemError("no parameter is left; give the name of one at least")
         self.prepare()
@@ -332,7 +334,7 @@ class Problem:
         """Read the data once, check every batch and its loss, and note what later passes must find again.
 
         Does nothing the second time. Cost: one forward pass per batch, a backward pass on the first, and for a loss of
-        one's own one more forward pass of a batch, in halves.
+        one's own one more forward pass of a batch, in halves, and up to three in thirds where halves say too little.
 
         Raises
         ------
@@ -547,7 +549,7 @@ class Problem:
         sizes: list[int] = []
         dtype = self.dtype
         counter = TermCounter(self.loss, self.count)
-        reading = None if is_ready_made(self.loss) else ReadingCheck(self._batch_loss, self.count, self.epsilon)
+        reading = None if is_ready_made(self.loss) else self._reading_check()
         depends = warned = False
         for index, batch in self._batches():
             _data.check_batch(batch, index)
@@ -558,7 +560,7 @@ class Problem:
             check_hooks(self.model, self.parameters)  # forward or loss may have registered some
             values.append(float(loss.detach()))
             dtype = loss.dtype
-            if counter.add(index, batch, count):
+            if counter.add(index, batch, values[-1], count):
                 self._check_first_value(loss, values[-1], index, first=not depends)
                 if found := operations_in(loss).keys() - self.replaced_operations:
                     self.replaced_operations += tuple(sorted(found))
@@ -577,6 +579,7 @@ class Problem:
                     reading.see(index, batch, values[-1], count)
         if not digests:
             raise ProblemError("the data yields no batch; give at least one (a used-up iterator yields none)")
+        counter.shapes_suffice = reading is None or reading.counts_samples
         total = counter.total
         if total <= 0:
             raise ProblemError(f"the {len(values)} batches hold {total:g} loss terms; at least one is wanted")
@@ -587,6 +590,9 @@ class Problem:
                 "number of terms as count"
             )
         return _Facts(values, dtype, weights, digests, sizes, total, counter.description)
+
+    def _reading_check(self) -> ReadingCheck:
+        return ReadingCheck(self._batch_loss, self.count, self.epsilon, self.device)
 
     def _check_first_value(self, loss: Tensor, value: float, index: int, first: bool) -> None:
         if not math.isfinite(value):

@@ -150,8 +150,8 @@ class GroupedHessianOperator:
             For a name that is no group, a panel or out of another shape, dtype, device or stride, and where a product
             is not finite.
         """
-        if strangers := sorted(panels.keys() - self.blocks.keys()):
-            raise OperatorError(f"{strangers[0]!r} is no group; the groups are {', '.join(map(repr, self.blocks))}")
+        if unknown := sorted(panels.keys() - self.blocks.keys()):
+            raise OperatorError(f"{unknown[0]!r} is no group; the groups are {', '.join(map(repr, self.blocks))}")
         if outs is not None and outs.keys() != panels.keys():
             raise OperatorError(f"outs has {', '.join(map(repr, outs))}; give one for each panel, {', '.join(panels)}")
         found = {
