@@ -156,7 +156,9 @@ def analyze(
                 on_step=bar.update,
             )
     options = run_options(operator, chosen, tridiagonal, hvp, protocol, seed)
-    return report_of(problem, tridiagonal, matrix, (checked.linearity, checked.repetition), options, started)
+    return report_of(
+        problem, tridiagonal, matrix, (checked.linearity, checked.repetition, checked.gain), options, started
+    )
 
 
 def run_options(

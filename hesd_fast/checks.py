@@ -44,7 +44,7 @@ def checks_of_run(
     problem: Problem,
 ) -> tuple[Check, ...]:
     """Return everything that was verified, in the order of a report."""
-    linearity, repetition = (deviation or 0.0 for deviation in deviations)
+    linearity, repetition = _meaningful(deviations, measure, problem)
     determinism = _determinism(problem, repetition)
     strategy = getattr(matrix, "strategy", None)
     error = 0.0 if strategy is None or strategy.exact else strategy.error
@@ -61,6 +61,17 @@ def checks_of_run(
     if tridiagonal.orthogonality is not None:
         checks.append(_with_cause(_orthogonality(tridiagonal, tridiagonal.orthogonality, problem), LOST))
     return tuple(checks)
+
+
+def _meaningful(deviations: Deviations, measure: SpectralMeasure, problem: Problem) -> tuple[float, float]:
+    """Return the deviations from linearity and repetition, 0 where the product itself is nothing but rounding.
+
+    Signs may lie in the kernel of a matrix of low rank, as that of a network of which only the last biases work.
+    """
+    *found, gain = deviations
+    rounding = REPETITION_MULTIPLE * torch.finfo(problem.dtype).eps * measure.largest_magnitude
+    linearity, repetition = (0.0 if deviation is None or gain <= rounding else deviation for deviation in found)
+    return linearity, repetition
 
 
 def _with_cause(check: Check, cause: str) -> Check:

@@ -160,4 +160,4 @@ def _check(operator: GroupedHessianOperator, runs: Mapping[str, LanczosRun]) -> 
     """Return how far from linear, and from the same twice, the products of each group's first panel are."""
     combinations = {name: combination_of(run.panel) for name, run in runs.items()}
     first, second = operator.matmats(combinations), operator.matmats(combinations)
-    return {name: deviations(run.product, first[name], second[name]) for name, run in runs.items()}
+    return {name: deviations(run.product, first[name], second[name], combinations[name]) for name, run in runs.items()}

@@ -18,6 +18,21 @@ def dense_hessian(model: nn.Module, total_loss, parameters: Parameters) -> Tenso
     The parameters are replaced by slices of one flat vector, so that PyTorch's own Hessian can be asked for. Modes and
     buffers of the model are used as they are.
     """
+    function, flat = _of_a_vector(model, total_loss, parameters)
+    return torch.autograd.functional.hessian(function, flat).detach()
+
+
+def dense_gauss_newton(model: nn.Module, outputs, of_outputs, parameters: Parameters) -> Tensor:
+    """Return J^T M J (n, n), with J the Jacobian of ``outputs(model)`` and M the Hessian of ``of_outputs`` there."""
+    function, flat = _of_a_vector(model, outputs, parameters)
+    values = function(flat).detach()
+    jacobian = torch.autograd.functional.jacobian(function, flat).reshape(values.numel(), len(flat))
+    middle = torch.autograd.functional.hessian(of_outputs, values).reshape(values.numel(), values.numel())
+    return (jacobian.T @ middle @ jacobian).detach()
+
+
+def _of_a_vector(model: nn.Module, total_loss, parameters: Parameters) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Return ``total_loss(model)`` as a function of one flat vector, and the vector that the parameters are now."""
     widths = [p.numel() * (2 if p.is_complex() else 1) for p in parameters.values()]
     # One name per place that holds a parameter: functional_call does not give back a module that it finds by two names.
     places = {
@@ -42,7 +57,7 @@ def dense_hessian(model: nn.Module, total_loss, parameters: Parameters) -> Tenso
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return torch.func.functional_call(Total(), replaced, (), tie_weights=False)
 
-    return torch.autograd.functional.hessian(function, flat).detach()
+    return function, flat
 
 
 def _as_real(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +60,9 @@ class OddProblem:
     is_smooth: bool = True
     warns: str = ""
     """Part of a warning that has to come; none may come where it is empty."""
-    options: dict[str, Any] = field(default_factory=dict)
+    outputs: Callable[[nn.Module], Tensor] | None = None
+    of_outputs: Callable[[Tensor], Tensor] | None = None
+    """The same loss in two parts, for ready-made ones: what the model computes of all data, and the loss of that."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -490,21 +492,25 @@ def _ready_made(draw: Any, network: Network, dtype: torch.dtype, generator: torc
     batches = [PACK[pack](*pair) for pair in zip(inputs, _split(t, sizes), strict=True)]
     data = _data(draw, batches, network, x, t, sizes, pack)
 
-    def total(reference: nn.Module) -> Tensor:
-        found = torch.cat(_outputs(reference, network, inputs))
+    def of_outputs(found: Tensor) -> Tensor:
         value = criterion.module(found, wide(t))
         return value / n if criterion.module.reduction == "sum" else value
+
+    def outputs_of_all(reference: nn.Module) -> Tensor:
+        return torch.cat(_outputs(reference, network, inputs))
 
     return OddProblem(
         f"{network.name}, {criterion.name}, {form}, {pack}, {sizes}, {dtype}, {mode}, {type(data).__name__}",
         model,
         losses.supervised(criterion.module),
         data,
-        total,
+        lambda reference: of_outputs(outputs_of_all(reference)),
         criterion.terms(t, n * outputs, n),
         mode,
         [],
         is_smooth=network.is_smooth and criterion.is_smooth,
+        outputs=outputs_of_all,
+        of_outputs=of_outputs,
     )
 
 

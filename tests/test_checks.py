@@ -142,3 +142,15 @@ def test_finite_differences_across_kinks_are_told_what_their_asymmetry_comes_fro
     data = [(torch.randn(20, 8), torch.randint(3, (20,))) for _ in range(2)]
     with pytest.raises(OperatorError, match=r"not those of one symmetric.*kinks \(use hvp='double_backward'\)"):
         hesd.analyze(model, CROSS_ENTROPY, data, hvp="finite_differences", max_steps=3, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_probes_in_the_kernel_raise_no_alarm(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(20, 4).to(dtype)
+    data, model = [(x, (x[:, 0] > 0).long())], nn.Linear(4, 2).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HESDWarning)
+        for seed in range(8):  # half of them (1, 1), which changes no probability
+            options = {"block_size": 1, "max_steps": 5, "seed": seed, "reorthogonalization": "window"}
+            hesd.analyze(model, CROSS_ENTROPY, data, parameters="bias", progress=False, **options)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from dense import dense_hessian
+from dense import dense_gauss_newton, dense_hessian
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 from odd_faults import FAULTS
 from odd_problems import OddProblem, problems, unpack
 from snapshots import assert_same, snapshot
-from torch import nn
+from torch import Tensor, nn
 
 import hesd_fast as hesd
 from hesd_fast.errors import HESDError, HESDWarning
@@ -79,6 +79,11 @@ def expected_error(problem: OddProblem) -> str:
     return "does not depend on the selected parameters" if all(one is None for one in found) else ""
 
 
+def hessian_of(problem: OddProblem) -> Tensor:
+    model, parameters = problem.reference()
+    return dense_hessian(model, problem.total, parameters)
+
+
 def run_options(draw: Any, size: int) -> dict[str, Any]:
     """Settings of a run, from a single vector to more than there are parameters."""
     if draw(st.integers(0, 9)) == 0:
@@ -95,11 +100,9 @@ def run_options(draw: Any, size: int) -> dict[str, Any]:
 
 
 class Truth:
-    """The spectrum of a problem's dense Hessian."""
+    """The spectrum of a problem's dense matrix."""
 
-    def __init__(self, problem: OddProblem) -> None:
-        model, parameters = problem.reference()
-        matrix = dense_hessian(model, problem.total, parameters)
+    def __init__(self, problem: OddProblem, matrix: Tensor) -> None:
         eigenvalues = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
         self.low, self.high = float(eigenvalues[0]), float(eigenvalues[-1])
         self.trace, self.size = float(matrix.trace()), len(matrix)
@@ -110,7 +113,7 @@ class Truth:
     @property
     def is_rounding(self) -> bool:
         """Whether nothing is left of the curvature in the problem's precision, as where classes cancel."""
-        return self.largest <= 64 * self.epsilon * max(abs(self.loss), 1.0)
+        return self.largest <= ROUNDING * self.epsilon * max(abs(self.loss), 1.0)
 
 
 class Spectrum:
@@ -178,14 +181,16 @@ def compare_with_dense_hessian(problem: OddProblem, draw: Any) -> Spectrum | Non
     if refused:
         assert refused in str(error), error
         return None
-    truth = Truth(problem)
+    truth = Truth(problem, hessian_of(problem))
     note(f"{truth.low} {truth.high} {truth.trace} of loss {truth.loss}")
     if error is not None:
         strategy_is_named = hvp not in ("auto", "double_backward") and any(text in str(error) for text in REFUSALS)
         assert strategy_is_named or (truth.is_rounding and "use float64" in str(error)), error
         return None
     unexpected = [text for text in warned if not problem.warns or problem.warns not in text]
-    assert not unexpected or (truth.is_rounding and all("use float64" in text for text in unexpected)), unexpected
+    if hvp in DIFFERENCES:  # their error is measured on one batch and along one direction
+        unexpected = [text for text in unexpected if "the products are finite differences" not in text]
+    assert not unexpected or truth.is_rounding, unexpected
     assert problem.terms is None or report.problem.terms == problem.terms
     assert report.problem.parameters == tuple(problem.selected)
     assert abs(report.problem.loss - truth.loss) <= ROUNDING * truth.epsilon * max(abs(truth.loss), 1.0)
@@ -195,23 +200,103 @@ def compare_with_dense_hessian(problem: OddProblem, draw: Any) -> Spectrum | Non
     return spectrum
 
 
-def test_problems_that_compose_have_the_spectra_of_their_dense_hessians():
+def compare_with_dense_gauss_newton(problem: OddProblem, draw: Any) -> Spectrum | None:
+    """The same for the Gauss-Newton matrix of a ready-made loss."""
+    refused = expected_error(problem)
+    size = max(sum(p.numel() * (1 + p.is_complex()) for p in problem.reference()[1].values()), 1)
+    options = {**run_options(draw, size), "basis_dtype": "auto"} if draw(st.booleans()) else {"max_steps": size}
+    note(f"{problem.name}; {options}")
+    report, error, warned = outcome(
+        problem, lambda: hesd.analyze(**problem.arguments, operator="gauss_newton", progress=False, **options)
+    )
+    if refused:
+        assert refused in str(error), error
+        return None
+    model, parameters = problem.reference()
+    truth = Truth(problem, dense_gauss_newton(model, problem.outputs, problem.of_outputs, parameters))
+    note(f"{truth.low} {truth.high} {truth.trace} of loss {truth.loss}; {report and report.lambda_max}")
+    if error is not None or warned:
+        assert truth.is_rounding, error or warned
+        return None
+    assert problem.terms is None or report.problem.terms == problem.terms
+    spectrum = Spectrum(truth, report, 0.0)
+    spectrum.check()
+    return spectrum
+
+
+def compare_blocks_with_dense_hessian(problem: OddProblem, draw: Any) -> list[Spectrum]:
+    """The same for the blocks of groups of parameters, all of the size that is spanned by the probes."""
+    problem.parameters = None
+    problem.model.requires_grad_(True)
+    names = [name for name, p in problem.model.named_parameters() if p.numel()]
+    wholes = draw(st.lists(st.lists(st.sampled_from(names), min_size=1, unique=True), min_size=1, max_size=3))
+    groups = draw(st.sampled_from(["parameters", "modules", {f"group {i}": one for i, one in enumerate(wholes)}]))
+    problem.selected = (
+        names if isinstance(groups, str) else [name for name in names if any(name in one for one in wholes)]
+    )
+    refused = expected_error(problem)
+    note(f"{problem.name}; {groups}")
+    arguments = {name: value for name, value in problem.arguments.items() if name != "parameters"}
+    steps = draw(st.integers(1, 60))
+    reports, error, warned = outcome(
+        problem,
+        lambda: hesd.analyze_groups(**arguments, groups=groups, max_steps=steps, progress=False),
+    )
+    if refused or (isinstance(groups, str) and any(not p.numel() for p in problem.model.parameters())):
+        assert error is not None
+        return []
+    matrix = hessian_of(problem)
+    starts = offsets_of(problem)
+    truths = {
+        name: Truth(problem, matrix[rows][:, rows])
+        for name, report in (reports or {}).items()
+        if (rows := [i for parameter in report.problem.parameters for i in starts[parameter]])
+    }
+    if error is not None:
+        assert "use float64" in str(error), error
+        return []
+    unexpected = [text for text in warned if not problem.warns or problem.warns not in text]
+    assert not unexpected or any(truth.is_rounding for truth in truths.values()), unexpected
+    spectra = [Spectrum(truths[name], report, 0.0) for name, report in reports.items()]
+    for spectrum in spectra:
+        spectrum.check()
+    return spectra
+
+
+def offsets_of(problem: OddProblem) -> dict[str, range]:
+    """The rows of each selected parameter."""
+    found, start = {}, 0
+    for name, parameter in problem.reference()[1].items():
+        width = parameter.numel() * (1 + parameter.is_complex())
+        found[name] = range(start, start + width)
+        start += width
+    return found
+
+
+@pytest.mark.parametrize(
+    ("compare", "strategy"),
+    [
+        (compare_with_dense_hessian, problems()),
+        (compare_with_dense_gauss_newton, problems(ready_made=True)),
+        (compare_blocks_with_dense_hessian, problems()),
+    ],
+    ids=["hessian", "gauss-newton", "blocks"],
+)
+def test_problems_that_compose_have_the_spectra_of_their_dense_matrices(compare, strategy):
     spectra: list[Spectrum] = []
 
-    @settings(max_examples=100, **SETTINGS)
-    @given(problem=problems(), data=st.data())
+    @settings(max_examples=80, **SETTINGS)
+    @given(problem=strategy, data=st.data())
     def check(problem: OddProblem, data: Any) -> None:
-        spectrum = compare_with_dense_hessian(problem, data.draw)
-        if spectrum is not None:
-            spectra.append(spectrum)
+        found = compare(problem, data.draw)
+        spectra.extend(found if isinstance(found, list) else [found] if found else [])
 
     check()
     exhausted = [spectrum for spectrum in spectra if spectrum.is_exhausted]
-    assert len(spectra) > 60
-    assert len(exhausted) > 8
+    assert len(spectra) > 40
+    assert len(exhausted) > 6
     # An end of an interval is that of 97.5 of 100 probes, and a trace of two standard errors.
     assert sum(not spectrum.is_held for spectrum in spectra) <= 0.1 * len(spectra)
-    # Few signs may be orthogonal to an eigenvector.
     assert sum(not spectrum.is_found for spectrum in exhausted) <= 0.02 * len(exhausted)
 
 

@@ -24,12 +24,15 @@ class CheckedOperator:
     ----------
     linearity, repetition : float or None
         The largest deviations seen; None before the first panel, or where the product of the combination is zero.
+    gain : float
+        Norm of that product relative to the combination's.
     """
 
     def __init__(self, operator: CurvatureOperator) -> None:
         self._operator = operator
         self.linearity: float | None = None
         self.repetition: float | None = None
+        self.gain = 0.0
         self._checked = False
 
     def __getattr__(self, name: str) -> Any:
@@ -66,11 +69,11 @@ class CheckedOperator:
     def _check(self, panel: Tensor, products: Tensor) -> None:
         combination = combination_of(panel)
         first, second = self._operator.matmat(combination), self._operator.matmat(combination)
-        self.linearity, self.repetition = deviations(products, first, second)
+        self.linearity, self.repetition, self.gain = deviations(products, first, second, combination)
 
 
-Deviations = tuple[float | None, float | None]
-"""From linearity and from repetition, see :func:`deviations`."""
+Deviations = tuple[float | None, float | None, float]
+"""From linearity and from repetition, and the gain; see :func:`deviations`."""
 
 
 def combination_of(panel: Tensor) -> Tensor:
@@ -78,16 +81,18 @@ def combination_of(panel: Tensor) -> Tensor:
     return _coefficients(panel) @ panel
 
 
-def deviations(products: Tensor, first: Tensor, second: Tensor) -> Deviations:
+def deviations(products: Tensor, first: Tensor, second: Tensor, combination: Tensor) -> Deviations:
     """Return how far two products of a panel's combination, which are overwritten, are from linear and from each other.
 
-    Both relative to the norm of the first; None where that is zero.
+    Both relative to the norm of the first, None where that is zero; and that norm relative to the combination's.
     """
     norm = norm_of([first])
     if norm == 0.0:
-        return None, None
+        return None, None, 0.0
+    gain = norm / norm_of([combination])
     repetition = norm_of([second.sub_(first)]) / norm
-    return norm_of([first.addmm_(_coefficients(products), products, alpha=-1.0)]) / norm, repetition
+    residual = first.addmm_(_coefficients(products), products, alpha=-1.0)
+    return norm_of([residual]) / norm, repetition, gain
 
 
 def _coefficients(panel: Tensor) -> Tensor:
