@@ -233,7 +233,7 @@ def test_without_float64_only_smooth_losses_can_be_told(monkeypatch, activation,
     assert agrees(Problem(model, CROSS_ENTROPY, [(x.float(), y) for x, y in vectors(64)])).agrees is agreement
 
 
-@pytest.mark.parametrize(("function", "agreement"), [(Kernel.apply, False), (OnContext.apply, None)])
+@pytest.mark.parametrize(("function", "agreement"), [(GraphlessCube.apply, False), (OnContext.apply, None)])
 def test_without_float64_a_derivative_that_is_lost_is_still_seen(monkeypatch, function, agreement):
     # A Function may have kinks, which average out to another curvature where there are many; not so a lost product.
     monkeypatch.setattr(derivative_check, "COPIES", 1e18)
