@@ -24,9 +24,7 @@ else:
 
     def __getattr__(name: str) -> Any:
         """Load a submodule, or all public names together, when the first of them is asked for."""
-        if name == "_engine":
-            import torch  # noqa: F401 - before the extension, which shares its OpenMP runtime
-        if name not in _FUNCTIONS and find_spec(f"{__name__}.{name}"):
+        if name not in _FUNCTIONS and name.isidentifier() and find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
         if name == "__all__" or not name.startswith("_"):
             state = random.getstate()  # other packages draw random numbers when they are imported
@@ -44,6 +42,18 @@ else:
         """Return all names, also those that were not loaded yet."""
         __getattr__("__all__")
         return sorted(globals())
+
+
+class _TorchFirst:
+    """Imports PyTorch before the extension, whoever imports that: they have to share PyTorch's OpenMP runtime."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        """Find nothing; the finders that come after this one do."""
+        if name == f"{__name__}._engine":
+            import torch  # noqa: F401
+
+
+sys.meta_path.insert(0, _TorchFirst())
 
 
 class _Package(ModuleType):

@@ -170,10 +170,11 @@ def compare(
     ``k_hn`` is shown and decides nothing, because it depends on the number of Lanczos steps. The intervals are combined
     as if their errors could be opposite, which is cautious.
 
-    What is compared are data sets, so everything else must be the same: operator, group, model class, names and shapes
-    of the parameters, module mode, precision, protocol, exponents and weights. That the loss is the same function
-    cannot be seen. Where the numbers of loss terms or of Lanczos steps differ, the assessment has a note. A measure
-    made by hand is compared for what it has.
+    What is compared are data sets, so everything else must be the same: operator, model class, names and shapes
+    of the parameters, module mode, precision, protocol, exponents and weights. Modes are compared by their names, so
+    "as_is" is another one than "eval" even of a model in eval mode. That the loss is the same function cannot be seen.
+    Where the numbers of loss terms or of Lanczos steps differ, the assessment has a note. A measure made by hand is
+    compared for what it has.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ import click
 
 import hesd_fast as hesd  # loads PyTorch when a command first uses it
 from hesd_fast import choices
-from hesd_fast.terminal import printable
+from hesd_fast.terminal import file_name, printable
 
 if TYPE_CHECKING:
     from hesd_fast.operators.grouped import Groups
@@ -198,8 +198,8 @@ def _groups(grouping: str | None, named: tuple[str, ...]) -> Groups | None:
     chosen = {}
     for text in named:
         name, equals, selection = text.partition("=")
-        if not equals or not name or "/" in name or name in (".", ".."):
-            raise hesd.ProblemError(f"--group is {text!r}; wanted NAME=REGEX, NAME being one of a file")
+        if not equals or not name:
+            raise hesd.ProblemError(f"--group is {text!r}; wanted NAME=REGEX")
         if name in chosen:
             raise hesd.ProblemError(f"--group {name!r} was given twice; call them by different names")
         chosen[name] = selection
@@ -261,7 +261,7 @@ def _make_folder(out: Path) -> None:
 def _write(reports: dict[str, hesd.Report], out: Path, picture: str) -> None:
     paths = []
     for name, report in reports.items():
-        paths.append(out / f"{name}.hesd.json")
+        paths.append(out / f"{file_name(name)}.hesd.json")
         report.save(paths[-1])
     paths.append(out / f"{picture}.png")
     hesd.plot_densities(reports, paths[-1])

@@ -77,11 +77,6 @@ PROPERTIES = (
         _attribute("operator"), lambda value, _: f"is of the operator {value!r}", "compare spectra of the same operator"
     ),
     Property(
-        _attribute("group"),
-        lambda value, _: "is of no group" if value is None else f"is of the group {value!r}",
-        "compare spectra of the same group of parameters",
-    ),
-    Property(
         _fact("model"), lambda value, _: f"is of a model of the class {value!r}", "compare reports of one architecture"
     ),
     Property(_selection, _selection_words, "select the same parameters of the same architecture in both"),

@@ -362,8 +362,8 @@ class ExactOperations(TorchFunctionMode):
         finally:
             self._functions = {}
             if self._engine is not None:
-                _set_modes([mode for mode in _modes() if mode is not self])
                 _set_engine(self._engine)
+                _set_modes([mode for mode in _modes() if mode is not self])
                 self._engine = None
 
     def add(self, names: Iterable[str]) -> None:

@@ -226,7 +226,7 @@ def _what_is_missing(
             bounds = of_probes.high - of_probes.low
             sampling = (balance.high - balance.low) - bounds
             causes = sorted(((bounds, MORE_STEPS), (sampling, MORE_PROBES)), reverse=True)
-            advice += [text for width, text in causes if width >= delta / 2]
+            advice += [text for width, text in causes if width >= delta / 2] or [causes[0][1]]
     larger = balance.value >= 0.0
     above = largest.low > negated.high if larger else negated.low > largest.high
     if not above:

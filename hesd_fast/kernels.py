@@ -4,7 +4,7 @@ A panel is a row-major block of vectors, shape (vectors, elements), contiguous a
 further apart than their length (:func:`empty_panel` spaces them to whole cache lines). Kernels fill the panels they are
 given and never copy them; the panels of one call lie on one device. Small matrices are float64, on the CPU: a tensor
 where the first panel is one, else an array. On a CUDA device kernels run on the stream that is current.
-Every kernel gives the same bits for any number of threads and has a twin in plain PyTorch in
+Every kernel gives the same bits for any number of threads and has a reference in plain PyTorch in
 :mod:`hesd_fast.reference`. The contracts are the headers in ``csrc/include/hesd``.
 """
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,8 +39,8 @@ class Leaf:
     shape: tuple[int, ...] | None
     is_data: bool
     """Whether it is a tensor or array with dimensions; a list of plain values has a shape, too."""
-    in_list: bool
-    """Whether it sits in a list that may be one of samples."""
+    sequences: tuple[tuple[str, int], ...]
+    """Type and length of each list or tuple around it that may be one of samples."""
 
 
 class BatchShape:
@@ -57,10 +58,14 @@ class BatchShape:
         """Path and type of an object that is neither tensor, container nor plain value."""
         self.ignored = ""
         """Path of an integer tensor that holds PyTorch's label of a target that does not count."""
-        self._enter(batch, "batch", listed=False, in_list=False)
+        self.single = ""
+        """Path of a tensor without dimensions, a number or a text, as a single sample has for its label."""
+        self._enter(batch, "batch", collated=False, sequences=())
         self.leaves.sort(key=lambda leaf: leaf.path)  # the order of a mapping's keys means nothing
         if not self.data:
-            self.leaves += [Leaf(path, "unknown", (index,), False, False) for path in _unseen(batch)]
+            self.leaves += [Leaf(path, "unknown", (index,), False, ()) for path in _unseen(batch)]
+        self.samples = self._samples()
+        """Which tensor sits in what may be a list of samples; empty if none does."""
 
     @cached_property
     def data(self) -> list[Leaf]:
@@ -78,43 +83,75 @@ class BatchShape:
         shape = self.data[0].shape
         return shape[0] if shape else 0
 
-    @cached_property
+    @property
     def ambiguity(self) -> str:
         """Why the leading dimension of this batch cannot be told; empty if it can."""
         if self.unknown:
             return f"{self.unknown} is neither a tensor, a container nor a plain value"
         if not self.data:
             return "no tensor has a leading dimension"
-        if listed := [leaf.path for leaf in self.data if leaf.in_list]:
-            return f"{listed[0]} sits in a list, which may be one of samples"
-        if len({leaf.shape[0] for leaf in self.data if leaf.shape}) > 1:
+        if self.samples:
+            return self.samples
+        if len(self._leading) > 1:
             return "the leading dimensions of its tensors differ"
+        if len(self.data) == 1 and (beside := self.single or self._other_list()):
+            return f"{self.data[0].path} has no tensor beside it, only {beside}, so the batch may be one sample"
         return ""
+
+    def share_evidence(self, other: BatchShape) -> None:
+        """Let two batches of one structure know that what is no list of samples in one of them is none in the other."""
+        if not (self.samples and other.samples) and self.structure == other.structure:
+            self.samples = other.samples = ""
 
     def __str__(self) -> str:
         shown = ", ".join(f"{leaf.path} {leaf.shape}" for leaf in self.data[:6])
         return f"batch {self.index} has {shown or 'no tensor'}{', ...' if len(self.data) > 6 else ''}"
 
-    def _enter(self, value: Any, path: str, listed: bool, in_list: bool) -> None:
-        """Note the leaves; ``listed``: all containers around are lists, as those that a DataLoader makes."""
+    @property
+    def _leading(self) -> set[int]:
+        return {leaf.shape[0] for leaf in self.data if leaf.shape}
+
+    def _samples(self) -> str:
+        """Return which tensor may sit in a list of samples, unless one outside shows the list to be of other things.
+
+        That is where all tensors have one leading dimension, and it is not the length of the list.
+        """
+        inside = [leaf for leaf in self.data if leaf.sequences]
+        lengths = {length for leaf in inside for _, length in leaf.sequences}
+        told = len(inside) < len(self.data) and len(self._leading) == 1 and not lengths & self._leading
+        if told or not inside:
+            return ""
+        return f"{inside[0].path} sits in a {inside[0].sequences[0][0]}, which may be one of samples"
+
+    def _other_list(self) -> str:
+        """Return the path of a list of plain values that are not one for each sample."""
+        lists = [leaf for leaf in self.leaves if leaf.kind == "plain values"]
+        return next((leaf.path for leaf in lists if leaf.shape != (self.leading,)), "")
+
+    def _enter(self, value: Any, path: str, collated: bool, sequences: tuple[tuple[str, int], ...]) -> None:
+        """Note the leaves; ``collated``: all containers around are lists, as those that a DataLoader makes."""
         if id(value) in self._open:
             return  # it holds itself
         inside = _data.items(value)
         if isinstance(value, PackedSequence):
-            self._add(path, value.data, (int(value.batch_sizes[0]), *value.data.shape), in_list)
+            self._add(path, value.data, (int(value.batch_sizes[0]), *value.data.shape), sequences)
         elif isinstance(value, Tensor | np.ndarray):
-            self._add(path, value, _data.shape_of(value), in_list)
+            self._add(path, value, _data.shape_of(value), sequences)
         elif isinstance(value, list | tuple) and value and all(map(_is_plain, value)):
-            self.leaves.append(Leaf(path, "plain values", (len(value),), False, in_list))
+            self.leaves.append(Leaf(path, "plain values", (len(value),), False, sequences))
         elif inside is not None:
-            is_list = isinstance(value, list)
-            only_lists = is_list and (listed or path == "batch")
+            alike = _is_of_like_containers(value)
+            collated = isinstance(value, list) and (collated or path == "batch") and not alike
+            if alike or (isinstance(value, list) and not collated):
+                sequences = (*sequences, ("list" if isinstance(value, list) else "tuple", len(value)))
             self._open.add(id(value))
             for suffix, item in inside:
-                self._enter(item, path + suffix, only_lists, in_list or (is_list and not only_lists))
+                self._enter(item, path + suffix, collated, sequences)
             self._open.discard(id(value))
         else:
-            self.leaves.append(Leaf(path, type(value).__name__, None, False, in_list))
+            self.leaves.append(Leaf(path, _kind(value), None, False, sequences))
+            if value is not None and isinstance(value, _data.PlainValue):
+                self.single = self.single or path
             if not _is_plain(value):
                 self._enter_object(value, path)
 
@@ -123,12 +160,36 @@ class BatchShape:
         self.unknown = self.unknown or f"{path} of type {type(value).__name__}"
         for inner, leaf in _data.leaves(value, path):
             if isinstance(leaf, Tensor | np.ndarray):
-                self._add(inner, leaf, _data.shape_of(leaf), in_list=False)
+                self._add(inner, leaf, _data.shape_of(leaf), ())
 
-    def _add(self, path: str, value: Tensor | np.ndarray, shape: tuple[int, ...], in_list: bool) -> None:
-        self.leaves.append(Leaf(path, type(value).__name__, shape, bool(shape), in_list))
+    def _add(
+        self, path: str, value: Tensor | np.ndarray, shape: tuple[int, ...], sequences: tuple[tuple[str, int], ...]
+    ) -> None:
+        self.leaves.append(Leaf(path, type(value).__name__, shape, bool(shape), sequences))
+        if not shape:
+            self.single = self.single or path
         if not self.ignored and _holds_ignored(value):
             self.ignored = path
+
+
+def _kind(value: Any) -> str:
+    """Return what a value is as far as it matters: the type of a number, or of a text that may be missing, does not."""
+    if isinstance(value, int | float | complex | np.number | np.bool_):
+        return "number"
+    return "plain value" if _is_plain(value) else type(value).__name__
+
+
+def _is_of_like_containers(value: Any) -> bool:
+    """Whether a list or tuple is of containers of one structure, as of samples that nobody has collated.
+
+    Containers that are lists are what a DataLoader makes of samples of several tuples.
+    """
+    if not isinstance(value, list | tuple) or hasattr(value, "_fields") or len(value) < 2:
+        return False
+    if any(isinstance(item, list) or _data.items(item) is None for item in value):
+        return False
+    first, *others = ([path for path, _ in _data.leaves(item, "")] for item in value)
+    return all(paths == first for paths in others)
 
 
 def _unseen(batch: Any) -> list[str]:
@@ -190,14 +251,16 @@ class TermCounter:
         self._numbers: list[float] = []
         self._shapes: list[BatchShape] = []
         self._returned: bool | None = None
+        self.shapes_suffice = True
+        """Whether nothing speaks against the leading dimension as the number of terms; a loss may."""
 
-    def add(self, index: int, batch: Any, returned: Any) -> bool:
-        """Count the terms of the next batch; return whether it has any.
+    def add(self, index: int, batch: Any, value: float, returned: Any) -> bool:
+        """Count the terms of the next batch, whose loss is ``value``; return whether it has any.
 
         Raises
         ------
         ProblemError
-            If the count is none, or the terms of a mean cannot be told.
+            If the count is none, or 0 for a sum that is not, or the terms of a mean cannot be told.
         """
         if self._returned is None:
             self._returned = returned is not None
@@ -213,6 +276,13 @@ class TermCounter:
         if self._returned or self._count is not None:
             number = returned if self._count is None else self._count(batch)
             self._numbers.append(checked_count(number, index, given=self._count is not None))
+            # The mean of no terms, which some multiply by their number to get the sum, is NaN.
+            if self._returned and self._numbers[-1] == 0 and value != 0 and not math.isnan(value):
+                raise ProblemError(
+                    f"the loss of batch {index} is the sum {value:.6g} of 0 terms; return the number of the terms, or "
+                    "a sum of 0 where there are none (what all batches have in common, as weight decay, belongs to the "
+                    "terms: return sum + count * decay)"
+                )
             return self._numbers[-1] > 0
         self._add_shape(BatchShape(index, batch))
         return bool(self._shapes[-1].ambiguity) or self._shapes[-1].leading > 0
@@ -226,9 +296,11 @@ class TermCounter:
             raise ProblemError(
                 f"the loss returns a mean, and {ignored.ignored} of batch {ignored.index} holds {IGNORED}, the label "
                 "of targets that PyTorch leaves out of a mean, so the number of its terms cannot be told from the "
-                "shapes; use hesd_fast.losses.causal_lm() for the next-token loss of a language model and "
-                f"supervised() for other criteria, which count what is left, or {REMEDIES}"
+                "shapes; if these are no labels, give count=; use hesd_fast.losses.causal_lm() for the next-token loss "
+                "of a language model and supervised() for other criteria, which count what is left, or "
+                f"{REMEDIES}"
             )
+        first.share_evidence(shape)
         if shape.leaves == first.leaves:
             return
         if reason := shape.ambiguity or first.ambiguity or difference(first, shape):
@@ -240,7 +312,7 @@ class TermCounter:
     @property
     def counts(self) -> list[float]:
         """The number of terms of each batch."""
-        if self._by_shape and (self._shapes[0].ambiguity or self._shapes[0].ignored):
+        if self._by_shape and (self._same_shapes and not self._known):
             return [1.0] * len(self._shapes)
         return [float(shape.leading) for shape in self._shapes] if self._by_shape else self._numbers
 
@@ -269,16 +341,26 @@ class TermCounter:
             return f"the criterion's sum divided by its {terms}"
         if not self._by_shape:
             return f"the mean over {terms}, counted by {'the loss, (sum, count)' if self._returned else 'count='}"
-        known = not (self._shapes[0].ambiguity or self._shapes[0].ignored)
         if len(self._shapes) == 1:  # be it a mean or a sum
-            return f"the loss of one batch, as returned{f', of {terms}' if known else ''}"
-        if known:
+            return f"the loss of one batch, as returned{f', of {terms}' if self._known else ''}"
+        if self._known:
             return f"the mean over {terms}, counted by the batches' leading dimension"
-        return f"the mean of the mean losses of {len(self._shapes):,} batches of the same shapes"
+        if self._same_shapes:
+            return f"the mean of the mean losses of {len(self._shapes):,} batches of the same shapes"
+        return f"the mean of the mean losses of {len(self._shapes):,} batches, weighted by their leading dimension"
 
     @property
     def _by_shape(self) -> bool:
         return bool(self._shapes)
+
+    @property
+    def _known(self) -> bool:
+        """Whether the number of terms is known, by the leading dimension."""
+        return self.shapes_suffice and not (self._shapes[0].ambiguity or self._shapes[0].ignored)
+
+    @property
+    def _same_shapes(self) -> bool:
+        return all(shape.leaves == self._shapes[0].leaves for shape in self._shapes)
 
 
 def checked_count(count: Any, index: int, given: bool = False) -> float:
@@ -320,22 +402,54 @@ def warn_of_fraction(index: int, batch: Any, count: Any) -> bool:
 # Whether a loss is the mean or the sum that it is taken for
 
 
-def halves(batch: Any) -> tuple[Any, Any] | None:
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def halves(batch: Any, device: torch.device | None = None) -> list[Any] | None:
     """Return copies of the two halves of a batch along its leading dimension; None if it cannot be cut for certain.
 
-    Single numbers in a batch may depend on its size, and so may be what objects hold.
+    Single numbers in a batch may depend on its size, and so may be what objects hold. Integers may be indices into the
+    batch, that are out of range in a half: an exception on the CPU, and elsewhere the end of the process's device.
     """
+    samples = BatchShape(0, batch).leading if _can_be_cut(batch, 2) else 0
+    if samples == 0 or (device is not None and device.type != "cpu" and _may_hold_indices(batch, samples)):
+        return None
+    return _parts(batch, [(0, samples // 2), (samples // 2, samples)], samples)
+
+
+def _thirds(batch: Any) -> list[Any] | None:
+    """Return copies of the three thirds of a batch, of the first two together, and of the last two together."""
+    if not _can_be_cut(batch, 3):
+        return None
+    n = BatchShape(0, batch).leading
+    one, two = n // 3, 2 * n // 3
+    return _parts(batch, [(0, one), (one, two), (two, n), (0, two), (one, n)], n)
+
+
+def _can_be_cut(batch: Any, least: int) -> bool:
     shape = BatchShape(0, batch)
-    if shape.ambiguity or shape.leading < 2:
-        return None
-    if any(leaf.shape is None or leaf.shape == () for leaf in shape.leaves if leaf.kind not in ("str", "NoneType")):
-        return None
-    if any(isinstance(leaf, Tensor) and leaf.layout is not torch.strided for _, leaf in _data.leaves(batch)):
-        return None
-    samples = shape.leading
+    if shape.ambiguity or shape.leading < least:
+        return False
+    if any(leaf.shape is None or leaf.shape == () for leaf in shape.leaves if leaf.kind != "plain value"):
+        return False
+    tensors = [leaf for _, leaf in _data.leaves(batch) if isinstance(leaf, Tensor)]
+    return all(tensor.layout is torch.strided for tensor in tensors)
+
+
+def _may_hold_indices(batch: Any, samples: int) -> bool:
+    """Whether integers of a batch are in range for its samples and not for half of them."""
+    for _, leaf in _data.leaves(batch):
+        tensor = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iu" else leaf
+        holds_integers = isinstance(tensor, Tensor) and tensor.dtype in INTEGERS and tensor.numel() > 0
+        if holds_integers and samples // 2 <= int(tensor.max()) < samples:
+            return True
+    return False
+
+
+def _parts(batch: Any, bounds: list[tuple[int, int]], samples: int) -> list[Any] | None:
     try:
-        return _cut(batch, slice(0, samples // 2), samples), _cut(batch, slice(samples // 2, None), samples)
-    except (TypeError, ValueError, NotImplementedError, RecursionError):
+        return [_cut(batch, slice(*part), samples) for part in bounds]
+    except Exception:  # containers of a class of their own can refuse a copy in any way
         return None
 
 
@@ -348,34 +462,59 @@ def _cut(value: Any, part: slice, samples: int) -> Any:
         if len(value) != samples:
             raise TypeError("a list of other things than samples")
         return value[part]
+    if isinstance(value, MutableMapping):  # of its own class, whose attributes the loss may read
+        made = copy.copy(value)
+        for key, item in value.items():
+            made[key] = _cut(item, part, samples)
+        return made
     if not isinstance(value, PackedSequence) and _data.items(value) is not None:
         return _data.rebuilt(value, lambda item: _cut(item, part, samples))
-    if value is None or isinstance(value, str):
+    if _kind(value) == "plain value":
         return value
     raise TypeError(f"a {type(value).__name__} cannot be cut")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The loss of a batch and of its two halves, with the numbers of their terms."""
+    """The loss of a batch and of its two halves, with the numbers of their terms, and of the halves' samples."""
 
     index: int
     value: float
     count: float
     values: list[float]
     counts: list[float]
+    samples: list[float]
 
     def is_sum(self, near: float, far: float) -> bool:
         """Whether it is additive, to rounding, and clearly not a mean."""
-        return self._fits(sum(self.values), near) and not self._fits(self._mean, far)
+        # A mean of what only one half has is additive as well.
+        in_both = min(map(abs, self.values)) > far * abs(self.value)
+        fits = self._fits(sum(self.values), near) and not self._fits(_mean(self.values, self.counts), far)
+        return in_both and self._counts_add_up and fits
 
     def is_mean(self, near: float, far: float) -> bool:
-        """Whether it is the mean of its halves, to rounding, and clearly not their sum."""
-        return self._fits(self._mean, near) and not self._fits(sum(self.values), far)
+        """Whether it is the mean of its halves, to rounding, and clearly not their sum.
+
+        The number of targets that were met adds up, too, so samples are tried as well; and a share of them, in percent
+        or not, shows in being a mean itself.
+        """
+        weights = [self.counts, self.samples] if self._counts_add_up else [self.samples] if self._count_is_mean else []
+        fits = any(self._fits(_mean(self.values, each), near) for each in weights)
+        return fits and not self._fits(sum(self.values), far)
+
+    def is_mean_over_samples(self, near: float) -> bool:
+        """Whether each sample counts as much as another."""
+        return all(map(math.isfinite, self.values)) and self._fits(_mean(self.values, self.samples), near)
 
     @property
-    def _mean(self) -> float:
-        return sum(n * v for n, v in zip(self.counts, self.values, strict=True)) / self.count
+    def _counts_add_up(self) -> bool:
+        return abs(sum(self.counts) - self.count) <= 1e-3 * self.count
+
+    @property
+    def _count_is_mean(self) -> bool:
+        tolerance = 1e-3 * self.count
+        differ = abs(self.counts[0] - self.counts[1]) > tolerance
+        return differ and abs(_mean(self.counts, self.samples) - self.count) <= tolerance
 
     def _fits(self, expected: float, tolerance: float) -> bool:
         return abs(self.value - expected) <= tolerance * max(sum(map(abs, self.values)), abs(self.value))
@@ -387,11 +526,46 @@ class Reading:
         )
 
 
+def _mean(values: list[float], weights: list[float]) -> float:
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+
+def is_mean_of_some_weights(value: float, parts: list[float], samples: list[float], epsilon: float) -> bool:
+    """Whether a loss is a mean of terms of which each third of the batch has some number, which may be any.
+
+    Two unknown ratios of these numbers follow from the losses of the first two thirds together and of the last two, and
+    predict the loss of all. A root of a mean and its like come near to that, but as near as this only by chance: to
+    rounding, or a thousand times nearer than the mean over samples.
+
+    Parameters
+    ----------
+    value : float
+        The loss of the whole batch.
+    parts : list of float
+        Those of the parts that :func:`_thirds` gives.
+    samples : list of float
+        How many samples each third has.
+    epsilon : float
+        Of the precision of the losses.
+    """
+    first, second, third, front, back = parts
+    try:
+        to_second, to_third = (second - front) / (front - first), (third - back) / (back - second)
+    except ZeroDivisionError:
+        return False
+    weight = (to_second + 1.0) * to_third  # of the first two thirds, relative to the last one
+    if not (to_second > 0.0 and to_third > 0.0 and math.isfinite(weight)):
+        return False
+    error = abs(_mean([front, third], [weight, 1.0]) - value)
+    return error <= max(4 * epsilon * max(map(abs, parts)), 1e-3 * abs(_mean(parts[:3], samples) - value))
+
+
 class ReadingCheck:
     """Compares the loss of one batch with those of its halves: a sum is additive, a mean is their mean.
 
-    Cost: two forward passes of half a batch, once. Only a clear contradiction counts: one reading fits to rounding and
-    the one that the loss is taken for is far off. What fails on halves is not held against it.
+    Cost: two forward passes of half a batch, once, and seven of a third where the loss is not the mean of its halves.
+    Only a clear contradiction is an error: one reading fits to rounding and the one that the loss is taken for is far
+    off. What fails on parts is not held against it.
 
     Parameters
     ----------
@@ -401,19 +575,29 @@ class ReadingCheck:
         The problem's ``count``.
     epsilon : float
         Of the precision that the loss is computed in.
+    device : torch.device, optional
+        Where it is computed.
     """
 
     FAR = 0.1
     """The relative difference from which a reading is wrong for certain."""
 
-    def __init__(self, evaluate: Evaluate, count: Count | None, epsilon: float) -> None:
-        self._evaluate, self._count = evaluate, count
+    def __init__(
+        self, evaluate: Evaluate, count: Count | None, epsilon: float, device: torch.device | None = None
+    ) -> None:
+        self._evaluate, self._count, self._device = evaluate, count, device
         self._tolerances = min(max(64 * epsilon, 1e-5), 1e-3), self.FAR
-        self._cut: tuple[int, tuple[Any, Any], float, float] | None = None
+        self._epsilon = epsilon
+        self._close = max(64 * epsilon, 1e-3)
+        self._cut: tuple[int, list[Any], float, float] | None = None
         self._done = False
+        self.counts_samples = True
+        """Whether the samples of a batch count alike, as far as its halves show."""
 
     def see(self, index: int, batch: Any, value: float, returned: Any) -> None:
         """Look at the next batch; a single batch needs no weight, so its loss may be either.
+
+        Warns where batches may count differently for what they hold, which their shapes do not tell.
 
         Raises
         ------
@@ -422,43 +606,69 @@ class ReadingCheck:
         """
         if self._done:
             return
-        if self._cut is None and math.isfinite(value) and (cut := halves(batch)) is not None:
+        if self._cut is None and math.isfinite(value) and (cut := halves(batch, self._device)) is not None:
             self._cut = index, cut, value, self._number_of(batch, returned)
         if self._cut is None or (returned is None and index == 0):
             return
         reading = self._read()
-        if reading is not None and returned is not None and reading.is_mean(*self._tolerances):
+        if reading is None:
+            return
+        if returned is not None and reading.is_mean(*self._tolerances):
             raise ProblemError(
                 f"{reading}: that is their mean, but (sum, count) was returned, so the Hessian would be "
                 f"{reading.count:g} times too small; return the sum of the terms, as in (mean * count, count), or the "
                 "mean alone"
             )
-        if reading is not None and returned is None and reading.is_sum(*self._tolerances):
+        if returned is None and reading.is_sum(*self._tolerances):
             raise ProblemError(
                 f"{reading}: that is their sum, also if it is divided by a fixed number, but a loss without a count is "
-                f"taken for the mean of its terms; return the mean, or (sum, count), here ({reading.value:.6g}, "
-                f"{reading.count:g})"
+                "taken for the mean of its terms; return the mean, or (sum, count) with the undivided sum; where every "
+                "batch is to count as it is, give count=lambda batch: 1"
             )
+        if returned is None and self._count is None and not reading.is_mean_over_samples(self._close):
+            self.counts_samples = False
+            self._warn_of_weights(index, batch, value)
+
+    def _warn_of_weights(self, index: int, batch: Any, value: float) -> None:
+        """Warn if the loss is a mean of terms of which samples of the same shape have different numbers."""
+        parts = _thirds(batch)
+        losses = None if parts is None else self._losses(index, parts)
+        if losses is None:
+            return
+        values, samples = map(list, zip(*losses, strict=True))
+        if not is_mean_of_some_weights(value, values, samples[:3], self._epsilon):
+            return
+        warnings.warn(
+            "the loss returns a mean, of terms of which some samples have more than others, as with a mask, ignored "
+            "labels or class weights; so may batches, which are weighted by their shapes alone. If the terms of all "
+            f"batches are to count alike, {REMEDIES}",
+            HESDWarning,
+            stacklevel=2,
+        )
 
     def _read(self) -> Reading | None:
-        """Evaluate the loss on the halves; None if that fails, or if the counts do not add up."""
+        """Evaluate the loss on the halves; None if that fails."""
         if self._cut is None:
             return None
         (index, cut, value, count), self._cut, self._done = self._cut, None, True
-        values, counts = [], []
+        losses = self._losses(index, cut)
+        if losses is None or not all(map(math.isfinite, [*(number for _, number in losses), count])) or count <= 0:
+            return None
+        samples = [float(BatchShape(0, half).leading) for half in cut]
+        return Reading(index, value, count, [loss for loss, _ in losses], [number for _, number in losses], samples)
+
+    def _losses(self, index: int, parts: list[Any]) -> list[tuple[float, float]] | None:
+        """Return the loss of each part and the number of its terms; None if that fails."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                for half in cut:
-                    loss, returned = self._evaluate(index, half)
-                    values.append(float(loss.detach()))
-                    counts.append(self._number_of(half, returned))
-        except Exception:  # the loss need not take halves, and fails at them in its own way
+                return [self._loss(index, part) for part in parts]
+        except Exception:  # the loss need not take parts, and fails at them in its own way
             return None
-        finite = all(map(math.isfinite, [*values, *counts, count]))
-        if not finite or count <= 0 or abs(sum(counts) - count) > 1e-3 * count:
-            return None
-        return Reading(index, value, count, values, counts)
+
+    def _loss(self, index: int, part: Any) -> tuple[float, float]:
+        loss, returned = self._evaluate(index, part)
+        return float(loss.detach()), self._number_of(part, returned)
 
     def _number_of(self, batch: Any, returned: Any) -> float:
         if returned is not None:

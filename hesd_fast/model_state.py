@@ -57,7 +57,11 @@ _GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 COPY_SHARE = 0.125
 """Part of the available memory that copies of weights may take while it is not known yet that the loss leaves them."""
 
-_DIGEST_ROW = 1024
+_CHUNK = 1 << 17
+"""64-bit integers that are mixed at a time, so that they stay in a cache."""
+
+_ODD = -7046029254386353131  # 2^64 over the golden ratio
+_FACTORS = (-49064778989728563, -4265267296055464877)
 
 
 class RandomStreams:
@@ -122,8 +126,8 @@ class ModelState:
     ----------
     versions : list of (str, tensor, int)
         Name, tensor and version of every parameter and original buffer.
-    digests : dict of str to int
-        Of the values of every parameter, original buffer and plain attribute that is a tensor, by name.
+    digests : list of (str, int)
+        Name and digest of the values of every parameter, original buffer and plain attribute that is a tensor.
     """
 
     def __init__(self, model: nn.Module, copies: bool = False) -> None:
@@ -147,8 +151,10 @@ class ModelState:
         # What .data is now: forward may give a parameter other memory, as model.double() does.
         self._memory = [tensor.detach() for _, tensor, _ in self._watched]
         names = [name for name, _, _ in self._watched]
-        self.digests = dict(zip(names, digests_of(self._memory), strict=True))
+        self.digests = list(zip(names, digests_of(self._memory), strict=True))
         self._copies = _copies_that_fit(self._memory) if copies else None
+        self._is_known = True
+        self._moved: list[tuple[nn.Parameter, Tensor]] = []
         self._written: str | None = None
         self._replaced: str | None = None
         self._is_lost = False
@@ -185,6 +191,11 @@ class ModelState:
             for parameter, requires_grad in zip(self._parameters.values(), before, strict=True):
                 parameter.requires_grad_(requires_grad)
 
+    def begin_evaluation(self) -> None:
+        """Give the model fresh copies of its buffers, and look at the weights again afterwards; cost: these copies."""
+        self._is_known = False
+        self.refresh_buffers()
+
     def refresh_buffers(self) -> None:
         """Give the model fresh copies of its buffers; cost: one copy of all of them."""
         copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
@@ -197,8 +208,8 @@ class ModelState:
     def check_unwritten(self) -> None:
         """Raise an OperatorError if a parameter, an original buffer or a tensor attribute was written to or replaced.
 
-        Also if a module was. Values are put back first where there are copies of them. Cost: two readings of the
-        weights.
+        Also if a module was. Values are put back first where there are copies of them. Cost: one reading of the
+        weights, if the model was evaluated since the last one.
         """
         self.check_members()
         self._put_back_values()
@@ -250,36 +261,58 @@ class ModelState:
                 if (getattr(parameter, name) or {}).keys() != before.keys():
                     setattr(parameter, name, OrderedDict(before) or None)
 
-    def _put_back_values(self) -> None:
-        """Put back memory and values of what was written to, and note the first of its names."""
-        written = first_written(self._watched)
+    def _put_back_memory(self) -> None:
+        """Put back the memory of what was given other memory, and note the first of its names."""
         for (name, tensor, _), memory in zip(self._watched, self._memory, strict=True):
             if not _same_memory(tensor, memory):
-                written = written or name
+                self._written = self._written or name
                 tensor.data = memory
-        for position, (name, digest) in enumerate(zip(self.digests, digests_of(self._memory), strict=True)):
-            if digest == self.digests[name]:
+
+    def _put_back_values(self) -> None:
+        """Put back memory and values of what was written to, and note the first of its names."""
+        if self._is_known:
+            return
+        self._written = self._written or first_written(self._watched)
+        self._put_back_memory()
+        for position, ((name, before), now) in enumerate(zip(self.digests, digests_of(self._memory), strict=True)):
+            if now == before:
                 continue
-            written = written or name
+            self._written = self._written or name
             if self._copies is None:
                 self._is_lost = True
             else:
                 self._memory[position].data.copy_(self._copies[position])
-        self._written = self._written or written
+        self._is_known = True
+
+    @contextmanager
+    def moved(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+        """Let the caller write to parameters meanwhile; gives copies of them, from which they are put back."""
+        self._moved = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        try:
+            yield [original for _, original in self._moved]
+        finally:
+            self._put_back_moved()
+
+    def _put_back_moved(self) -> None:
+        for parameter, original in self._moved:
+            parameter.data.copy_(original)
+        self._moved = []  # only now: an interrupt in between leaves them to the end of the session
 
     def restore(self) -> None:
-        """Put everything back; cost: two readings of the weights."""
+        """Put everything back; cost: one reading of the weights, if the model was evaluated since the last one."""
         self._put_back_members()
         self._put_back_hooks()
         self._put_back_tensors({})
-        self._put_back_values()
         for module, training in zip(self._modules, self._training, strict=True):
             module.training = training
+        self._put_back_moved()
+        self._put_back_memory()
         for parameter, requires_grad, gradient in zip(
             self._parameters.values(), self._requires_grad, self._gradients, strict=True
         ):
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+        self._put_back_values()  # last, as it takes memory of its own
 
     def _put_back_tensors(self, copies: dict[int, Tensor]) -> None:
         for module, buffers, non_persistent, attributes in zip(
@@ -315,10 +348,10 @@ def first_written(versions: Iterable[tuple[str, Tensor, int]]) -> str | None:
 
 
 def digests_of(tensors: Sequence[Tensor]) -> list[int]:
-    """Return a number for each tensor that is another one, all but certainly, when a value is.
+    """Return a number for each tensor that is another one, all but certainly, when a value or its place is.
 
-    The bytes are summed as 64-bit integers, by rows and by columns, each with a weight of its own. Cost: two readings,
-    at the speed of memory; one wait for a device.
+    Each 64 bits are mixed with their position, and these numbers added up. Cost: one reading at about a third of the
+    speed of memory; small tensors are mixed together; one wait for a device.
     """
     found = [0] * len(tensors)
     places: dict[torch.device, list[int]] = {}
@@ -326,27 +359,46 @@ def digests_of(tensors: Sequence[Tensor]) -> list[int]:
         if has_plain_memory(tensor) and tensor.numel():
             places.setdefault(tensor.device, []).append(position)
     for positions in places.values():
-        sums = torch.stack([_digest(tensors[position]) for position in positions]).tolist()
-        for position, value in zip(positions, sums, strict=True):
-            found[position] = value
+        words = [_words(tensors[position]) for position in positions]
+        for position, digest in zip(positions, _digests(words).tolist(), strict=True):
+            found[position] = digest
     return found
 
 
-def _digest(tensor: Tensor) -> Tensor:
+def _digests(words: Sequence[Tensor]) -> Tensor:
+    """Return the digests of tensors of 64-bit integers, of small ones together."""
+    found = words[0].new_zeros(len(words))
+    small = [i for i, one in enumerate(words) if len(one) <= _CHUNK]
+    for i, one in enumerate(words):
+        if len(one) > _CHUNK:
+            parts = [one[first : first + _CHUNK] for first in range(0, len(one), _CHUNK)]
+            found[i] = torch.stack([_mixed(part, k * _CHUNK).sum() for k, part in enumerate(parts)]).sum()
+    if small:
+        sums = _mixed(torch.cat([words[i] for i in small]), 0).cumsum(0)  # wraps around, and so does a difference
+        ends = torch.tensor([len(words[i]) for i in small]).cumsum(0)
+        totals = sums[(ends - 1).to(sums.device)]
+        found[torch.tensor(small, device=found.device)] = totals.diff(prepend=totals.new_zeros(1))
+    return found
+
+
+def _mixed(words: Tensor, first: int) -> Tensor:
+    """Return numbers that depend on 64 bits and their position in no linear way (the finalizer of MurmurHash3)."""
+    mixed = words + torch.arange(first, first + len(words), device=words.device) * _ODD
+    for factor in _FACTORS:
+        mixed ^= (mixed >> 33) & 0x7FFFFFFF  # a shift of integers carries the sign along
+        mixed *= factor
+    return mixed.bitwise_xor_((mixed >> 33) & 0x7FFFFFFF)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor as 64-bit integers, without a copy where that can be, filled up with zeros."""
     values = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     if values.stride() != (1,) or values.data_ptr() % 8:
         values = values.clone(memory_format=torch.contiguous_format)
     octets = values.view(torch.uint8)
-    whole = octets[: len(octets) // 8 * 8].view(torch.int64)
-    rows = whole[: len(whole) // _DIGEST_ROW * _DIGEST_ROW].view(-1, _DIGEST_ROW)
-    rest = whole[rows.numel() :]
-    last = octets[len(whole) * 8 :].to(torch.int64)
-    weighted = [rows.sum(0), rows.sum(1), rest, last]
-    return torch.stack([(part * _weights(len(part), 2 * k + 3, part)).sum() for k, part in enumerate(weighted)]).sum()
-
-
-def _weights(count: int, start: int, like: Tensor) -> Tensor:
-    return torch.arange(start, start + 2 * count, 2, device=like.device)  # odd: no product of a change is lost
+    if len(octets) % 8:
+        octets = torch.nn.functional.pad(octets, (0, -len(octets) % 8))
+    return octets.view(torch.int64)
 
 
 def has_plain_memory(tensor: Tensor) -> bool:
@@ -439,8 +491,8 @@ def borrowed(
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

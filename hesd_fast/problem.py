@@ -26,7 +26,15 @@ from hesd_fast.exact_operations import ExactOperations, operations_in
 from hesd_fast.loss_terms import Count, ReadingCheck, TermCounter, warn_of_fraction
 from hesd_fast.losses import is_ready_made
 from hesd_fast.model_state import SESSIONS, ModelState, RandomStreams, alone, borrowed, first_written, version_of
-from hesd_fast.parameters import ParameterLayout, Selection, check_hooks, check_model, norm_of, select_parameters
+from hesd_fast.parameters import (
+    ParameterLayout,
+    Selection,
+    as_real,
+    check_hooks,
+    check_model,
+    norm_of,
+    select_parameters,
+)
 from hesd_fast.signatures import refusal, signature_of
 
 if TYPE_CHECKING:
@@ -125,7 +133,9 @@ class Problem:
         ``loss(model, batch)`` returns the mean loss of a batch, or ``(sum, count)``. A mean loss of one batch, and of
         batches of the same shapes, needs no count. Batches of other shapes are weighted by their leading dimension
         where all of a batch's tensors agree on it and nothing else differs; elsewhere (lists of samples, padding,
-        steps before samples, graphs) return ``(sum, count)``, or give ``count``. Only the selected parameters require
+        steps before samples, graphs, one sample a batch) return ``(sum, count)``, or give ``count``. So do where
+        values decide what counts (masks, ignored labels), which shapes do not tell; and for lists of bare tensors if
+        they are samples, as a DataLoader collates tuples into such lists. Only the selected parameters require
         gradients while it runs.
     data
         A re-iterable of batches, one batch, or a dataset of samples; see :func:`hesd_fast.data.as_batches`.
@@ -192,7 +202,7 @@ class Problem:
         self._digests: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()  # of tensors on a device
         self._versions: list[tuple[str, Tensor, int]] = []
         self._modules: dict[str, nn.Module] | None = None
-        self._values: dict[str, int] = {}
+        self._values: list[tuple[str, int]] = []
         self._altered: dict[int, str] = {}
         self.derivative_check: DerivativeCheck | None = None
         """What :func:`hesd_fast.hvp.derivative_check.check_derivatives` has found, once it has looked."""
@@ -209,8 +219,8 @@ class Problem:
             If a name is not that of a selected parameter, or there is none.
         """
         chosen = set(names)
-        if strangers := sorted(chosen - self.parameters.keys()):
-            raise ProblemError(f"{strangers[0]!r} is none of the problem's selected parameters")
+        if unknown := sorted(chosen - self.parameters.keys()):
+            raise ProblemError(f"{unknown[0]!r} is none of the problem's selected parameters")
         if not chosen:
             raise ProblemError("no parameter is left; give the name of one at least")
         self.prepare()
@@ -221,6 +231,7 @@ class Problem:
         part._layout = ParameterLayout(part.parameters)
         part._state = None
         part._operations = ExactOperations()
+        part.derivative_check, part.derivative_warning_given = None, False
         return part
 
     @property
@@ -323,7 +334,7 @@ class Problem:
         """Read the data once, check every batch and its loss, and note what later passes must find again.
 
         Does nothing the second time. Cost: one forward pass per batch, a backward pass on the first, and for a loss of
-        one's own one more forward pass of a batch, in halves.
+        one's own one more forward pass of a batch, in halves, and up to three in thirds where halves say too little.
 
         Raises
         ------
@@ -374,15 +385,35 @@ class Problem:
             self._check_unchanged()
             check_hooks(self.model, self.parameters)
             selected, unread = list(self.parameters.values()), self._facts is None
-            with (
-                borrowed(self.model, selected, self.mode, self._streams, copies=unread) as self._state,
-                self._operations.replacing(self.replaced_operations),
-            ):
-                try:
+            try:
+                with (
+                    borrowed(self.model, selected, self.mode, self._streams, copies=unread) as self._state,
+                    self._operations.replacing(self.replaced_operations),
+                ):
                     self._check_values(self._state)
                     yield
-                finally:
-                    self._state = None
+            finally:
+                self._state = None
+
+    @contextmanager
+    def moved(self, directions: Sequence[Tensor], step: float) -> Iterator[float]:
+        """Let the selected parameters be at w + step v meanwhile, in place and past autograd.
+
+        Gives the step that rounding has left, in units of v. In place, since a backward pass may run the model again
+        (activation checkpoints, adjoint methods), and layers may hold their weights in lists. Cost: copies of the
+        parameters.
+        """
+        parameters = list(self.parameters.values())
+        with self._borrowed_state().moved(parameters) as originals:
+            products = []
+            for parameter, original, direction in zip(parameters, originals, directions, strict=True):
+                target = (original.to(direction.dtype) + step * direction).to(original.dtype)
+                parameter.data.copy_(target)
+                gone = as_real(target.to(direction.dtype) - original.to(direction.dtype)).double()
+                along = as_real(direction).double()
+                products.append(torch.stack([(gone * along).sum(), along.square().sum()]))
+            gone_along, squares = torch.stack(products).sum(0).tolist()
+            yield gone_along / squares if squares else 0.0
 
     def terms(self) -> Iterator[LossTerm]:
         """Yield the loss terms, in a session; one call is one pass over the data. Batches without terms are left out.
@@ -467,7 +498,7 @@ class Problem:
 
     def _call(self, function: Callable[[Any, Any], Any], index: int, batch: Any) -> Any:
         """Return function(model, batch), with buffers and random streams as at every evaluation of the batch."""
-        self._borrowed_state().refresh_buffers()
+        self._borrowed_state().begin_evaluation()
         self._streams.seed(index + 1)
         before = [(path, leaf, version_of(leaf)) for path, leaf in _data.leaves(batch) if isinstance(leaf, Tensor)]
         try:
@@ -518,7 +549,7 @@ class Problem:
         sizes: list[int] = []
         dtype = self.dtype
         counter = TermCounter(self.loss, self.count)
-        reading = None if is_ready_made(self.loss) else ReadingCheck(self._batch_loss, self.count, self.epsilon)
+        reading = None if is_ready_made(self.loss) else self._reading_check()
         depends = warned = False
         for index, batch in self._batches():
             _data.check_batch(batch, index)
@@ -529,11 +560,12 @@ class Problem:
             check_hooks(self.model, self.parameters)  # forward or loss may have registered some
             values.append(float(loss.detach()))
             dtype = loss.dtype
-            if counter.add(index, batch, count):
+            if counter.add(index, batch, values[-1], count):
                 self._check_first_value(loss, values[-1], index, first=not depends)
                 if found := operations_in(loss).keys() - self.replaced_operations:
                     self.replaced_operations += tuple(sorted(found))
                     self._operations.add(found)
+                    del loss  # its graph
                     return self._first_pass(values)  # anew, so that all values are those of one function
                 del loss  # its graph
                 if not depends:
@@ -547,6 +579,7 @@ class Problem:
                     reading.see(index, batch, values[-1], count)
         if not digests:
             raise ProblemError("the data yields no batch; give at least one (a used-up iterator yields none)")
+        counter.shapes_suffice = reading is None or reading.counts_samples
         total = counter.total
         if total <= 0:
             raise ProblemError(f"the {len(values)} batches hold {total:g} loss terms; at least one is wanted")
@@ -557,6 +590,9 @@ class Problem:
                 "number of terms as count"
             )
         return _Facts(values, dtype, weights, digests, sizes, total, counter.description)
+
+    def _reading_check(self) -> ReadingCheck:
+        return ReadingCheck(self._batch_loss, self.count, self.epsilon, self.device)
 
     def _check_first_value(self, loss: Tensor, value: float, index: int, first: bool) -> None:
         if not math.isfinite(value):
@@ -617,8 +653,8 @@ class Problem:
 
     def _check_values(self, state: ModelState) -> None:
         """Raise a ProblemError if weights are other ones than at the first pass, also where autograd did not see it."""
-        now = state.digests
-        changed = next((name for name, value in self._values.items() if now.get(name, value) != value), None)
+        now = dict(state.digests)
+        changed = next((name for name, value in self._values if now.get(name, value) != value), None)
         if changed is not None:
             raise ProblemError(f"{changed!r} of the model has changed since the problem was made; make a new Problem")
 

@@ -1,4 +1,4 @@
-"""The kernels' twins in plain PyTorch: slow, short, and what the compiled ones are tested against.
+"""The kernels' references in plain PyTorch: slow, short, and what the compiled ones are tested against.
 
 Each function has the name, the arguments and the meaning of the kernel in :mod:`hesd_fast.kernels`.
 """

@@ -16,3 +16,18 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def float64_by_default():
+    """New tensors and modules are of float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def traced_alone(monkeypatch):
+    """Compiling takes seconds a model: what torch.compile gets runs as it is. test_compiled compiles."""
+    monkeypatch.setattr(torch, "compile", lambda program, **_: program)

@@ -17,6 +17,17 @@ from hesd_fast import losses
 ROUNDING = 64 * torch.finfo(torch.float64).eps
 
 
+SERVING = (
+    "double_backward",
+    "double_backward_batched",
+    "kept_graph",
+    "kept_graph_batched",
+    "forward_over_reverse",
+    "compiled",
+)
+"""The exact strategies that serve every model in ordinary operations."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, a loss and data; ``total`` is the same loss over all data, written without the library.
@@ -322,6 +333,28 @@ class OnceCube(Cube):
     def backward(ctx, gradient):
         (x,) = ctx.saved_tensors
         return 3 * x * x * gradient
+
+
+class GraphlessCube(Cube):
+    """x^3 whose backward pass leaves PyTorch, so that it leaves no graph: its derivative by the gradient is lost."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(3 * x.detach().numpy() ** 2 * gradient.detach().numpy())
+
+
+class OnContext(torch.autograd.Function):
+    """x^2 that keeps 2 x as an attribute, where the second derivative does not see it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.double = 2 * x
+        return x**2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.double * gradient
 
 
 class NestedCube(Cube):

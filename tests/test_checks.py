@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from models import mlp, vectors
+from models import OnContext, mlp, vectors
 from torch import nn
 from torch.nn import functional
 
@@ -79,19 +79,9 @@ def test_modules_in_train_mode_are_suspects_only_where_the_run_has_them_so(monke
 
 
 def test_a_wrong_second_derivative_is_the_cause_where_it_is_known():
-    class Kept(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.kept = 2 * x
-            return x**2
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return ctx.kept * gradient * 1.0
-
     def loss(model, batch):
         # Two functions of the weights of which the second derivative of one is missing on one side.
-        return Kept.apply(model(batch[0])).mean() + 1e-3 * model.weight.detach().square().mul(model.weight).sum()
+        return OnContext.apply(model(batch[0])).mean() + 1e-3 * model.weight.detach().square().mul(model.weight).sum()
 
     torch.manual_seed(0)
     with pytest.warns(HESDWarning, match="is not the derivative of its first"):

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 import hesd_fast as hesd
 from hesd_fast.analyze import DEFAULT_BLOCK_SIZE, DEFAULT_MAX_STEPS
 from hesd_fast.cli import main
+from hesd_fast.terminal import file_name
 
 PROBLEM = """
 import torch
@@ -76,7 +77,7 @@ def test_groups_are_analysed_by_module_or_by_name(folder):
     ("options", "message"),
     [
         (("--group", "bias"), "--group is 'bias'; wanted NAME=REGEX"),
-        (("--group", "a/b=bias"), "--group is 'a/b=bias'"),
+        (("--group", "=bias"), "--group is '=bias'; wanted NAME=REGEX"),
         (("--group", "a=bias", "--group", "a=weight"), "--group 'a' was given twice"),
         (("--group", "a=bias", "--groups", "modules"), "--groups modules and --group were given"),
         (("--groups", "modules", "--operator", "gauss_newton"), "--operator gauss_newton has no groups"),
@@ -86,6 +87,37 @@ def test_groups_that_cannot_be_used_are_named(folder, options, message):
     result = run("analyze", "cli_problem:build", *options, "--out", "c")
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
+
+
+def test_groups_of_any_name_are_written_into_the_folder(folder):
+    names = [str(folder / "elsewhere"), "x/y", "..", "ok", "\x1b[2J", "long" * 60]
+    (folder / "named.py").write_text(
+        PROBLEM.replace("nn.Linear(4, 2), hesd.l", "model, hesd.l").replace(
+            "    return hesd.P",
+            f"    model = nn.Sequential(nn.Linear(4, 2))\n    for name in {names!r}:\n"
+            "        part = nn.Linear(2, 2)\n        model._modules[name] = part\n    return hesd.P",
+        )
+    )
+    before = set(folder.iterdir())
+    result = run("analyze", "named.py:build", "--groups", "modules", "--out", "a/b", "--max-steps", "2")
+    assert result.exit_code == 0, result.output
+    assert set(folder.iterdir()) - before <= {folder / "a", folder / "__pycache__"}
+    assert list((folder / "a").iterdir()) == [folder / "a" / "b"]
+    files = sorted((folder / "a" / "b").glob("*.hesd.json"))
+    assert {hesd.load_report(file).group for file in files} == {"0", *names[:3], *names[3:]}
+    assert {"ok.hesd.json", "x%2Fy.hesd.json", "%2E..hesd.json", "%1B[2J.hesd.json"} <= {file.name for file in files}
+    assert all(len(file.name) < 200 for file in files)
+    assert run("analyze", "cli_problem:build", "--group", "../b/c=bias", "--out", "c").exit_code == 0
+    assert [path.name for path in (folder / "c").glob("*.json")] == ["%2E.%2Fb%2Fc.hesd.json"]
+
+
+def test_different_names_have_different_files():
+    names = ["", "%", ".", "..", "%2E", "a/b", "a%2Fb", "a\\b", "a:b", "é", "\ud800", "a" * 300, "a" * 301, "b\0"]
+    files = [file_name(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert all(name and name.isprintable() and len(name.encode()) <= 160 for name in files)
+    assert not any(set(name) & set('/\\:*?"<>|') or name.startswith(".") for name in files)
+    assert file_name("layers.0.conv-1 (a)") == "layers.0.conv-1 (a)"
 
 
 def test_plan_says_what_a_run_takes(folder):

@@ -61,12 +61,6 @@ DIFFERENT = {
         lambda: report(operator="gauss_newton"),
         r"is of the operator 'gauss_newton', .* is of the operator 'hessian'; compare spectra of the same operator",
     ),
-    "group": (
-        lambda: hesd.analyze_groups(
-            network(), LOSS, samples(), groups={"all": ".*"}, block_size=2, max_steps=4, progress=False
-        )["all"],
-        r"is of the group 'all', .* is of no group; compare spectra of the same group of parameters",
-    ),
     "model": (
         lambda: report(Other(*network())),
         r"is of a model of the class 'Other', .* of the class 'Sequential'; compare reports of one architecture",
@@ -117,16 +111,26 @@ def test_what_differs_is_named_in_either_order(reference, what):
             hesd.compare({"a": reference, "b": other}, weights_may_differ=True)
 
 
-def test_groups_compare_with_the_same_group_only():
-    both = [
-        hesd.analyze_groups(
-            network(), LOSS, samples(seed=seed), groups={"in": "0.*", "out": "2.*"}, max_steps=4, progress=False
-        )
-        for seed in (1, 2)
-    ]
-    assert hesd.compare({"train": both[0]["in"], "shifted": both[1]["in"]}).notes == ()
-    with pytest.raises(hesd.ProblemError, match="'out' is of the group 'out', the reference 'in' is of the group 'in'"):
-        hesd.compare(both[0])
+def of_groups(seed: int = 1, **groups):
+    return hesd.analyze_groups(
+        network(), LOSS, samples(seed=seed), groups=groups, block_size=2, max_steps=4, progress=False
+    )
+
+
+def test_groups_compare_with_the_same_parameters_only():
+    first, second = of_groups(**{"in": "0.*", "out": "2.*"}), of_groups(seed=2, **{"in": "0.*"})
+    assert hesd.compare({"train": first["in"], "shifted": second["in"]}).notes == ()
+    with pytest.raises(
+        hesd.ProblemError, match=r"'out' is of 2 parameters, among them '2\.weight' .*; select the same"
+    ):
+        hesd.compare(first)
+
+
+def test_the_same_parameters_compare_under_any_name():
+    named, otherwise = of_groups(**{"first": "0.*"})["first"], of_groups(other=["0.weight", "0.bias"])["other"]
+    selected = report(parameters="0.*")
+    assert hesd.compare({"a": named, "b": otherwise, "c": selected}).notes == ()
+    assert hesd.compare({"c": selected, "a": named}).notes == ()
 
 
 def test_data_seeds_and_strategies_may_differ_without_a_word(reference):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dense import dense_hessian
+from models import SERVING
 from snapshots import assert_same, snapshot
 from torch import Tensor, nn
 
@@ -18,19 +19,11 @@ from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, He
 from hesd_fast.operators.grouped import GroupedHessianOperator
 from hesd_fast.problem import Problem
 
+pytestmark = pytest.mark.usefixtures("float64_by_default", "traced_alone")
+
 EPSILON = torch.finfo(torch.float64).eps
 ROUNDING = 256 * EPSILON
 """Share of a norm by which two ways to the same derivative may differ: each is a sum of some tens of rounded terms."""
-
-SERVING = (
-    "auto",
-    "double_backward",
-    "double_backward_batched",
-    "kept_graph",
-    "kept_graph_batched",
-    "forward_over_reverse",
-    "compiled",
-)
 
 
 def as_complex(pairs: Tensor) -> Tensor:
@@ -84,20 +77,6 @@ class Rotated(nn.Module):
 MODELS = [Spectral, Rotated]
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.fixture(autouse=True)
-def _traced_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes seconds a model; what torch.compile gets runs as it is."""
-    monkeypatch.setattr(torch, "compile", lambda program, **_: program)
-
-
 def both(model: Callable[..., nn.Module]) -> tuple[nn.Module, nn.Module]:
     """Return a model with complex weights, and the same with pairs of reals."""
     models = []
@@ -132,7 +111,7 @@ def eye(problem: Problem) -> Tensor:
     return torch.eye(problem.size, dtype=problem.dtype)
 
 
-@pytest.mark.parametrize("hvp", SERVING)
+@pytest.mark.parametrize("hvp", ["auto", *SERVING])
 @pytest.mark.parametrize("model", MODELS)
 def test_hessian_is_that_of_pairs_of_reals(model: type, hvp: str) -> None:
     own, pairs = both(model)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from dense import dense_hessian
+from models import SERVING
 from snapshots import assert_same, snapshot
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,6 +24,8 @@ from hesd_fast.errors import OperatorError
 from hesd_fast.exact_operations import OPERATIONS, ExactOperations
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
 from hesd_fast.problem import Problem
+
+pytestmark = pytest.mark.usefixtures("float64_by_default", "traced_alone")
 
 EPSILON = torch.finfo(torch.float64).eps
 ROUNDING = 256 * EPSILON
@@ -296,14 +299,6 @@ def as_images(x: Tensor) -> Tensor:
 
 
 MEAN, VARIANCE = torch.linspace(-0.5, 0.5, 4, dtype=torch.float64), torch.linspace(0.5, 1.5, 4, dtype=torch.float64)
-SERVING = (
-    "double_backward",
-    "double_backward_batched",
-    "kept_graph",
-    "kept_graph_batched",
-    "forward_over_reverse",
-    "compiled",
-)
 KINDS_OF_WEIGHTS = {
     nn.utils.parametrizations.weight_norm: ("original0", "original1"),
     nn.utils.weight_norm: ("_g", "_v"),
@@ -500,20 +495,6 @@ if hasattr(nn, "LinearCrossEntropyOptions"):
 
 
 NORMS = [case for case in CASES if case.loss is gradient_penalty and "running" not in case.name]
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.fixture(autouse=True)
-def _traced_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes seconds a model; what torch.compile gets runs as it is."""
-    monkeypatch.setattr(torch, "compile", lambda program, **_: program)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

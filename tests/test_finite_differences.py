@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import mlp, vectors
+from models import OnceCube, mlp, vectors
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 import hesd_fast as hesd
 from hesd_fast import losses
@@ -74,21 +73,6 @@ def test_kinks_are_refused(monkeypatch):
         HessianOperator(problem, hvp="finite_differences").matvec(torch.ones(problem.size))
 
 
-class Cube(torch.autograd.Function):
-    """x**3, whose derivative refuses to be differentiated."""
-
-    @staticmethod
-    def forward(context, x):
-        context.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @once_differentiable
-    def backward(context, gradient):
-        (x,) = context.saved_tensors
-        return 3 * x**2 * gradient
-
-
 class Cubic(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -101,7 +85,7 @@ class Cubic(nn.Module):
 @pytest.mark.parametrize("name", BOTH)
 def test_a_model_without_a_second_derivative_has_a_spectrum(name):
     torch.manual_seed(0)
-    model = Cubic(Cube.apply).double()
+    model = Cubic(OnceCube.apply).double()
     data = vectors(8, 3)
     problem = Problem(model, CROSS_ENTROPY, data)
     with pytest.raises(OperatorError, match="no second derivative"):

@@ -14,6 +14,7 @@ from models import (
     ROUNDING,
     Applied,
     Case,
+    GraphlessCube,
     OnceCube,
     OnceSplitCube,
     Padded,
@@ -334,23 +335,9 @@ def test_errors_by_name() -> None:
     np.testing.assert_array_equal(operator.to_scipy() @ columns, operator.matmat(torch.eye(27).double()).T.numpy())
 
 
-class Elsewhere(torch.autograd.Function):
-    """x^3 whose backward pass leaves PyTorch, so that its derivative by the gradient is lost."""
-
-    @staticmethod
-    def forward(context, x):
-        context.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(context, gradient):
-        (x,) = context.saved_tensors
-        return torch.from_numpy(3 * x.detach().numpy() ** 2 * gradient.detach().numpy())
-
-
 class Cubed(nn.Module):
     def forward(self, x):
-        return Elsewhere.apply(x)
+        return GraphlessCube.apply(x)
 
 
 @pytest.mark.parametrize("kind", [GaussNewtonOperator, EmpiricalFisherOperator])

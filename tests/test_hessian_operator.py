@@ -13,7 +13,7 @@ import pytest
 import scipy.sparse
 import torch
 from dense import dense_hessian
-from models import CASES, Case, Convolutional, classification, dropout_mlp, images, mlp, per_batch, vectors
+from models import CASES, Case, Convolutional, OnceCube, classification, dropout_mlp, images, mlp, per_batch, vectors
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor, nn
 from torch.nn import functional
@@ -289,22 +289,9 @@ def test_scipy_operator() -> None:
     assert linear.dtype == np.float64
 
 
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        return 3 * x * x * gradient
-
-
 class Cubing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return Cube.apply(x)
+        return OnceCube.apply(x)
 
 
 class Flash(nn.Module):
@@ -324,7 +311,7 @@ class Flash(nn.Module):
         ),
         (
             nn.Linear(8, 3),
-            lambda m, b: Cube.apply(m(b[0])).mean(),
+            lambda m, b: OnceCube.apply(m(b[0])).mean(),
             "CubeBackward .in the loss, batch 0. has no second derivative; .*hvp='finite_differences'",
         ),
         (nn.Sequential(nn.Linear(8, 8), Flash()), CROSS_ENTROPY, "flash_attention.* .in module '1'.* do not force"),
@@ -508,9 +495,14 @@ def test_our_own_operator_in_scipys_clothes_is_itself() -> None:
 
 
 def test_an_asymmetric_operator_is_refused_in_every_precision() -> None:
-    matrix = np.random.default_rng(0).normal(size=(12, 12))
-    with pytest.raises(OperatorError, match=r"is not symmetric: .* is rounding, also in float32; give a symmetric one"):
-        as_operator(Precise(matrix, True))
+    for size, narrow in ((12, True), (12, False), (1500, True), (1500, False)):
+        matrix = np.random.default_rng(0).normal(size=(size, size))
+        with pytest.raises(OperatorError, match=r"is not symmetric: .* is rounding; give a symmetric one"):
+            as_operator(Precise(matrix, narrow))
+        skewed = matrix + matrix.T + 0.05 * np.triu(matrix)
+        with pytest.raises(OperatorError, match="is not symmetric"):
+            as_operator(Precise(skewed, narrow))
+        as_operator(Precise(matrix + matrix.T, narrow))
 
 
 @pytest.mark.parametrize("scale", [1e-145, 1e-160, 1e-165, 1e-200, 1e-300])

@@ -17,18 +17,12 @@ from hesd_fast.hvp import STRATEGIES
 from hesd_fast.operators import HessianOperator
 from hesd_fast.problem import Problem
 
+pytestmark = pytest.mark.usefixtures("traced_alone")
+
 EXACT = list(STRATEGIES)
 REVERSE_BATCHED = ["double_backward_batched", "kept_graph_batched"]
 KEPT_GRAPH = ["kept_graph", "kept_graph_batched"]
 FORWARD = ["forward_over_reverse"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _traced_alone():
-    """Compiling takes seconds a model, so here what torch.compile gets runs as it is; test_compiled compiles."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda program, **_: program)
-        yield
 
 
 @dataclass(frozen=True)

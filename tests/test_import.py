@@ -42,6 +42,9 @@ ORDERS = [
     "import hesd_fast.cli; import hesd_fast; hesd_fast.plan",
     "from hesd_fast import *; assert callable(analyze); losses.supervised",
     "from hesd_fast import _engine",
+    "import hesd_fast._engine",
+    "from hesd_fast._engine import build_info",
+    "import importlib; importlib.import_module('hesd_fast._engine')",
     "from hesd_fast import kernels; kernels.panel_gram",
     "import hesd_fast.public",
     "import hesd_fast as hesd; hesd.hvp.STRATEGIES; hesd.operators.grouped; hesd.analyze",
@@ -78,6 +81,8 @@ def test_a_name_that_there_is_not_is_refused_as_ever():
         hesd.analyse  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'analyse' from 'hesd_fast'"):
         from hesd_fast import analyse  # noqa: F401
+    for name in ("a.b", "analyze.b", "", "a b", "a-b.c"):
+        assert not hasattr(hesd, name)
     # tools ask for such names; that loads nothing
     assert run(f"import hesd_fast; hasattr(hesd_fast, '__wrapped__')\n{LOADED}") == "[]\n"
 

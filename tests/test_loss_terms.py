@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from dense import dense_hessian
-from models import gpt2
+from models import CASES, Case, gpt2
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import hesd_fast as hesd
 from hesd_fast.errors import HESDWarning, ProblemError
+from hesd_fast.loss_terms import ReadingCheck
 from hesd_fast.losses import causal_lm, supervised
 from hesd_fast.operators import HessianOperator
 from hesd_fast.problem import Problem
@@ -179,6 +181,30 @@ def text_loss(model: nn.Module, batch: Any) -> Tensor:
     return model(lengths).square().mean()
 
 
+class Bags(nn.Linear):
+    """Classifies the mean of the rows of a sample."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+
+
+def bags(number: int, rows: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(rows, 3), torch.tensor(k % 2)) for k in range(number)]
+
+
+def sample_by_sample(model: nn.Module, samples: Any) -> Tensor:
+    losses = [functional.cross_entropy(model(x).mean(0), torch.as_tensor(label)) for x, label in samples]
+    return torch.stack(losses).mean()
+
+
+@dataclass
+class Plain:
+    """A batch or a sample as a dataclass, without a number."""
+
+    x: Tensor
+    y: Tensor
+
+
 @dataclass
 class Ambiguous:
     """Batches of different shapes whose number of terms shapes do not tell."""
@@ -198,7 +224,28 @@ AMBIGUOUS = [
     Ambiguous("lists", Detector, lambda m, b: m(*b), lambda: detections([5, 4, 1], list), lambda b: len(b[0]),
               r"batch\[0\]\[0\] sits in a list, which may be one of samples"),
     Ambiguous("tuples", Detector, lambda m, b: m(*b), lambda: detections([3, 4], tuple), lambda b: len(b[0]),
-              "the leading dimensions of its tensors differ"),
+              r"batch\[1\]\[0\]\['boxes'\] sits in a tuple, which may be one of samples"),
+    Ambiguous("samples-in-a-list", Bags, sample_by_sample, lambda: [bags(2, 5), bags(2, 7)], len,
+              r"batch\[0\]\[0\] sits in a list, which may be one of samples"),
+    Ambiguous("mappings-in-a-list", Bags, lambda m, b: sample_by_sample(m, [tuple(s.values()) for s in b]),
+              lambda: [[{"x": x, "label": y} for x, y in bags(2, t)] for t in (5, 7)], len,
+              r"batch\[0\]\['x'\] sits in a list, which may be one of samples"),
+    Ambiguous("dataclasses-in-a-list", Bags, lambda m, b: sample_by_sample(m, [(s.x, s.y) for s in b]),
+              lambda: [[Plain(*s) for s in bags(2, t)] for t in (5, 7)], len,
+              r"batch\[0\]\.x sits in a list, which may be one of samples"),
+    Ambiguous("samples-in-a-tuple", Bags, sample_by_sample, lambda: [tuple(bags(2, 5)), tuple(bags(2, 7))], len,
+              r"batch\[0\]\[0\] sits in a tuple, which may be one of samples"),
+    Ambiguous("one-sample", Bags, lambda m, b: sample_by_sample(m, [b]), lambda: [bags(1, 5)[0], bags(1, 50)[0]],
+              lambda b: 1, r"batch\[0\] has no tensor beside it, only batch\[1\], so the batch may be one sample"),
+    Ambiguous("one-sample-with-a-number", Bags, lambda m, b: sample_by_sample(m, [(b["x"], b["label"])]),
+              lambda: [{"x": bags(1, t)[0][0], "label": t % 2} for t in (5, 50)], lambda b: 1,
+              r"batch\['x'\] has no tensor beside it, only batch\['label'\], so the batch may be one sample"),
+    Ambiguous("one-sample-with-a-text", Bags, lambda m, b: sample_by_sample(m, [(b[0], len(b[1]))]),
+              lambda: [(bags(1, 5)[0][0], "a"), (bags(1, 50)[0][0], "")], lambda b: 1,
+              r"batch\[0\] has no tensor beside it, only batch\[1\], so the batch may be one sample"),
+    Ambiguous("one-sample-with-several-labels", Bags, lambda m, b: sample_by_sample(m, [(b[0], b[1][0])]),
+              lambda: [(bags(1, 5)[0][0], [1, 0]), (bags(1, 50)[0][0], [0, 0])], lambda b: 1,
+              r"batch\[0\] has no tensor beside it, only batch\[1\], so the batch may be one sample"),
     Ambiguous("tuples-of-images", lambda: nn.Conv2d(3, 1, 3),
               lambda m, b: torch.stack([m(x[None]).square().mean() for x in b]).mean(),
               lambda: [tuple(torch.randn(3, 5, 5) for _ in range(n)) for n in (4, 2)], len,
@@ -280,6 +327,13 @@ def test_one_batch_needs_no_count(case: Ambiguous) -> None:
     assert problem.loss_description.endswith("terms") == between_batches
 
 
+# Of batches that are ambiguous only next to others: the terms of two of them, as their leading dimension counts them.
+LEADING_DIMENSIONS = {
+    "tuples-of-images": 6, "time-first-both": 8, "tokens": 6, "packed": 6, "adjacency": 10, "sparse-adjacency": 10,
+    "nested": 6, "missing": 8, "plain-values": 8,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("case", AMBIGUOUS, ids=str)
 def test_batches_of_the_same_shapes_need_no_count(case: Ambiguous) -> None:
     torch.manual_seed(1)
@@ -294,7 +348,8 @@ def test_batches_of_the_same_shapes_need_no_count(case: Ambiguous) -> None:
     problem = Problem(model, case.loss, batches)
     wanted = dense_hessian(model, weighted_mean(case, batches), dict(model.named_parameters()))
     assert_same(hessian(problem), wanted)
-    assert problem.total_count == 2 or "leading dimension" in problem.loss_description
+    assert problem.total_count == LEADING_DIMENSIONS.get(case.name, 2)
+    assert ("leading dimension" in problem.loss_description) == (case.name in LEADING_DIMENSIONS)
 
 
 def test_ambiguous_batches_of_the_same_shapes_are_a_mean_of_means() -> None:
@@ -441,7 +496,8 @@ def test_ignored_labels_of_a_model_that_computes_its_loss() -> None:
     model, batches = gpt2().double(), language_batches()
     with pytest.raises(
         ProblemError,
-        match=rf"batch\['labels'\] of batch 0 holds -100, .*use hesd_fast\.losses\.causal_lm\(\) .*{REMEDIES}",
+        match=r"batch\['labels'\] of batch 0 holds -100, .*if these are no labels, give count=; use "
+        rf"hesd_fast\.losses\.causal_lm\(\) .*{REMEDIES}",
     ):
         Problem(model, own_loss, batches).prepare()
     counted = Problem(model, own_loss, batches, count=lambda b: (b["labels"][:, 1:] != -100).sum())
@@ -588,9 +644,27 @@ def test_a_sum_without_a_count_is_noticed(loss: Any, numbers: tuple[int, ...]) -
     with pytest.raises(
         ProblemError,
         match=r"of its two halves, of \d and \d terms, .*that is their sum, .* taken for the mean .*; return the mean, "
-        r"or \(sum, count\), here \(",
+        r"or \(sum, count\) with the undivided sum; where every .* as it is, give count=lambda batch: 1$",
     ):
         Problem(nn.Linear(3, 2), loss, pairs(numbers)).prepare()
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (squares, {}),
+        (lambda m, b: (sum_of_squares(m, b), b[1].numel()), {}),
+        (lambda m, b: sum_of_squares(m, b) / 8, {"count": lambda batch: 1}),
+    ],
+    ids=["mean", "sum-and-count", "every-batch-as-it-is"],
+)
+def test_the_advice_for_a_sum_divided_by_a_fixed_number_gives_the_mean(loss: Any, options: dict[str, Any]) -> None:
+    model, data = nn.Linear(3, 2), pairs((4, 4, 4))
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    wanted = dense_hessian(model, lambda m: functional.mse_loss(m(x), y), dict(model.named_parameters()))
+    with pytest.raises(ProblemError, match="also if it is divided by a fixed number"):
+        Problem(model, lambda m, b: sum_of_squares(m, b) / 8, data).prepare()
+    assert_same(hessian(Problem(model, loss, data, **options)), wanted)
 
 
 def test_a_sum_of_one_batch_is_the_function_whose_hessian_it_is() -> None:
@@ -621,6 +695,45 @@ def test_a_mean_with_a_count_is_noticed(loss: Any, numbers: tuple[int, ...]) -> 
         Problem(nn.Linear(3, 2), loss, pairs(numbers)).prepare()
 
 
+def hits(batch: Any) -> Tensor:
+    """Number of samples that are classified as they should be."""
+    return batch[2].sum()
+
+
+@pytest.mark.parametrize(
+    ("second", "shown"),
+    [(hits, "4"), (lambda b: 100 * hits(b) / len(b[0]), "66.6667"), (lambda b: hits(b) / len(b[0]), "0.666667")],
+    ids=["number", "percent", "share"],
+)
+def test_a_mean_with_the_accuracy_is_noticed(second: Any, shown: str) -> None:
+    met = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    data = [(*pair, met) for pair in pairs((6, 6))]
+    problem = Problem(nn.Linear(3, 2), lambda m, b: (squares(m, b), second(b)), data)
+    message = rf"is their mean, but \(sum, count\) was returned, so the Hessian would be {shown} times too small"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HESDWarning)
+        with pytest.raises(ProblemError, match=message):
+            problem.prepare()
+
+
+def test_a_sum_of_no_terms_is_refused_unless_it_is_zero() -> None:
+    model, data = nn.Linear(3, 2), pairs((4, 2))
+
+    def loss(model: nn.Module, batch: Any, rest: Any) -> tuple[Tensor, int]:
+        total = sum_of_squares(model, batch)
+        return (total, 4) if len(batch[0]) == 4 else (rest(total, model), 0)
+
+    for rest in (lambda total, m: total, lambda total, m: 0 * total + decay(m, 0.1)):
+        with pytest.raises(
+            ProblemError,
+            match=r"the loss of batch 1 is the sum \d.* of 0 terms; return the number of the terms, or a sum of 0 ",
+        ):
+            Problem(model, functools.partial(loss, rest=rest), data).prepare()
+    wanted = dense_hessian(model, lambda m: sum_of_squares(m, data[0]) / 4, dict(model.named_parameters()))
+    for rest in (lambda total, m: 0 * total, lambda total, m: total * torch.nan):
+        assert_same(hessian(Problem(model, functools.partial(loss, rest=rest), data)), wanted)
+
+
 def decay(model: nn.Module, factor: float) -> Tensor:
     return factor * sum(p.square().sum() for p in model.parameters())
 
@@ -639,6 +752,7 @@ HARMLESS = {
     "sum-and-decay": lambda m, b: (sum_of_squares(m, b) + decay(m, 0.1), len(b[0])),
     "sum-and-decay-per-sample": lambda m, b: (sum_of_squares(m, b) + len(b[0]) * decay(m, 10.0), len(b[0])),
     "one-term-a-batch": lambda m, b: (squares(m, b), 1),
+    "eight-terms-a-batch": lambda m, b: (squares(m, b), 8),
     "decay-alone": lambda m, b: decay(m, 1.0),
     "root": lambda m, b: squares(m, b).sqrt(),
     "variance": lambda m, b: m(b[0]).var(),
@@ -647,6 +761,7 @@ HARMLESS = {
     "near-zero": lambda m, b: squares(m, b) - squares(m, b).detach() + 1e-9 * m(b[0]).mean(),
     "halves-fail": single_sample_only,
     "weighted-mean": lambda m, b: (squares(m, b) * b[0][:, 0].exp()).sum() / b[0][:, 0].exp().sum(),
+    "contrastive": lambda m, b: functional.cross_entropy(m(b[0]) @ b[1].T, torch.arange(len(b[0]))),
 }
 
 
@@ -662,7 +777,15 @@ def test_layers_that_depend_on_the_batch_are_let_pass() -> None:
     for layer in (nn.BatchNorm1d(2), nn.Dropout(0.5)):
         model = nn.Sequential(nn.Linear(3, 2), layer, nn.Linear(2, 2))
         before = [tensor.clone() for tensor in model.state_dict().values()]
-        Problem(model, squares, pairs((6, 4)), mode="train").prepare()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            one = Problem(model, squares, pairs((6, 4)), mode="train")
+            one.prepare()
+            two = Problem(model, squares, pairs((6, 6)), mode="train")
+            two.prepare()
+        assert one.loss_description == "the mean of the mean losses of 2 batches, weighted by their leading dimension"
+        assert (one.total_count, two.total_count) == (10, 2)
+        assert two.loss_description == "the mean of the mean losses of 2 batches of the same shapes"
         Problem(model, lambda m, b: (sum_of_squares(m, b), len(b[0])), pairs((6, 4)), mode="train").prepare()
         assert all(map(torch.equal, before, model.state_dict().values()))
 
@@ -671,14 +794,6 @@ def test_numbers_in_a_batch_that_may_be_its_size_are_let_pass() -> None:
     for wrap in (lambda n: n, float, torch.tensor, np.float64):
         data = [(x, y, wrap(len(x))) for x, y in pairs((4, 6))]
         Problem(nn.Linear(3, 2), lambda m, b: sum_of_squares(m, b) / b[2], data).prepare()
-
-
-@dataclass
-class Plain:
-    """A batch as a dataclass, without a number."""
-
-    x: Tensor
-    y: Tensor
 
 
 @pytest.mark.parametrize(
@@ -694,6 +809,156 @@ def test_a_sum_in_batches_of_every_form_is_noticed(form: Any, parts: Any) -> Non
     data = [form(x, y) for x, y in pairs((4, 6))]
     with pytest.raises(ProblemError, match="that is their sum"):
         Problem(nn.Linear(3, 2), lambda m, b: sum_of_squares(m, parts(b)), data).prepare()
+
+
+class Encoding(UserDict):
+    """A mapping that the loss reads by attribute, as those of tokenizers."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["data"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Synchronous(dict):
+    """A mapping with attributes of its own, that refuses update."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        setattr(self, key, value)
+
+    def update(self, *_: Any) -> None:
+        raise RuntimeError("set items one by one")
+
+
+@pytest.mark.parametrize("kind", [Encoding, Synchronous])
+def test_a_sum_of_mappings_that_are_read_by_attribute_is_noticed(kind: Any) -> None:
+    data = []
+    for x, y in pairs((4, 6)):
+        data.append(kind())
+        data[-1]["x"], data[-1]["y"] = x, y
+    with pytest.raises(ProblemError, match="that is their sum"):
+        Problem(nn.Linear(3, 2), lambda m, b: sum_of_squares(m, (b.x, b.y)), data).prepare()
+    assert [len(batch["x"]) for batch in data] == [4, 6]
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 0.5), (None, "a"), (True, np.float64(2.0)), ("a", torch.float32)])
+def test_the_type_of_a_plain_value_is_no_structure(one: Any, other: Any) -> None:
+    model, (first, second) = nn.Linear(3, 2), pairs((4, 2))
+    x, y = (torch.cat(parts) for parts in zip(first, second, strict=True))
+    wanted = dense_hessian(model, lambda m: functional.mse_loss(m(x), y), dict(model.named_parameters()))
+    assert_same(hessian(Problem(model, squares, [(*first, one), (*second, other)])), wanted)
+
+
+class Inputs(Dataset):
+    """Samples with two inputs in a tuple, for a DataLoader to collate."""
+
+    def __init__(self) -> None:
+        self.x, self.y = torch.randn(5, 3), torch.randn(5, 2)
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> Any:
+        return {"inputs": (self.x[index], torch.ones(4)), "y": self.y[index]}
+
+
+@pytest.mark.parametrize("size", [3, 2], ids=["last-as-long-as-the-list", "first-as-long-as-the-list"])
+def test_lists_that_a_loader_makes_inside_of_a_mapping_are_no_samples(size: int) -> None:
+    model, data = nn.Linear(3, 2), Inputs()
+    loader = DataLoader(data, batch_size=size)
+    problem = Problem(model, lambda m, b: functional.mse_loss(m(b["inputs"][0]), b["y"]), loader)
+    wanted = dense_hessian(model, lambda m: functional.mse_loss(m(data.x), data.y), dict(model.named_parameters()))
+    assert_same(hessian(problem), wanted)
+    assert problem.loss_description == "the mean over 5 terms, counted by the batches' leading dimension"
+
+
+def test_lists_that_may_be_of_samples_inside_of_a_mapping_are_asked_for() -> None:
+    data = [{"images": [torch.randn(n, 3) for _ in range(n)], "y": torch.randn(n, 2)} for n in (4, 2)]
+    with pytest.raises(ProblemError, match=r"batch\['images'\]\[0\] sits in a list, which may be one of samples"):
+        Problem(nn.Linear(3, 2), lambda m, b: m(b["images"][0]).square().mean(), data).prepare()
+
+
+def masked(model: nn.Module, batch: Any) -> Tensor:
+    mask = batch[2]
+    return (((model(batch[0]) - batch[1]).square().mean(1) * mask).sum() / mask.sum().clamp(min=1)).to(mask.dtype)
+
+
+def ignoring(model: nn.Module, batch: Any) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[2].long(), ignore_index=255)
+
+
+MASKS = {
+    "mask": (masked, [1, 1, 0, 1, 0, 1, 0, 0, 1], [1, 1, 1, 1, 0, 1, 1, 1, 1]),
+    "weights": (masked, [0.1, 1, 0.3, 2, 0.1, 1, 0.2, 0.6, 1], [1, 1, 1, 3, 0.2, 1, 1, 1, 1]),
+    "ignored": (ignoring, [255, 1, 255, 1, 0, 0, 255, 1, 1], [0, 1, 1, 1, 0, 0, 255, 1, 1]),
+    "a-half-without-terms": (ignoring, [255, 255, 255, 255, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0, 255, 1, 1]),
+    "a-half-of-zeros": (masked, [0, 0, 0, 0, 1, 0, 0, 1, 0], [1, 1, 1, 1, 0, 1, 1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("numbers", [(9, 9), (9, 7)])
+@pytest.mark.parametrize("case", MASKS.values(), ids=MASKS)
+def test_values_that_decide_what_counts_are_warned_of(case: Any, numbers: tuple[int, int]) -> None:
+    loss, *values = case
+    data = [(x, y, torch.tensor(v[: len(x)]).double()) for (x, y), v in zip(pairs(numbers), values, strict=True)]
+    problem = Problem(nn.Linear(3, 2), loss, data)
+    with pytest.warns(HESDWarning, match=rf"some samples have more than others, as with a mask, .*{REMEDIES}"):
+        problem.prepare()
+    means = "the mean of the mean losses of 2 batches"
+    assert problem.loss_description == (
+        f"{means} of the same shapes" if numbers == (9, 9) else f"{means}, weighted by their leading dimension"
+    )
+    counted = Problem(nn.Linear(3, 2), loss, data, count=lambda b: 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        counted.prepare()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_models_whose_samples_count_alike_are_not_warned_of(case: Case) -> None:
+    torch.set_default_dtype(torch.float32)
+    model, loss, data = case.build()
+
+    def mean(model: nn.Module, batch: Any) -> Tensor:
+        value = loss(model, batch)
+        return value[0] / value[1] if isinstance(value, tuple) else value
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HESDWarning)
+        Problem(model, mean, [data[0], data[0]], mode=case.mode).prepare()
+
+
+def test_a_mean_over_what_only_one_half_has_is_no_sum() -> None:
+    for kept in (3, 5):
+        mask = torch.zeros(8)
+        mask[:kept] = 1
+        data = [(*pair, mask) for pair in pairs((8, 8))]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", HESDWarning)
+            problem = Problem(nn.Linear(3, 2), masked, data)
+            assert problem.batch_count == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, "array"])
+def test_indices_into_a_batch_are_not_cut_on_a_device(dtype: Any) -> None:
+    # A read out of range ends a device's context for the whole process, while the CPU raises.
+    seen: list[int] = []
+
+    def loss(index: int, batch: Any) -> tuple[Tensor, None]:
+        seen.append(len(batch[0]))
+        return batch[0].square().mean(), None
+
+    for largest in (3, 7, 8):
+        neighbours = torch.full((8, 2), largest)
+        batch = (torch.randn(8, 3), neighbours.numpy() if dtype == "array" else neighbours.to(dtype))
+        for device in ("cpu", "cuda"):
+            seen.clear()
+            check = ReadingCheck(loss, None, torch.finfo(torch.float64).eps, torch.device(device))
+            for index in range(2):
+                check.see(index, batch, float(batch[0].square().mean()), None)
+            assert seen == ([] if (largest, device) == (7, "cuda") else [4, 4])
 
 
 def test_a_loss_that_writes_to_its_batch_is_not_asked_for_halves() -> None:

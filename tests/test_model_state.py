@@ -84,17 +84,18 @@ def test_model_is_unchanged_after_a_run(mode: str, parameters: str | None) -> No
     assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("failing_call", range(1, 6))  # both calls of the first pass, the check, both of the product
+@pytest.mark.parametrize("failing_call", range(1, 9))  # in the first pass, the checks, and the product
 @pytest.mark.parametrize("mode", MODES)
 def test_model_is_unchanged_after_a_failure(mode: str, failing_call: int) -> None:
-    model, data, calls = stateful(), vectors(6, 4), []
+    model, data, calls, fails = stateful(), vectors(6, 4), [], [True]
 
     def failing_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         loss = noisy_loss(model, batch)
         if len(batch[0]) < 4:  # half of the first batch, whose failures are let pass
             return loss
         calls.append(1)
-        if len(calls) == failing_call:
+        # Where the check of derivatives moves weights, an exception says nothing, and the next call raises it again.
+        if fails[0] and len(calls) >= failing_call:
             raise ArithmeticError("no more")
         return loss
 
@@ -103,7 +104,7 @@ def test_model_is_unchanged_after_a_failure(mode: str, failing_call: int) -> Non
     with pytest.raises(ArithmeticError, match="no more"):
         HessianOperator(problem).matvec(torch.ones(problem.size, dtype=torch.float64))
     assert_same(before, snapshot(model))
-    assert len(calls) == failing_call
+    fails[0] = False
     assert torch.isfinite(HessianOperator(problem).matvec(torch.ones(problem.size, dtype=torch.float64))).all()
 
 

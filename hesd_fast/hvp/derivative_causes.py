@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from hesd_fast.autograd_graph import graph_nodes, plain_name
@@ -19,14 +21,30 @@ from hesd_fast.problem import LossTerm, Problem
 _KINKS = re.compile(
     r"^(relu|threshold|hardtanh|leakyrelu|prelu|rrelu|abs|clamp|maximum|minimum|max|min|fmax|fmin|amax|amin|aminmax|sort"
     r"|adaptivemaxpool|fractionalmaxpool|topk|kthvalue|median|nanmedian|mode|cummax|cummin|hardshrink|softshrink|where"
-    r"|l1loss|multimargin|multilabelmargin|cdist|pdist)"
+    r"|l1loss|multimargin|multilabelmargin|cdist|pdist|sign|round|floor|ceil|trunc|heaviside|elu|celu|selu|hardswish"
+    r"|hardsigmoid)"
 )
 
 
-def has_kinks(term: LossTerm) -> bool:
-    """Whether the graph of a batch's loss has operations whose derivatives jump."""
+class Kinks(enum.Enum):
+    """Whether a loss has operations whose derivatives jump."""
+
+    NONE = "none"
+    SOME = "some"
+    UNKNOWN = "unknown"
+
+
+def kinks_in(term: LossTerm) -> Kinks:
+    """Return whether a batch's loss has operations whose derivatives jump; unknown where some are foreign."""
     loss = term.evaluate_moved()
-    return any(_KINKS.match(plain_name(node.name())) for node in graph_nodes([loss.grad_fn]))
+    nodes = list(graph_nodes([loss.grad_fn]))
+    if any(_KINKS.match(plain_name(node.name())) for node in nodes):
+        return Kinks.SOME
+    return Kinks.UNKNOWN if any(_is_foreign(node) for node in nodes) else Kinks.NONE
+
+
+def _is_foreign(node: Node) -> bool:
+    return hasattr(type(node), "_forward_cls") or "CppNode" in node.name() or "NotImplemented" in node.name()
 
 
 def causes_of_wrong_derivatives(problem: Problem, term: LossTerm) -> str:
@@ -106,8 +124,8 @@ class _Watched(PlacedNodes):
             self.hooks.append(self.place)
             return register(tensor, hook)  # type: ignore[no-untyped-call]
 
-        Tensor.register_hook = noting  # type: ignore[method-assign]
         try:
+            Tensor.register_hook = noting  # type: ignore[method-assign]
             with super()._following(), _Detachments(lambda: self.detached.append(self.place)):
                 yield
         finally:

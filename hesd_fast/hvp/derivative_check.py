@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,27 +19,31 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from hesd_fast.errors import HESDWarning, OperatorError, first_line, raised_outside_of_libraries
-from hesd_fast.hvp.derivative_causes import causes_of_wrong_derivatives, has_kinks
-from hesd_fast.hvp.differences import central_difference, length_of_weights
+from hesd_fast import cuda
+from hesd_fast.errors import HESDWarning, OperatorError, first_line
+from hesd_fast.hvp.derivative_causes import Kinks, causes_of_wrong_derivatives, kinks_in
+from hesd_fast.hvp.differences import central_difference, unit_step
 from hesd_fast.hvp.second_derivatives import product_along_gradient
-from hesd_fast.memory import available_memory
+from hesd_fast.memory import MemoryWatch, available_memory, resident_memory
 from hesd_fast.parameters import norm_of
 from hesd_fast.problem import LossTerm, Problem
 
-STEP = 5e-4
-"""Length of a step in float32, relative to the norm of the weights."""
-
 STEPS_IN_FLOAT64 = (1e-9, 1e-8, 1e-7)
-"""The same in float64: so short that hardly a unit passes its kink, and rounding is still far below the differences."""
+"""Lengths of steps in float64, relative to the norm of the weights.
+
+So short that hardly a unit passes its kink, and rounding is still far below the differences.
+"""
 
 LONG_STEPS = (3e-3, 1e-3, 3e-4)
 """The same where float64 cannot be had."""
 
+GRADIENT_ROUNDING = 64.0
+"""The same of a gradient, in machine epsilons of its norm."""
+
 ROUNDING = 16.0
 """Product along a vector of the weights' length, in machine epsilons of the loss, that is nothing but rounding."""
 
-ALLOWED = {torch.float32: (2e-2, 1e-3), torch.float64: (1e-3, 1e-5)}
+ALLOWED_IN_FLOAT64, ALLOWED_WITH_LONG_STEPS = (2e-5, 1e-6), (2e-2, 1e-3)
 """Deviation relative to a parameter's part of the product, and to the whole product, that is no deviation."""
 
 CONSISTENT = 1e-2
@@ -52,7 +56,7 @@ LEAST_COARSE = 1e-3
 """Relative difference of a loss in float64 from that in the model's precision that says nothing."""
 
 COPIES = 12
-"""Float64 vectors of n that the check may take in all, beside the graph of one batch."""
+"""Float64 vectors of n that the check may take in all, beside the graph of one batch in float64."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,7 @@ Parts = list[Tensor]
 def check_derivatives(problem: Problem) -> DerivativeCheck:
     """Compare the product of the first batch's Hessian and one vector with differences of gradients, once a problem.
 
-    Cost: two gradients of one batch where that settles it in float32; else, as for networks with kinks, a product and
-    two to six gradients in float64.
+    Cost: a product and two to six gradients of one batch in float64.
 
     Raises
     ------
@@ -88,9 +91,13 @@ def check_derivatives(problem: Problem) -> DerivativeCheck:
     """
     if problem.derivative_check is None:
         term = problem.first_term()
-        direction, product = product_along_gradient(problem, term)
-        with _quiet():
-            problem.derivative_check = _compare(problem, term, direction, problem.unflatten(product))
+        with MemoryWatch() as watch:
+            before = resident_memory() or 0
+            direction, product = product_along_gradient(problem, term)
+            graph_bytes = max((watch.peak() or before) - before, 0)
+        with _without_warnings():
+            comparison = _Comparison(problem, term, direction, problem.unflatten(product), graph_bytes)
+            problem.derivative_check = comparison.run()
     return problem.derivative_check
 
 
@@ -102,97 +109,108 @@ def warn_of_wrong_derivatives(problem: Problem) -> None:
         warnings.warn(found.detail, HESDWarning, stacklevel=2)
 
 
-def _compare(problem: Problem, term: LossTerm, direction: Tensor, product: Parts) -> DerivativeCheck:
-    length = norm_of([direction])
-    if length == 0.0:
-        return DerivativeCheck(None, "every parameter is a row of padding, which has no derivative")
-    scale = length_of_weights(problem) / length
+class _Comparison:
+    """Compares a product with differences of gradients, in float64 whatever the model's precision, if that can be."""
 
-    def difference(step: float) -> Parts:
-        return problem.unflatten(central_difference(problem, term, direction, step * scale))
+    def __init__(self, problem: Problem, term: LossTerm, direction: Tensor, product: Parts, graph_bytes: int) -> None:
+        self.problem, self.term, self.direction, self.product = problem, term, direction, product
+        self.graph_bytes = graph_bytes
+        self.unit = unit_step(problem, direction)
 
-    if not all(bool(torch.isfinite(part).all()) for part in product):
-        return DerivativeCheck(None, "the product is not finite")  # the operator names the place
-    allowed = ALLOWED[torch.float64 if problem.epsilon < torch.finfo(torch.float32).eps else torch.float32]
-    noise = ROUNDING * problem.epsilon * abs(problem.loss_of(term)) / (scale * scale * length)
-    if problem.epsilon == torch.finfo(torch.float32).eps:
-        found = difference(STEP)
-        if not _deviating(product, found, *allowed) or norm_of(product) + norm_of(found) <= noise:
-            return _agreement(product, found, "float32")
-    try:
-        wide = _LossInFloat64(problem, term, direction, scale)
-        found = wide.difference(STEPS_IN_FLOAT64[0])
-        if not _deviating(product, found, *allowed) or norm_of(product) + norm_of(found) <= noise:
-            return _agreement(product, found, "float64")
-        return _with_short_steps(problem, term, wide.product(product), found, wide)
-    except Exception as error:  # whatever code says that takes its own precision only
-        if problem.dtype == torch.float64 and raised_outside_of_libraries(error):
-            raise
-        return _with_long_steps(problem, term, product, difference, first_line(error))
+    def run(self) -> DerivativeCheck:
+        """Return what is found; whatever fails where weights are moved or precision is another one says nothing."""
+        if self.unit == 0.0:
+            return DerivativeCheck(None, "every parameter is a row of padding, which has no derivative")
+        if not all(bool(torch.isfinite(part).all()) for part in self.product):
+            return DerivativeCheck(None, "the product is not finite")  # the operator names the place
+        try:
+            settled = self._in_float64()
+            if isinstance(settled, DerivativeCheck):
+                return settled
+            cuda.release_unused()  # after the error, whose frames hold what was made
+            return self._with_long_steps(settled)
+        except Exception as error:
+            return DerivativeCheck(
+                None, f"the loss cannot be computed where the weights are moved a little: {first_line(error)}"
+            )
 
+    def _difference(self, step: float) -> Parts:
+        found = central_difference(self.problem, self.term, self.direction, step * self.unit)
+        return self.problem.unflatten(found)
 
-def _with_short_steps(
-    problem: Problem, term: LossTerm, product: Parts, found: Parts, wide: _LossInFloat64
-) -> DerivativeCheck:
-    """Compare in float64: one step that agrees decides; two that agree with each other, and not with it, condemn."""
-    for step in (None, *STEPS_IN_FLOAT64[1:]):
-        previous, found = found, found if step is None else wide.difference(step)
-        off = _deviating(product, found, *ALLOWED[torch.float64])
-        if not off:
-            return _agreement(product, found, "float64")
-        # A unit that sits on its kink has another derivative on either side, whatever the step.
-        suspects = (
-            off & _consistent(previous, found, product, CONSISTENT) & _consistent(*wide.sides, product, CONSISTENT)
+    def _is_rounding(self, found: Parts) -> bool:
+        """Whether a product and a difference are both so small that they may be nothing but rounding of the loss."""
+        loss = abs(self.problem.loss_of(self.term))
+        noise = ROUNDING * self.problem.epsilon * loss / (self.unit * self.unit * norm_of([self.direction]))
+        return norm_of(self.product) + norm_of(found) <= noise
+
+    def _in_float64(self) -> DerivativeCheck | str:
+        """Compare in float64; or return why that cannot be done."""
+        try:
+            wide = _LossInFloat64(self.problem, self.term, self.direction, self.unit, self.graph_bytes)
+            found = wide.difference(STEPS_IN_FLOAT64[0])
+            if self._is_rounding(found):
+                return _agreement(self.product, found, "float64")
+            return self._with_short_steps(wide, wide.product(self.product), found)
+        except Exception as error:  # whatever code says that takes its own precision only
+            return first_line(error)
+
+    def _with_short_steps(self, wide: _LossInFloat64, product: Parts, found: Parts) -> DerivativeCheck:
+        """One step that agrees decides; two that agree with each other, and not with the product, condemn it."""
+        for step in (None, *STEPS_IN_FLOAT64[1:]):
+            previous, found = found, found if step is None else wide.difference(step)
+            off = _deviating(product, found, *ALLOWED_IN_FLOAT64)
+            off = {i for i in off if norm_of([found[i] - product[i]]) > wide.rounding}
+            if not off:
+                return _agreement(product, found, "float64")
+            # A unit that sits on its kink has another derivative on either side, whatever the step.
+            consistent = _consistent(previous, found, product, CONSISTENT)
+            consistent &= _consistent(*wide.sides, product, CONSISTENT)
+            if step is not None and off & consistent:
+                return self._disagreement(product, found, previous, off & consistent)
+        return DerivativeCheck(
+            None,
+            "differences of gradients do not settle to anything to compare products with, as where a batch sits on "
+            "kinks of the loss",
         )
-        if step is not None and suspects:
-            return _disagreement(problem, term, product, found, previous, suspects)
-    return DerivativeCheck(
-        None,
-        "differences of gradients do not settle to anything to compare products with, as where a batch sits on kinks "
-        "of the loss",
-    )
 
+    def _with_long_steps(self, reason: str) -> DerivativeCheck:
+        """Compare in the model's own precision, where only smooth losses can be told from wrong derivatives."""
+        unclear = DerivativeCheck(None, f"products could not be compared with gradients in float64: {reason}")
+        kinks = kinks_in(self.term)
+        if self.problem.epsilon > torch.finfo(torch.float32).eps or kinks is Kinks.SOME:
+            return unclear
+        found = [self._difference(step) for step in LONG_STEPS]
+        if max(norm_of(one) for one in (self.product, *found)) < torch.finfo(torch.float32).tiny / self.problem.epsilon:
+            return DerivativeCheck(None, "the numbers are near underflow; multiply the loss by a power of two")
+        if any(not _deviating(self.product, one, *ALLOWED_WITH_LONG_STEPS) for one in found):
+            return _agreement(self.product, found[-1], "float32")
+        suspects = _deviating(self.product, found[1], CLEARLY_WRONG, CLEARLY_WRONG)
+        for one, other in itertools.pairwise(found):
+            suspects &= _consistent(one, other, self.product, CLEARLY_WRONG)
+        if kinks is Kinks.UNKNOWN:  # where many average out; but a product of zero is one that was lost
+            suspects = {i for i in suspects if not bool(self.product[i].any())}
+        if not suspects or not _distance(found[1], found[0]) <= CLEARLY_WRONG:
+            return unclear
+        return self._disagreement(self.product, found[1], found[0], suspects)
 
-def _with_long_steps(
-    problem: Problem, term: LossTerm, product: Parts, difference: Callable[[float], Parts], reason: str
-) -> DerivativeCheck:
-    """Compare in the model's own precision, where only smooth losses can be told from wrong derivatives."""
-    unclear = f"products could not be compared with gradients in float64: {reason}"
-    if problem.epsilon > torch.finfo(torch.float32).eps or has_kinks(term):
-        return DerivativeCheck(None, unclear)
-    found = [difference(step) for step in LONG_STEPS]
-    if max(norm_of(one) for one in (product, *found)) < torch.finfo(torch.float32).tiny / problem.epsilon:
-        return DerivativeCheck(None, "the numbers are near underflow; multiply the loss by a power of two")
-    if any(not _deviating(product, one, *ALLOWED[torch.float32]) for one in found):
-        return _agreement(product, found[-1], "float32")
-    suspects = set(range(len(product)))
-    for one, other in itertools.pairwise(found):
-        suspects &= _consistent(one, other, product, CLEARLY_WRONG)
-    suspects &= _deviating(product, found[1], CLEARLY_WRONG, CLEARLY_WRONG)
-    if not suspects:
-        return DerivativeCheck(None, unclear)
-    return _disagreement(problem, term, product, found[1], found[0], suspects)
+    def _disagreement(self, product: Parts, found: Parts, other: Parts, suspects: set[int]) -> DerivativeCheck:
+        names = [repr(name) for i, name in enumerate(self.problem.parameters) if i in suspects]
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        causes = causes_of_wrong_derivatives(self.problem, self.term)
+        return DerivativeCheck(
+            False,
+            f"PyTorch's second derivative of this loss is not the derivative of its first: on batch {self.term.index} "
+            f"a product is {_distance(found, product):.2g} of its norm away from differences of gradients, which agree "
+            f"with each other within {_distance(found, other):.1g} at two steps (in {listed}). {causes} "
+            "hvp='finite_differences' follows the first derivatives instead, where they are those of one function",
+        )
 
 
 def _agreement(product: Parts, found: Parts, precision: str) -> DerivativeCheck:
     return DerivativeCheck(
         True,
         f"a product is within {_distance(product, found):.2g} of its norm of differences of gradients, in {precision}",
-    )
-
-
-def _disagreement(
-    problem: Problem, term: LossTerm, product: Parts, found: Parts, other: Parts, suspects: set[int]
-) -> DerivativeCheck:
-    names = [repr(name) for i, name in enumerate(problem.parameters) if i in suspects]
-    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    causes = causes_of_wrong_derivatives(problem, term)
-    return DerivativeCheck(
-        False,
-        f"PyTorch's second derivative of this loss is not the derivative of its first: on batch {term.index} a product "
-        f"is {_distance(found, product):.2g} of its norm away from differences of gradients, which agree with each "
-        f"other within {_distance(found, other):.1g} at two steps (in {listed}). {causes} "
-        "hvp='finite_differences' follows the first derivatives instead, where they are those of one function",
     )
 
 
@@ -230,19 +248,25 @@ class _LossInFloat64:
         If the memory does not suffice, or the loss or its product is another one then.
     """
 
-    def __init__(self, problem: Problem, term: LossTerm, direction: Tensor, scale: float) -> None:
+    def __init__(self, problem: Problem, term: LossTerm, direction: Tensor, unit: float, graph_bytes: int) -> None:
         available = available_memory(problem.device)
-        if available is not None and COPIES * 8 * problem.size > available // 2:
+        needed = COPIES * 8 * problem.size + 8 * graph_bytes // min(p.itemsize for p in problem.parameters.values())
+        if available is not None and needed > available // 2:
             raise OperatorError("there is not enough memory for that")
-        self.problem, self.term, self.scale = problem, term, scale
+        self.problem, self.term, self.unit = problem, term, unit
         self.direction = [_widened(part) for part in problem.unflatten(direction)]
         self._coarse = max(problem.epsilon**0.5, LEAST_COARSE)
 
     def difference(self, step: float) -> Parts:
         """Return the central difference of the gradient along the direction."""
-        self._ends = [self._gradient(sign * step * self.scale) for sign in (-1.0, 1.0)]
-        self._length = step * self.scale
+        self._ends = [self._gradient(sign * step * self.unit) for sign in (-1.0, 1.0)]
+        self._length = step * self.unit
         return [(ahead - behind) / (2.0 * self._length) for behind, ahead in zip(*self._ends, strict=True)]
+
+    @property
+    def rounding(self) -> float:
+        """What the rounding of gradients may do to the last difference."""
+        return GRADIENT_ROUNDING * torch.finfo(torch.float64).eps * max(map(norm_of, self._ends)) / self._length
 
     @property
     def sides(self) -> tuple[Parts, Parts]:
@@ -277,7 +301,7 @@ class _LossInFloat64:
             loss = self.term.evaluate_moved()
             found = torch.autograd.grad(loss, self._leaves, create_graph=create_graph, allow_unused=True)
         value, wanted = float(loss.detach()), self.problem.loss_of(self.term)
-        if not abs(value - wanted) <= self._coarse * abs(wanted) + self._coarse**2:
+        if step == 0.0 and not abs(value - wanted) <= self._coarse * abs(wanted) + self._coarse**2:
             raise OperatorError(f"the loss of batch {self.term.index} is {value!r} then, and not {wanted!r}")
         return self._filled(found)
 
@@ -286,7 +310,7 @@ class _LossInFloat64:
         """Let model and loss find the float64 weights; a backward pass may call them again."""
         parameters = self.problem.parameters.values()
         replacements = {id(parameter): leaf for parameter, leaf in zip(parameters, self._leaves, strict=True)}
-        with self.problem.replaced(self._leaves), in_float64(replacements):
+        with self.problem.replaced(self._leaves), InFloat64(replacements):
             yield
 
     def _filled(self, found: Sequence[Tensor | None]) -> Parts:
@@ -297,8 +321,6 @@ class _LossInFloat64:
 
 class InFloat64(TorchFunctionMode):
     """Lets every operation of PyTorch work in float64, and on other tensors in the place of some parameters.
-
-    Use it by :func:`in_float64`.
 
     Parameters
     ----------
@@ -315,7 +337,9 @@ class InFloat64(TorchFunctionMode):
     ) -> Any:
         """Call the function with everything in float64."""
         function = _IN_FLOAT64.get(function, function)
-        return function(*tree_map(self._widened, args), **tree_map(self._widened, kwargs or {}))
+        found = function(*tree_map(self._widened, args), **tree_map(self._widened, kwargs or {}))
+        # What is made of no tensor has the default dtype, which other threads use as well.
+        return found if any(isinstance(value, Tensor) for value in args) else tree_map(_widened_leaf, found)
 
     def _widened(self, value: Any) -> Any:
         if isinstance(value, torch.dtype):
@@ -330,16 +354,10 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(_WIDE[tensor.dtype]) if tensor.dtype in _WIDE else tensor
 
 
-@contextmanager
-def in_float64(replacements: dict[int, Tensor]) -> Iterator[None]:
-    """Let every operation work in float64 meanwhile, see :class:`InFloat64`, and make new tensors so."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with InFloat64(replacements):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+def _widened_leaf(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.dtype not in _WIDE or value.grad_fn is not None:
+        return value
+    return _widened(value.detach()).requires_grad_(value.requires_grad)
 
 
 _WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64}
@@ -353,7 +371,7 @@ def _strided(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _without_warnings() -> Iterator[None]:
     """Leave out warnings of the user's code, which the run itself gives."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

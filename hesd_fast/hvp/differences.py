@@ -1,18 +1,15 @@
-"""Differences of gradients: the weights are moved where they lie, so that all code that uses them sees it."""
+"""Differences of gradients at moved weights."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hesd_fast.errors import OperatorError, first_line, raised_outside_of_libraries
 from hesd_fast.hvp.second_derivatives import Gradient
-from hesd_fast.parameters import as_real
+from hesd_fast.parameters import norm_of
 from hesd_fast.problem import LossTerm, Problem
 
 
@@ -32,45 +29,17 @@ class Moved:
     distance: float
 
 
-@contextmanager
-def moved(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], step: float) -> Iterator[float]:
-    """Let parameters be at w + step v meanwhile, in place and past autograd; gives the step that rounding has left.
-
-    In place, since a backward pass may run the model again (activation checkpoints, adjoint methods), and layers may
-    hold their weights in lists. Cost: a copy of the parameters.
-    """
-    originals = [parameter.detach().clone() for parameter in parameters]
-    squares, along = 0.0, 0.0
-    try:
-        for parameter, original, direction in zip(parameters, originals, directions, strict=True):
-            target = (original.to(direction.dtype) + step * direction).to(original.dtype)
-            parameter.data.copy_(target)
-            gone = target.to(direction.dtype) - original.to(direction.dtype)
-            squares += _inner_product(direction, direction)
-            along += _inner_product(gone, direction)
-        yield along / squares if squares else 0.0
-    finally:
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.data.copy_(original)
-
-
-def _inner_product(one: Tensor, other: Tensor) -> float:
-    return float((as_real(one).double() * as_real(other).double()).sum())
-
-
 def gradient_at(problem: Problem, term: LossTerm, direction: Tensor, step: float) -> Moved:
     """Return one batch's gradient at the weights w + step v; ``direction`` is v, (n,).
 
     Raises
     ------
     OperatorError
-        If PyTorch cannot differentiate the loss there.
+        If PyTorch cannot compute the loss or differentiate it there.
     """
-    parameters = list(problem.parameters.values())
-    with moved(parameters, problem.unflatten(direction), step) as distance:
-        loss = term.evaluate_moved()
+    with problem.moved(problem.unflatten(direction), step) as distance:
         try:
-            gradient = Gradient.first_order(problem, loss)
+            gradient = Gradient.first_order(problem, term.evaluate_moved())
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -97,6 +66,11 @@ def quotient(behind: Moved, ahead: Moved) -> Tensor:
     return (ahead.gradient - behind.gradient) / distance
 
 
-def length_of_weights(problem: Problem) -> float:
-    """Return the norm of the selected parameters, or 1 if that is more: what steps are relative to."""
-    return max(math.sqrt(problem.parameter_norm_squared), 1.0)
+def unit_step(problem: Problem, direction: Tensor) -> float:
+    """Return the multiple of a vector (n,) that is as long as the weights, or 1, in the parameter that it moves most.
+
+    What steps are relative to; each parameter may have a scale of its own.
+    """
+    pairs = zip(problem.parameters.values(), problem.unflatten(direction), strict=True)
+    lengths = [(max(norm_of([weight.detach()]), 1.0), norm_of([part])) for weight, part in pairs]
+    return min((own / length for own, length in lengths if length), default=0.0)

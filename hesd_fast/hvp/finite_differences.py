@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.base import Parts, Strategy, Vectors, with_row
 from hesd_fast.hvp.derivative_check import check_derivatives
-from hesd_fast.hvp.differences import Moved, gradient_at, length_of_weights, quotient
+from hesd_fast.hvp.differences import Moved, gradient_at, quotient, unit_step
 from hesd_fast.hvp.second_derivatives import (
     Gradient,
     clear_padding,
@@ -72,15 +73,15 @@ class FiniteDifferences(Strategy):
         with problem.session():
             term = problem.first_term()
             direction, exact = self._direction_and_product(term)
-            previous: Tensor | None = None
+            previous, any_curvature = exact, False
             for step in STEPS:
                 found = self._difference(term, direction, step)
-                reference, previous = exact if exact is not None else previous, found
-                if reference is None:
-                    continue
-                error = _relative_error(found, reference)
-                if error < self.error:
+                any_curvature = any_curvature or bool(found.any())
+                if previous is not None and (error := _relative_error(found, previous)) < self.error:
                     self.step, self.error = step, error
+                previous = found if exact is None else exact
+            if not any_curvature and (exact is None or not bool(exact.any())):
+                self.step, self.error = STEPS[-1], 0.0
             if self.error <= TOLERANCE:
                 self.error = max(self.error, self._error_elsewhere(term, direction, exact is not None))
         if not self.error <= TOLERANCE:
@@ -126,10 +127,11 @@ class FiniteDifferences(Strategy):
     def _difference(self, term: LossTerm, direction: Tensor, relative: float) -> Tensor:
         # To autograd a row of padding is a constant, which differences must not move.
         direction = clear_padding(self.problem, direction.clone())
-        length = norm_of([direction])
-        if length == 0.0:
+        if not bool(direction.any()):
             return torch.zeros_like(direction)
-        step = relative * length_of_weights(self.problem) / length
+        if not math.isfinite(norm_of([direction])):
+            return torch.full_like(direction, torch.nan)  # the operator names the place
+        step = relative * unit_step(self.problem, direction)
         behind, ahead = (self._gradient(term, direction, sign * step) for sign in self._signs())
         return quotient(behind, ahead)
 
@@ -165,9 +167,10 @@ class ForwardDifferences(FiniteDifferences):
 
 
 def _relative_error(found: Tensor, reference: Tensor) -> float:
-    """Return how far a product is from another, relative to that one's norm; infinite where this says nothing."""
-    difference, scale = norm_of([found - reference]), norm_of([reference])
-    if difference == 0.0:
-        return 0.0
-    error = difference / scale if scale > 0.0 else float("inf")
+    """Return how far a product is from another, relative to that one's norm; infinite where this says nothing.
+
+    Two zeros say nothing: both steps may be so long that the loss is flat there.
+    """
+    scale = norm_of([reference])
+    error = norm_of([found - reference]) / scale if scale > 0.0 else float("inf")
     return error if error == error else float("inf")  # not a number

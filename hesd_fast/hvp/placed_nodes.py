@@ -48,21 +48,21 @@ class PlacedNodes:
 
     @contextmanager
     def _following(self) -> Iterator[None]:
-        handles = []
-        for name, module in self._model.named_modules():
-            place = f"module {name!r}" if name else "the model"
-
-            def enter(_module: nn.Module, inputs: Any, options: Any, place: str = place) -> None:
-                self._look((inputs, options))  # made outside of the module
-                self._inside.append(place)
-
-            def leave(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                self._look(output)
-                self._inside.pop()
-
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave))
+        handles: list[Any] = []
         try:
+            for name, module in self._model.named_modules():
+                place = f"module {name!r}" if name else "the model"
+
+                def enter(_module: nn.Module, inputs: Any, options: Any, place: str = place) -> None:
+                    self._look((inputs, options))  # made outside of the module
+                    self._inside.append(place)
+
+                def leave(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                    self._look(output)
+                    self._inside.pop()
+
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(leave))
             yield
         finally:
             for handle in handles:

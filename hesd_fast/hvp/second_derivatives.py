@@ -73,9 +73,9 @@ class Gradient:
         return gradient
 
     @staticmethod
-    def first_order(problem: Problem, loss: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """Return the gradient (n,) alone, without a graph; ``weights`` may stand in the place of the parameters."""
-        parameters = list(problem.parameters.values()) if weights is None else weights
+    def first_order(problem: Problem, loss: Tensor) -> Tensor:
+        """Return the gradient (n,) alone, without a graph."""
+        parameters = list(problem.parameters.values())
         found = differentiate(loss, parameters)
         return problem.flatten(
             [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
@@ -196,7 +196,7 @@ def _refuse_operations(problem: Problem, term: LossTerm, loss: Tensor) -> None:
         )
     for name, node in operations_in(loss).items():
         if OPERATIONS[name].silent:
-            places = ", ".join(_culprits(problem, term, node)) or "the model"
+            places = ", ".join(_offending_places(problem, term, node)) or "the model"
             raise OperatorError(
                 f"a derivative of PyTorch's {name} (in {places}) that the Hessian needs is wrong, and the operation "
                 "cannot be replaced where it is, as in TorchScript or a compiled function; write it in Python, in "
@@ -217,9 +217,9 @@ def naming_operations(problem: Problem, term: LossTerm) -> Iterator[None]:
 
 
 def _no_second_derivative(problem: Problem, term: LossTerm, operation: str | None, message: str) -> str:
-    culprits = _culprits(problem, term, operation)
-    names = operation or ", ".join(sorted(set(culprits.values()))) or "an operation of the model or the loss"
-    where = f"in {', '.join(culprits)}, " if culprits else ""
+    offending = _offending_places(problem, term, operation)
+    names = operation or ", ".join(sorted(set(offending.values()))) or "an operation of the model or the loss"
+    where = f"in {', '.join(offending)}, " if offending else ""
     remedy = (
         "replace it by an implementation of ordinary PyTorch operations, leave the parameters before it out, or use "
         "hvp='finite_differences', which needs first derivatives alone"
@@ -234,19 +234,19 @@ def _no_second_derivative(problem: Problem, term: LossTerm, operation: str | Non
     return f"{names} ({where}batch {term.index}) has no second derivative; {remedy}. PyTorch says: {said}"
 
 
-def _culprits(problem: Problem, term: LossTerm, operation: str | None) -> dict[str, str]:
+def _offending_places(problem: Problem, term: LossTerm, operation: str | None) -> dict[str, str]:
     """Return the innermost places in model and loss that ran the operation, and the graph's name for it.
 
     Without an operation's name, the once_differentiable functions are looked for.
     """
     found: dict[str, str] = {}
     for place, node in PlacedNodes(problem.model).collect(term):
-        if _is_culprit(node, operation):
+        if _is_offending(node, operation):
             found.setdefault(place, node.name())
     return found
 
 
-def _is_culprit(node: Node, operation: str | None) -> bool:
+def _is_offending(node: Node, operation: str | None) -> bool:
     if operation is None:
         backward = getattr(getattr(type(node), "_forward_cls", None), "backward", None)
         return getattr(backward, "__wrapped__", None) is not None

@@ -176,11 +176,11 @@ class OperatorBase(ABC):
         # A sum is not finite as soon as one number is not; where finite numbers overflow, the loop below finds nothing.
         if bool(torch.isfinite(out.sum(dim=1)).all()):
             return
-        for name, culprit in (("the panel given", panel), ("the product", out)):
-            bad = (~torch.isfinite(culprit)).nonzero()
+        for name, vectors in (("the panel given", panel), ("the product", out)):
+            bad = (~torch.isfinite(vectors)).nonzero()
             if len(bad):
                 row, column = bad[0].tolist()
-                found = f"{name} holds {float(culprit[row, column])} in vector {row} at {self.describe(column)}"
+                found = f"{name} holds {float(vectors[row, column])} in vector {row} at {self.describe(column)}"
                 raise OperatorError(f"{found}; {self._remedy(panel[row : row + 1])}")
 
 

@@ -14,6 +14,7 @@ from hesd_fast.hvp.base import accumulate
 from hesd_fast.hvp.derivative_check import DerivativeCheck, warn_of_wrong_derivatives
 from hesd_fast.hvp.planner import give_up
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph, ReverseOverReverse
+from hesd_fast.model_state import alone
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.hessian import multiply_or_fall_back
 from hesd_fast.parameters import Selection, select_parameters
@@ -149,8 +150,8 @@ class GroupedHessianOperator:
             For a name that is no group, a panel or out of another shape, dtype, device or stride, and where a product
             is not finite.
         """
-        if strangers := sorted(panels.keys() - self.blocks.keys()):
-            raise OperatorError(f"{strangers[0]!r} is no group; the groups are {', '.join(map(repr, self.blocks))}")
+        if unknown := sorted(panels.keys() - self.blocks.keys()):
+            raise OperatorError(f"{unknown[0]!r} is no group; the groups are {', '.join(map(repr, self.blocks))}")
         if outs is not None and outs.keys() != panels.keys():
             raise OperatorError(f"outs has {', '.join(map(repr, outs))}; give one for each panel, {', '.join(panels)}")
         found = {
@@ -227,6 +228,7 @@ class GroupedHessianOperator:
                 place.out.add_(place.compensation)
 
 
+@alone
 def names_of_groups(problem: Problem, groups: Groups) -> dict[str, list[str]]:
     """Return the names of the parameters of each group; a ProblemError for groups that cannot be used."""
     known = list(problem.parameters)

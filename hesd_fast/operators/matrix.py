@@ -14,6 +14,9 @@ from hesd_fast.errors import OperatorError
 from hesd_fast.operators.base import WRAPPED, CurvatureOperator, OperatorBase
 from hesd_fast.parameters import norm_of
 
+ASYMMETRY = 256.0
+"""Difference of u.Av and v.Au that is rounding, in machine epsilons of |u| |Av|."""
+
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -91,15 +94,12 @@ class MatrixOperator(OperatorBase):
         self.products = 0
         scale = norm_of([u]) * norm_of([image_v])
         difference = abs(float(u @ image_v - v @ image_u))
-        for dtype in (self.dtype, torch.float32):
-            epsilon = torch.finfo(dtype).eps
-            if difference <= 64 * self.size * epsilon * scale:
-                self.epsilon = max(epsilon, self._rounding(v, image_v))
-                return
-        raise OperatorError(
-            f"the {type(self._matrix).__name__} is not symmetric: u.Av and v.Au differ by {difference:.3g}, at most "
-            f"{64 * self.size * epsilon * scale:.3g} is rounding, also in float32; give a symmetric one"
-        )
+        self.epsilon = max(torch.finfo(self.dtype).eps, self._rounding(v, image_v))
+        if not difference <= ASYMMETRY * self.epsilon * scale:
+            raise OperatorError(
+                f"the {type(self._matrix).__name__} is not symmetric: u.Av and v.Au differ by {difference:.3g}, at "
+                f"most {ASYMMETRY * self.epsilon * scale:.3g} is rounding; give a symmetric one"
+            )
 
     def _rounding(self, vector: Tensor, image: Tensor) -> float:
         """Return float32's machine epsilon where products do not change with digits that float32 has not, else 0."""
