@@ -213,7 +213,10 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "loss: counts": (_of_result(lambda value: (value, _ones(2))), r"count of batch 0 has shape \(2,\); return"),
     "loss: negative count": (_of_result(lambda value: (value, -1)), r"count of batch 0 is -1\.0; return a finite"),
     "loss: nan count": (_of_result(lambda value: (value, torch.tensor(torch.nan))), r"batch 0 is nan; return a finite"),
-    "loss: no terms": (_of_result(lambda value: (value, 0)), r"hold 0 loss terms; at least one is wanted"),
+    "loss: no terms": (
+        _of_result(lambda value: (value, 0)),
+        r"hold 0 loss terms; at least one is wanted|of 0 terms; return the number",
+    ),
     "loss: huge count": (_of_result(lambda value: (value, 10**400)), r"batch 0 is inf; return a finite count"),
     "loss: used up": (_of_value(lambda value: next(iter(()))), r"raised StopIteration at batch 0.*; give"),
     "loss: text": (_given(loss="mse"), r"loss of type str is not callable; give a function loss\(model, batch\)"),
