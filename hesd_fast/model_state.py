@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections import OrderedDict
@@ -29,6 +30,9 @@ _ABSENT = object()
 
 SESSIONS = threading.RLock()
 """Held while a model is borrowed: random streams and precision settings are those of the whole process."""
+
+if hasattr(os, "register_at_fork"):  # the thread that holds it is not in the child, which would wait for ever
+    os.register_at_fork(after_in_child=SESSIONS._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def alone(function: Callable[P, T]) -> Callable[P, T]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -585,3 +588,40 @@ def test_threads_that_analyse_one_model_get_its_numbers_each() -> None:
         thread.join()
     assert found == [True] * 5 * len(NAMES)
     assert_same(before, snapshot(model))
+
+
+FORK = """
+import os, threading, torch
+from torch import nn
+from hesd_fast import losses
+from hesd_fast.problem import Problem
+
+torch.set_num_threads(1)
+problem = Problem(nn.Linear(4, 3), losses.supervised(nn.CrossEntropyLoss()), (torch.randn(5, 4), torch.arange(5) % 3))
+held, done = threading.Event(), threading.Event()
+
+
+def hold():
+    with problem.session():
+        held.set()
+        done.wait()
+
+
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    Problem(nn.Linear(4, 3), problem.loss, problem.data[0]).prepare()
+    os._exit(7)
+status = os.waitpid(child, 0)[1]
+done.set()
+thread.join()
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_process_does_not_wait_for_a_thread_that_it_has_not() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "7\n", done.stderr
