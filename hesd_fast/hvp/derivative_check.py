@@ -37,11 +37,11 @@ So short that hardly a unit passes its kink, and rounding is still far below the
 LONG_STEPS = (3e-3, 1e-3, 3e-4)
 """The same where float64 cannot be had."""
 
-GRADIENT_ROUNDING = 64.0
-"""The same of a gradient, in machine epsilons of its norm."""
-
 ROUNDING = 16.0
 """Product along a vector of the weights' length, in machine epsilons of the loss, that is nothing but rounding."""
+
+GRADIENT_ROUNDING = 64.0
+"""Error of a gradient that is rounding, in machine epsilons of its norm."""
 
 ALLOWED_IN_FLOAT64, ALLOWED_WITH_LONG_STEPS = (2e-5, 1e-6), (2e-2, 1e-3)
 """Deviation relative to a parameter's part of the product, and to the whole product, that is no deviation."""
