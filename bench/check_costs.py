@@ -20,7 +20,7 @@ from hesd_fast.hvp import derivative_check
 from hesd_fast.problem import Problem
 
 CHECKS: dict[str, tuple[Any, str]] = {
-    "products against differences of gradients": (derivative_check, "_compare"),
+    "products against differences of gradients": (derivative_check._Comparison, "run"),
     "digests of the weights": (model_state, "digests_of"),
     "copies of the weights": (model_state, "_copies_that_fit"),
     "mean or sum": (loss_terms.ReadingCheck, "_read"),
