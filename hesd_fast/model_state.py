@@ -372,22 +372,25 @@ def digests_of(tensors: Sequence[Tensor]) -> list[int]:
 def _digests(words: Sequence[Tensor]) -> Tensor:
     """Return the digests of tensors of 64-bit integers, of small ones together."""
     found = words[0].new_zeros(len(words))
+    places = torch.arange(_CHUNK, device=found.device)
     small = [i for i, one in enumerate(words) if len(one) <= _CHUNK]
     for i, one in enumerate(words):
         if len(one) > _CHUNK:
             parts = [one[first : first + _CHUNK] for first in range(0, len(one), _CHUNK)]
-            found[i] = torch.stack([_mixed(part, k * _CHUNK).sum() for k, part in enumerate(parts)]).sum()
+            partial = [_mixed(part, places[: len(part)] + k * _CHUNK).sum() for k, part in enumerate(parts)]
+            found[i] = torch.stack(partial).sum()
     if small:
-        sums = _mixed(torch.cat([words[i] for i in small]), 0).cumsum(0)  # wraps around, and so does a difference
+        own = torch.cat([places[: len(words[i])] for i in small])  # whatever stands beside a tensor
+        sums = _mixed(torch.cat([words[i] for i in small]), own).cumsum(0)  # wraps around, and so does a difference
         ends = torch.tensor([len(words[i]) for i in small]).cumsum(0)
         totals = sums[(ends - 1).to(sums.device)]
         found[torch.tensor(small, device=found.device)] = totals.diff(prepend=totals.new_zeros(1))
     return found
 
 
-def _mixed(words: Tensor, first: int) -> Tensor:
-    """Return numbers that depend on 64 bits and their position in no linear way (the finalizer of MurmurHash3)."""
-    mixed = words + torch.arange(first, first + len(words), device=words.device) * _ODD
+def _mixed(words: Tensor, places: Tensor) -> Tensor:
+    """Return numbers that depend on 64 bits and their place in no linear way (the finalizer of MurmurHash3)."""
+    mixed = words + places * _ODD
     for factor in _FACTORS:
         mixed ^= (mixed >> 33) & 0x7FFFFFFF  # a shift of integers carries the sign along
         mixed *= factor

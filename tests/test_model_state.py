@@ -19,7 +19,7 @@ from torch.nn import functional
 import hesd_fast as hesd
 from hesd_fast.errors import OperatorError, ProblemError
 from hesd_fast.hvp import STRATEGIES
-from hesd_fast.model_state import digests_of
+from hesd_fast.model_state import ModelState, digests_of
 from hesd_fast.operators import HessianOperator
 from hesd_fast.problem import MODES, Problem
 
@@ -625,3 +625,62 @@ print(os.waitstatus_to_exitcode(status))
 def test_a_child_process_does_not_wait_for_a_thread_that_it_has_not() -> None:
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "7\n", done.stderr
+
+
+def test_moved_weights_come_back_after_an_interrupt_while_they_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = stateful(), vectors(6, 4)
+    operator = HessianOperator(Problem(model, noisy_loss, data), hvp="finite_differences")
+    vector = torch.ones(operator.size, dtype=torch.float64)
+    operator.matvec(vector)
+    before = snapshot(model)
+    put_back, interrupts = ModelState._put_back_moved, [True]
+
+    def interrupted(self: ModelState) -> None:
+        if self._moved and interrupts:
+            interrupts.clear()
+            parameter, original = self._moved[0]
+            parameter.data.copy_(original)
+            raise KeyboardInterrupt
+        put_back(self)
+
+    monkeypatch.setattr(ModelState, "_put_back_moved", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        operator.matvec(vector)
+    assert not interrupts
+    assert_same(before, snapshot(model))
+
+
+def column_negated(matrix: torch.Tensor) -> torch.Tensor:
+    other = matrix.clone()
+    other[:, 3] = -other[:, 3]
+    return other
+
+
+def corners_swapped(matrix: torch.Tensor) -> torch.Tensor:
+    other = matrix.clone()
+    other[0, 1], other[1, 0] = matrix[1, 0], matrix[0, 1]
+    return other
+
+
+CHANGES = [
+    torch.neg,
+    lambda matrix: matrix * 2,
+    lambda matrix: matrix / 2,
+    lambda matrix: matrix * 16,
+    lambda matrix: matrix.T.contiguous(),
+    lambda matrix: matrix.flip(0),
+    lambda matrix: matrix.flip(1),
+    lambda matrix: matrix.roll(8, 1),
+    column_negated,
+    corners_swapped,
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 64, 1024])
+def test_a_digest_changes_with_changes_that_have_a_pattern(dtype: torch.dtype, size: int) -> None:
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    digests = digests_of([matrix, *(change(matrix) for change in CHANGES)])
+    different = len(CHANGES) + 1 - (size == 8)  # of 8 columns, rolling by 8 is none
+    assert len(set(digests)) == different
+    assert digests[0] == digests_of([torch.ones(3), matrix.clone()])[1]  # whatever stands beside it
