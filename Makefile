@@ -86,4 +86,4 @@ fashion-mnist: setup
 	$(BIN)/python examples/fashion_mnist.py
 
 clean:
-	rm -rf $(VENV) build hesd_fast/*.so *.egg-info
+	rm -rf $(VENV) build hesd_fast/engine/*.so *.egg-info

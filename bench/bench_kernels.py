@@ -19,7 +19,8 @@ from bench_limits import gemm_probes, read_probes
 from contest import Contestant, Target
 from torch import Tensor
 
-from hesd_fast import kernels, reference
+from hesd_fast import kernels
+from hesd_fast.engine import reference
 
 STORAGES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PIECE = 1 << 16

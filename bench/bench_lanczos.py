@@ -16,7 +16,8 @@ import workloads
 from contest import Contestant
 
 import hesd_fast as hesd
-from hesd_fast import kernels, reference
+from hesd_fast import kernels
+from hesd_fast.engine import reference
 
 SEED = 5
 ENGINE_MULTIPLE, BASELINE_MULTIPLE = 64, 4096

@@ -15,9 +15,10 @@ from unittest import mock
 import workloads
 
 import hesd_fast as hesd
-from hesd_fast import loss_terms, model_state
 from hesd_fast.hvp import derivative_check
-from hesd_fast.problem import Problem
+from hesd_fast.problem import model_state
+from hesd_fast.problem import term_counts as loss_terms
+from hesd_fast.problem.problem import Problem
 
 CHECKS: dict[str, tuple[Any, str]] = {
     "products against differences of gradients": (derivative_check._Comparison, "run"),

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from hesd_fast import build_info, kernels, reference
+from hesd_fast import build_info, kernels
+from hesd_fast.engine import reference
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results" / "cuda-bench.json"
 BANDWIDTH = 3.0e12

@@ -13,7 +13,7 @@ import torch
 import workloads
 
 import hesd_fast as hesd
-from hesd_fast.memory import peak_memory
+from hesd_fast.engine.memory import peak_memory
 
 RUNS = {
     # workload: block size, steps

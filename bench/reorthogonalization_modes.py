@@ -25,7 +25,7 @@ from workloads import Diagonal
 
 import hesd_fast as hesd
 from hesd_fast import kernels
-from hesd_fast.demo import demo_problem
+from hesd_fast.cli.demo_problem import demo_problem
 from hesd_fast.operators.base import OperatorBase
 
 ROOT = Path(__file__).parent.parent

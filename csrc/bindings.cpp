@@ -124,7 +124,7 @@ class LentPanel {
 #if defined(HESD_EMULATION)
         return object.attr("__dlpack__")(py::arg("stream") = -1);
 #else
-        return py::module_::import("hesd_fast.cuda").attr("lend")(object);
+        return py::module_::import("hesd_fast.engine.cuda").attr("lend")(object);
 #endif
     }
 
@@ -229,7 +229,7 @@ class Backend {
             execution_.workspace = memory_.get();
         }
 #else
-        const py::module_ python = py::module_::import("hesd_fast.cuda");
+        const py::module_ python = py::module_::import("hesd_fast.engine.cuda");
         if (total > total_) {
             memory_ = python.attr("workspace")(execution_.device, total);
             execution_.workspace = reinterpret_cast<void*>(memory_.attr("data_ptr")().cast<std::uintptr_t>());

@@ -3,7 +3,7 @@
     pip install scikit-learn
     python examples/make_demo_data.py
 
-writes hesd_fast/demo_digits.npz. The seeds are fixed; another PyTorch build may train to slightly other weights.
+writes hesd_fast/cli/demo_digits.npz. The seeds are fixed; another PyTorch build may train to slightly other weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
 import hesd_fast
-from hesd_fast.demo import ARCHIVE, demo_network, scale_pixels
+from hesd_fast.cli.demo_problem import ARCHIVE, demo_network, scale_pixels
 
 TRAINING_IMAGES = 1000
 EPOCHS = 60

@@ -6,16 +6,11 @@
 from __future__ import annotations
 
 import random
-import sys
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"  # pyproject.toml and CMakeLists.txt read it here
-
-_FUNCTIONS = ("analyze", "criteria", "plan")
-"""The functions that have the name of the submodule they are in."""
 
 if TYPE_CHECKING:
     from hesd_fast.public import *  # noqa: F403 - the names are listed there
@@ -24,7 +19,7 @@ else:
 
     def __getattr__(name: str) -> Any:
         """Load a submodule, or all public names together, when the first of them is asked for."""
-        if name not in _FUNCTIONS and name.isidentifier() and find_spec(f"{__name__}.{name}"):
+        if name.isidentifier() and find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
         if name == "__all__" or not name.startswith("_"):
             state = random.getstate()  # other packages draw random numbers when they are imported
@@ -42,27 +37,3 @@ else:
         """Return all names, also those that were not loaded yet."""
         __getattr__("__all__")
         return sorted(globals())
-
-
-class _TorchFirst:
-    """Imports PyTorch before the extension, whoever imports that: they have to share PyTorch's OpenMP runtime."""
-
-    def find_spec(self, name: str, *_: object) -> None:
-        """Find nothing; the finders that come after this one do."""
-        if name == f"{__name__}._engine":
-            import torch  # noqa: F401
-
-
-sys.meta_path.insert(0, _TorchFirst())
-
-
-class _Package(ModuleType):
-    """A package in which an imported submodule does not take the place of the function that has its name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        """Set an attribute, as Python does with every submodule that it has imported."""
-        if name not in _FUNCTIONS or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch  # before the extension, which shares its OpenMP runtime
 
-from hesd_fast import _engine, errors, kernels, losses
-from hesd_fast.analyze import analyze
-from hesd_fast.assessment import Assessment, Verdict, compare
-from hesd_fast.criteria import Criteria, criteria
+from hesd_fast import errors
+from hesd_fast.analysis.group_spectra import analyze_groups
+from hesd_fast.analysis.run_plan import RunPlan, plan
+from hesd_fast.analysis.whole_spectrum import analyze
+from hesd_fast.engine import _engine, kernels
 from hesd_fast.errors import (
     CheckpointError,
     EngineError,
@@ -21,9 +22,11 @@ from hesd_fast.errors import (
     ProblemError,
 )
 from hesd_fast.estimate import Estimate
-from hesd_fast.groups import analyze_groups
-from hesd_fast.hesd_type import HESDType, TypeEvidence, TypeThresholds, classify
-from hesd_fast.lanczos import LanczosProgress, block_lanczos
+from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
+from hesd_fast.lanczos.lanczos_run import LanczosProgress, block_lanczos
+from hesd_fast.methodology.assessment import Assessment, Verdict, compare
+from hesd_fast.methodology.generalization_criteria import Criteria, criteria
+from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence, TypeThresholds, classify
 from hesd_fast.operators import (
     CurvatureOperator,
     EmpiricalFisherOperator,
@@ -32,13 +35,12 @@ from hesd_fast.operators import (
     HessianOperator,
     MatrixOperator,
 )
-from hesd_fast.plan import RunPlan, plan
-from hesd_fast.plotting import plot_densities
-from hesd_fast.problem import Problem
-from hesd_fast.report import Report, summary
-from hesd_fast.report_file import load_report
-from hesd_fast.spectrum import SpectralMeasure
-from hesd_fast.tridiagonal import BlockTridiagonal
+from hesd_fast.problem import losses
+from hesd_fast.problem.problem import Problem
+from hesd_fast.report.density_plot import plot_densities
+from hesd_fast.report.json_files import load_report
+from hesd_fast.report.report import Report, summary
+from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 
 def build_info() -> dict[str, Any]:

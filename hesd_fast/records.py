@@ -12,8 +12,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from .errors import CheckpointError, HESDError
-from .estimate import Estimate
+from hesd_fast.errors import CheckpointError, HESDError
+from hesd_fast.estimate import Estimate
 
 T = TypeVar("T")
 

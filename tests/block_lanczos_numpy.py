@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hesd_fast.tridiagonal import BlockTridiagonal
+from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
 
 Array = NDArray[np.float64]
 EPSILON = 2.0**-52

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from hesd_fast import kernels, lanczos
+from hesd_fast import kernels
+from hesd_fast.lanczos import lanczos_run as lanczos
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "native" / "emulated"
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import hesd_fast as hesd
-from hesd_fast import HESDType, checks
+from hesd_fast import HESDType
+from hesd_fast.analysis import checks
 
 
 def trained(dtype=torch.float64, seed=0):
@@ -331,7 +332,7 @@ def test_compare_on_real_reports(case):
 
 
 def test_demo_problem_is_trained_and_small():
-    from hesd_fast.demo import demo_problem
+    from hesd_fast.cli.demo_problem import demo_problem
 
     train, test = demo_problem("train"), demo_problem("test")
     train.prepare()

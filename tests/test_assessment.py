@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from hesd_fast.assessment import ComparisonThresholds, Verdict, compare
-from hesd_fast.criteria import Criteria, criteria
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
-from hesd_fast.hesd_type import HESDType, TypeEvidence, classify
-from hesd_fast.spectrum import SpectralMeasure
+from hesd_fast.methodology.assessment import ComparisonThresholds, Verdict, compare
+from hesd_fast.methodology.generalization_criteria import Criteria, criteria
+from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence, classify
+from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from test_partial import distance, quadrature
 from torch import nn
 
 import hesd_fast as hesd
-import hesd_fast.basis as basis_module
-import hesd_fast.lanczos as lanczos_module
-from hesd_fast.basis import default_directory, plan_basis
-from hesd_fast.cli import main
+import hesd_fast.lanczos.basis_storage as basis_module
+import hesd_fast.lanczos.lanczos_run as lanczos_module
+from hesd_fast.cli.main import main
 from hesd_fast.errors import PlanError, ProblemError
-from hesd_fast.lanczos import block_lanczos
+from hesd_fast.lanczos.basis_storage import default_directory, plan_basis
+from hesd_fast.lanczos.lanczos_run import block_lanczos
 
 F32, F64 = torch.float32, torch.float64
 
@@ -241,7 +241,7 @@ def test_an_interrupted_run_gives_its_space_back(scratch):
 
 CHILD = """
 import sys, time, torch
-from hesd_fast.lanczos import block_lanczos
+from hesd_fast.lanczos.lanczos_run import block_lanczos
 
 class Operator:
     size, dtype, device, products = 1 << 20, torch.float32, torch.device("cpu"), 0

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import hesd_fast.lanczos as lanczos_module
-from hesd_fast import _engine, kernels
+import hesd_fast.lanczos.lanczos_run as lanczos_module
+from hesd_fast import kernels
+from hesd_fast.engine import _engine
 from hesd_fast.errors import EngineError, OperatorError, PlanError, ProblemError
-from hesd_fast.lanczos import LanczosProgress, block_lanczos
+from hesd_fast.lanczos.lanczos_run import LanczosProgress, block_lanczos
 from hesd_fast.operators import MatrixOperator
 
 MODES = ["full", "partial", "window", "none"]

@@ -11,8 +11,8 @@ from block_lanczos_numpy import EPSILON, Array, block_lanczos, rademacher, rotat
 from scipy.optimize import linprog
 from test_spectrum import SIZE, SPECTRA, scale_of
 
-from hesd_fast.jacobi import CDFBand, Jacobi, cdf_band, hinge_bounds, jacobi_of_probe
-from hesd_fast.spectrum import SpectralMeasure
+from hesd_fast.spectrum.jacobi_matrix import CDFBand, Jacobi, cdf_band, hinge_bounds, jacobi_of_probe
+from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 
 def probe_weights(z: Array) -> Array:

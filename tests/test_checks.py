@@ -15,7 +15,7 @@ import hesd_fast as hesd
 from hesd_fast import losses
 from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.operators import HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
 

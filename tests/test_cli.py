@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 import hesd_fast as hesd
-from hesd_fast.analyze import DEFAULT_BLOCK_SIZE, DEFAULT_MAX_STEPS
-from hesd_fast.cli import main
+from hesd_fast.analysis.whole_spectrum import DEFAULT_BLOCK_SIZE, DEFAULT_MAX_STEPS
+from hesd_fast.cli.main import main
 from hesd_fast.terminal import file_name
 
 PROBLEM = """
@@ -260,7 +260,7 @@ def test_info_shows_the_build():
 def test_version_and_help_load_nothing_heavy(arguments):
     code = (
         "import atexit, sys\n"
-        "from hesd_fast.cli import main\n"
+        "from hesd_fast.cli.main import main\n"
         "heavy = ('torch', 'numpy', 'scipy', 'matplotlib', 'rich')\n"
         "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
         f"main({list(arguments)}, prog_name='hesd')"

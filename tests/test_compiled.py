@@ -13,7 +13,7 @@ from hesd_fast import losses
 from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import compiled, planner
 from hesd_fast.operators import HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
 

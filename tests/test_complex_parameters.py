@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from hesd_fast import analyze, load_report, losses
 from hesd_fast.errors import ProblemError
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
-from hesd_fast.operators.grouped import GroupedHessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.operators.hessian_blocks import GroupedHessianOperator
+from hesd_fast.problem.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("float64_by_default", "traced_alone")
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from block_lanczos_numpy import EPSILON, Array, block_lanczos, rademacher, rotation
 
-from hesd_fast.criteria import Criteria, _signed_moments, criteria, signed_moments
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
-from hesd_fast.spectrum import SpectralMeasure
+from hesd_fast.methodology.generalization_criteria import Criteria, _signed_moments, criteria, signed_moments
+from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 PUBLISHED = json.loads((Path(__file__).parent / "lla_criteria.json").read_text())["cases"]
 SIZE = 200

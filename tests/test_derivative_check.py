@@ -19,7 +19,7 @@ from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import derivative_check
 from hesd_fast.hvp.derivative_check import check_derivatives
 from hesd_fast.operators import HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
 

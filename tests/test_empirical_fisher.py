@@ -32,7 +32,7 @@ from torch.nn import functional
 from hesd_fast import losses
 from hesd_fast.errors import OperatorError, ProblemError
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 COUPLED = ("cnn-train", "frozen-cnn-train", "checkpoint-norm-train")
 """Cases with batch norm in train mode."""

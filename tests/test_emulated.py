@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import hesd_fast as hesd
-from hesd_fast import basis as hesd_basis
 from hesd_fast import kernels
-from hesd_fast.analyze import memory_for_products
+from hesd_fast.analysis.whole_spectrum import memory_for_products
 from hesd_fast.errors import EngineError, PlanError, ProblemError
-from hesd_fast.lanczos import LanczosRun
+from hesd_fast.lanczos import basis_storage as hesd_basis
+from hesd_fast.lanczos.lanczos_run import LanczosRun
 from hesd_fast.operators import as_operator
 
 THREADS = 256

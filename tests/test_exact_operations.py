@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hesd_fast import losses
 from hesd_fast.errors import OperatorError
-from hesd_fast.exact_operations import OPERATIONS, ExactOperations
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.exact_operations import OPERATIONS, ExactOperations
+from hesd_fast.problem.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("float64_by_default", "traced_alone")
 
@@ -657,7 +657,7 @@ class Watched(ExactOperations):
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
 def test_models_without_such_operations_are_left_alone(norm: type, monkeypatch: pytest.MonkeyPatch) -> None:
     # Norms have a right second derivative: only a loss with a gradient in it asks for a third.
-    monkeypatch.setattr("hesd_fast.problem.ExactOperations", Watched)
+    monkeypatch.setattr("hesd_fast.problem.problem.ExactOperations", Watched)
     model = nn.Sequential(nn.Linear(3, 4), norm(4), nn.Tanh(), nn.Linear(4, 2))
     problem = Problem(model, lambda m, b: m(b["x"]).square().mean(), {"x": vectors()}, mode="train")
     matrix(problem)

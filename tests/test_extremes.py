@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hesd_fast as hesd
-from hesd_fast.extremes import HIDING_RISK, reach_beyond
+from hesd_fast.spectrum.extreme_eigenvalues import HIDING_RISK, reach_beyond
 
 SEEDS = 60
 N = 300

@@ -12,7 +12,7 @@ from hesd_fast import losses
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp import finite_differences
 from hesd_fast.operators import HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
 BOTH = ["finite_differences", "forward_differences"]

@@ -30,7 +30,7 @@ from torch.nn import functional
 from hesd_fast import losses
 from hesd_fast.errors import OperatorError, ProblemError
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
 READY_MADE = [case for case in [*CASES, *LABELLED] if losses.is_ready_made(case.build()[1])]
@@ -223,8 +223,8 @@ def test_closed_forms_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     panel = torch.randn(2, problem.size, dtype=torch.float64)
     operators = [kind(problem) for kind in (HessianOperator, GaussNewtonOperator, EmpiricalFisherOperator)]
     wanted = [operator.matmat(panel) for operator in operators]
-    monkeypatch.setattr("hesd_fast.softmax_cross_entropy.SMALLEST", 0)
-    monkeypatch.setattr("hesd_fast.softmax_cross_entropy.CHUNK", 40)
+    monkeypatch.setattr("hesd_fast.problem.softmax_cross_entropy.SMALLEST", 0)
+    monkeypatch.setattr("hesd_fast.problem.softmax_cross_entropy.CHUNK", 40)
     for operator, product in zip(operators, wanted, strict=True):
         assert relative(operator.matmat(panel), product) <= ROUNDING
         assert not torch.equal(operator.matmat(panel), product)

@@ -12,7 +12,7 @@ import hesd_fast as hesd
 from hesd_fast import losses
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.operators import GroupedHessianOperator, HessianOperator
-from hesd_fast.operators.grouped import STRATEGIES
+from hesd_fast.operators.hessian_blocks import STRATEGIES
 
 CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
 EPSILON = 2.0**-52

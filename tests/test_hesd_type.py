@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from block_lanczos_numpy import Array, block_lanczos, rademacher
 
-from hesd_fast.criteria import criteria
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
-from hesd_fast.hesd_type import (
+from hesd_fast.methodology.generalization_criteria import criteria
+from hesd_fast.methodology.hesd_type import (
     BALANCED,
     CONTRADICTORY,
     CONVERGE_EXTREMES,
@@ -25,7 +25,7 @@ from hesd_fast.hesd_type import (
     classify,
     decide_type,
 )
-from hesd_fast.spectrum import SpectralMeasure
+from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 SIZE = 1000
 

@@ -23,7 +23,7 @@ from hesd_fast import losses
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp import STRATEGIES
 from hesd_fast.operators import CurvatureOperator, HessianOperator, MatrixOperator, as_operator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
 LINEAR = next(case for case in CASES if case.name == "linear")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp import STRATEGIES
 from hesd_fast.operators import HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("traced_alone")
 

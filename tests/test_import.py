@@ -15,7 +15,7 @@ from torch import nn
 import hesd_fast as hesd
 from hesd_fast import choices
 
-HEAVY = ("torch", "numpy", "scipy", "matplotlib", "rich", "hesd_fast._engine")
+HEAVY = ("torch", "numpy", "scipy", "matplotlib", "rich", "hesd_fast.engine._engine")
 LOADED = f"print([name for name in {HEAVY} if name in __import__('sys').modules])"
 
 EVERY_NAME = """
@@ -25,29 +25,27 @@ from hesd_fast import public
 assert len(public.__all__) > 40
 for name in public.__all__:
     assert getattr(hesd_fast, name) is getattr(public, name), name
-for name in ("errors", "kernels", "losses", "hvp", "operators"):
+for name in ("errors", "hvp", "operators"):
     assert getattr(hesd_fast, name) is sys.modules["hesd_fast." + name], name
-for name in ("analyze", "criteria", "plan"):
-    assert getattr(hesd_fast, name) is vars(sys.modules["hesd_fast." + name])[name], name
-assert list(sys.modules).index("torch") < list(sys.modules).index("hesd_fast._engine")
+assert list(sys.modules).index("torch") < list(sys.modules).index("hesd_fast.engine._engine")
 """
 
 ORDERS = [
     "import hesd_fast",
-    "import hesd_fast.analyze; hesd_fast.analyze",
-    "import hesd_fast.plan, hesd_fast.criteria; assert callable(hesd_fast.plan); assert callable(hesd_fast.criteria)",
-    "from hesd_fast import plan; import hesd_fast.plan; assert callable(plan)",
-    "from hesd_fast.problem import Problem; import hesd_fast; hesd_fast.analyze",
-    "import hesd_fast; hesd_fast.Problem; import hesd_fast.criteria",
-    "import hesd_fast.cli; import hesd_fast; hesd_fast.plan",
+    "import hesd_fast.analysis.whole_spectrum; hesd_fast.analyze",
+    "import hesd_fast.analysis, hesd_fast.report.report; assert callable(hesd_fast.plan)",
+    "from hesd_fast import plan; import hesd_fast.analysis.run_plan; assert callable(plan)",
+    "from hesd_fast.problem.problem import Problem; import hesd_fast; hesd_fast.analyze",
+    "import hesd_fast; hesd_fast.Problem; import hesd_fast.methodology.generalization_criteria",
+    "import hesd_fast.cli.main; import hesd_fast; hesd_fast.plan",
     "from hesd_fast import *; assert callable(analyze); losses.supervised",
-    "from hesd_fast import _engine",
-    "import hesd_fast._engine",
-    "from hesd_fast._engine import build_info",
-    "import importlib; importlib.import_module('hesd_fast._engine')",
+    "from hesd_fast.engine import _engine",
+    "import hesd_fast.engine._engine",
+    "from hesd_fast.engine._engine import build_info",
+    "import importlib; importlib.import_module('hesd_fast.engine._engine')",
     "from hesd_fast import kernels; kernels.panel_gram",
     "import hesd_fast.public",
-    "import hesd_fast as hesd; hesd.hvp.STRATEGIES; hesd.operators.grouped; hesd.analyze",
+    "import hesd_fast as hesd; hesd.hvp.STRATEGIES; hesd.operators.hessian_blocks; hesd.analyze",
 ]
 
 
@@ -61,7 +59,9 @@ def test_every_name_is_the_same_whatever_is_imported_first(first):
     run(f"{first}\n{EVERY_NAME}")
 
 
-@pytest.mark.parametrize("code", ["import hesd_fast; hesd_fast.__version__", "import hesd_fast.cli, hesd_fast.errors"])
+@pytest.mark.parametrize(
+    "code", ["import hesd_fast; hesd_fast.__version__", "import hesd_fast.cli.main, hesd_fast.errors"]
+)
 def test_nothing_heavy_is_loaded_before_it_is_needed(code):
     assert run(f"{code}\n{LOADED}") == "[]\n"
 
@@ -120,9 +120,9 @@ def test_problems_reports_and_functions_are_unpickled_by_a_process_that_has_load
 @pytest.mark.parametrize(
     ("names", "module", "table"),
     [
-        (choices.OPERATORS, "hesd_fast.analyze", "OPERATORS"),
-        (choices.PROTOCOLS, "hesd_fast.analyze", "PROTOCOLS"),
-        (choices.BASIS_DTYPES, "hesd_fast.basis", "BASIS_DTYPES"),
+        (choices.OPERATORS, "hesd_fast.analysis.whole_spectrum", "OPERATORS"),
+        (choices.PROTOCOLS, "hesd_fast.analysis.whole_spectrum", "PROTOCOLS"),
+        (choices.BASIS_DTYPES, "hesd_fast.lanczos.basis_storage", "BASIS_DTYPES"),
         (choices.STRATEGIES, "hesd_fast.hvp", "ALL_STRATEGIES"),
     ],
 )

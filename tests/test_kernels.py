@@ -10,7 +10,8 @@ import pytest
 import torch
 from emulation import use_emulated_engine
 
-from hesd_fast import _engine, kernels, reference
+from hesd_fast import kernels
+from hesd_fast.engine import _engine, reference
 from hesd_fast.errors import EngineError, NumericalError
 
 WORKING = [torch.float64, torch.float32]

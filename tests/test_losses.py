@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from hesd_fast.errors import ProblemError
-from hesd_fast.losses import OutputLoss, causal_lm, is_ready_made, supervised
-from hesd_fast.problem import Problem
+from hesd_fast.problem.losses import OutputLoss, causal_lm, is_ready_made, supervised
+from hesd_fast.problem.problem import Problem
 
 # Means and sums of a few dozen float64 numbers near 1.
 ROUNDING = 64 * torch.finfo(torch.float64).eps

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from hesd_fast.memory import MemoryWatch, available_memory, peak_memory, resident_memory
+from hesd_fast.engine.memory import MemoryWatch, available_memory, peak_memory, resident_memory
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 
@@ -21,7 +21,7 @@ import sys
 import torch
 from torch import nn
 import hesd_fast as hesd
-from hesd_fast.memory import peak_memory
+from hesd_fast.engine.memory import peak_memory
 
 what, sizes = sys.argv[1], [int(size) for size in sys.argv[2].split(",")]
 torch.manual_seed(0)
@@ -75,6 +75,6 @@ def test_the_peak_is_above_what_is_there():
 
 
 def test_systems_that_do_not_say_get_no_prediction(monkeypatch):
-    monkeypatch.setattr("hesd_fast.memory.resident_memory", lambda: None)
+    monkeypatch.setattr("hesd_fast.engine.memory.resident_memory", lambda: None)
     with MemoryWatch() as watch:
         assert watch.peak() is None

@@ -19,9 +19,9 @@ from torch.nn import functional
 import hesd_fast as hesd
 from hesd_fast.errors import OperatorError, ProblemError
 from hesd_fast.hvp import STRATEGIES
-from hesd_fast.model_state import ModelState, digests_of
 from hesd_fast.operators import HessianOperator
-from hesd_fast.problem import MODES, Problem
+from hesd_fast.problem.model_state import ModelState, digests_of
+from hesd_fast.problem.problem import MODES, Problem
 
 NAMES = (r"first\..*", r"last\..*", ".*")
 
@@ -594,7 +594,7 @@ FORK = """
 import os, threading, torch
 from torch import nn
 from hesd_fast import losses
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 torch.set_num_threads(1)
 problem = Problem(nn.Linear(4, 3), losses.supervised(nn.CrossEntropyLoss()), (torch.randn(5, 4), torch.arange(5) % 3))

@@ -18,8 +18,8 @@ from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import ALL_STRATEGIES, STRATEGIES, planner
 from hesd_fast.hvp.planner import choose
 from hesd_fast.operators import HessianOperator
-from hesd_fast.operators.checked import CheckedOperator
-from hesd_fast.problem import Problem
+from hesd_fast.operators.linearity_check import CheckedOperator
+from hesd_fast.problem.problem import Problem
 
 CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
 
@@ -365,7 +365,7 @@ import resource
 from torch import nn
 from hesd_fast import losses
 from hesd_fast.operators import HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -414,7 +414,7 @@ from hesd_fast import losses
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp import STRATEGIES, planner
 from hesd_fast.operators import HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 torch.set_num_threads(1)
 torch.compile = lambda program, **_: program

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from hesd_fast.model_state import RandomStreams, borrowed
-from hesd_fast.precision import full_float32
+from hesd_fast.problem.model_state import RandomStreams, borrowed
+from hesd_fast.problem.torch_settings import full_float32
 
 SETTINGS = [("generic", "all"), *itertools.product(("cuda", "mkldnn"), ("all", "conv", "rnn", "matmul"))]
 OPERATIONS = [setting for setting in SETTINGS if setting[1] != "all"]

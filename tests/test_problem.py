@@ -24,12 +24,12 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from hesd_fast import data as data_module
 from hesd_fast import losses
-from hesd_fast.data import as_batches, digest, leaves, size_in_bytes, to_device
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.operators import HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem import batches as data_module
+from hesd_fast.problem.batches import as_batches, digest, leaves, size_in_bytes, to_device
+from hesd_fast.problem.problem import Problem
 
 CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
 

@@ -6,9 +6,9 @@ import io
 
 from rich.console import Console
 
-import hesd_fast.progress as progress_module
+import hesd_fast.analysis.progress as progress_module
 from hesd_fast import LanczosProgress
-from hesd_fast.progress import ProductProgress
+from hesd_fast.analysis.progress import ProductProgress
 
 
 def drive(monkeypatch, terminal, enabled=True):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hesd_fast as hesd
-from hesd_fast import reference
+from hesd_fast.engine import reference
 
 SIZE = 60
 

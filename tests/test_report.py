@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import hesd_fast as hesd
-from hesd_fast.plotting import plot_densities
-from hesd_fast.report import Check, summary
+from hesd_fast.report.density_plot import plot_densities
+from hesd_fast.report.report import Check, summary
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hesd_fast as hesd
-from hesd_fast import report_file
-from hesd_fast.report import summary
+from hesd_fast.report import json_files as report_file
+from hesd_fast.report.report import summary
 
 FORMAT_FIELDS = ("format", "format_version")
 

@@ -13,11 +13,12 @@ from torch.autograd import forward_ad
 from torch.func import functionalize, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, vmap
 from torch.nn import functional
 
-from hesd_fast import losses, softmax_cross_entropy
+from hesd_fast import losses
 from hesd_fast.errors import ProblemError
 from hesd_fast.hvp import STRATEGIES
 from hesd_fast.operators import HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem import softmax_cross_entropy
+from hesd_fast.problem.problem import Problem
 
 ROWS, CLASSES = 9, 5
 

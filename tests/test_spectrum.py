@@ -13,8 +13,8 @@ import scipy.stats
 from block_lanczos_numpy import EPSILON, Array, block_lanczos, rademacher, rotation
 
 from hesd_fast.errors import CheckpointError, ProblemError
-from hesd_fast.spectrum import SpectralMeasure
-from hesd_fast.tridiagonal import BlockTridiagonal
+from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
+from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 SIZE = 120
 RNG = np.random.default_rng(0)

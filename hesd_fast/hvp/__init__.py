@@ -3,7 +3,7 @@
 from hesd_fast.hvp.base import Strategy
 from hesd_fast.hvp.compiled import Compiled
 from hesd_fast.hvp.finite_differences import FiniteDifferences, ForwardDifferences
-from hesd_fast.hvp.function_transforms import ForwardOverReverse
+from hesd_fast.hvp.forward_over_reverse import ForwardOverReverse
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, DoubleBackwardBatched, KeptGraph, KeptGraphBatched
 
 STRATEGIES: dict[str, type[Strategy]] = {

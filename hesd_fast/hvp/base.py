@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hesd_fast import kernels
-from hesd_fast.data import leaves
+from hesd_fast.engine import kernels
 from hesd_fast.errors import OperatorError, first_line, raised_outside_of_libraries
 from hesd_fast.hvp.derivative_check import check_derivatives
 from hesd_fast.hvp.second_derivatives import Gradient
-from hesd_fast.parameters import as_real, norm_of
-from hesd_fast.problem import LossTerm, Problem
+from hesd_fast.problem.batches import leaves
+from hesd_fast.problem.parameters import as_real, norm_of
+from hesd_fast.problem.problem import LossTerm, Problem
 
 Vectors = list[list[Tensor]]
 """One list per vector: a view of its elements for each parameter, in the parameter's shape and dtype."""

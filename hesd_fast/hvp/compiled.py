@@ -16,13 +16,13 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from hesd_fast import kernels
+from hesd_fast.engine import kernels
 from hesd_fast.errors import HESDWarning, OperatorError, first_line
 from hesd_fast.hvp.base import Parts, Vectors, agrees, vectors_of, with_row
 from hesd_fast.hvp.reverse_over_reverse import ReverseOverReverse, gradient_to_keep
 from hesd_fast.hvp.second_derivatives import Gradient, naming_operations
-from hesd_fast.parameters import norm_of
-from hesd_fast.problem import LossTerm
+from hesd_fast.problem.parameters import norm_of
+from hesd_fast.problem.problem import LossTerm
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from hesd_fast.autograd_graph import graph_nodes, plain_name
 from hesd_fast.hvp.placed_nodes import PlacedNodes
-from hesd_fast.problem import LossTerm, Problem
+from hesd_fast.problem.autograd_graph import graph_nodes, plain_name
+from hesd_fast.problem.problem import LossTerm, Problem
 
 # Their derivatives jump where the argument passes a point, so that steps over many such points find another curvature.
 _KINKS = re.compile(

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from hesd_fast import cuda
+from hesd_fast.engine import cuda
+from hesd_fast.engine.memory import MemoryWatch, available_memory, resident_memory
 from hesd_fast.errors import HESDWarning, OperatorError, first_line
 from hesd_fast.hvp.derivative_causes import Kinks, causes_of_wrong_derivatives, kinks_in
 from hesd_fast.hvp.differences import central_difference, unit_step
 from hesd_fast.hvp.second_derivatives import product_along_gradient
-from hesd_fast.memory import MemoryWatch, available_memory, resident_memory
-from hesd_fast.parameters import norm_of
-from hesd_fast.problem import LossTerm, Problem
+from hesd_fast.problem.parameters import norm_of
+from hesd_fast.problem.problem import LossTerm, Problem
 
 STEPS_IN_FLOAT64 = (1e-9, 1e-8, 1e-7)
 """Lengths of steps in float64, relative to the norm of the weights.

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hesd_fast.errors import OperatorError, first_line, raised_outside_of_libraries
 from hesd_fast.hvp.second_derivatives import Gradient
-from hesd_fast.parameters import norm_of
-from hesd_fast.problem import LossTerm, Problem
+from hesd_fast.problem.parameters import norm_of
+from hesd_fast.problem.problem import LossTerm, Problem
 
 
 @dataclass(frozen=True)

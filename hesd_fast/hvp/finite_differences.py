@@ -20,8 +20,8 @@ from hesd_fast.hvp.second_derivatives import (
     product_along_gradient,
     product_with,
 )
-from hesd_fast.parameters import norm_of
-from hesd_fast.problem import LossTerm, Problem
+from hesd_fast.problem.parameters import norm_of
+from hesd_fast.problem.problem import LossTerm, Problem
 
 TOLERANCE = 0.01
 """Largest measured error, relative to the norm of the product, at which finite differences are used."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from hesd_fast.autograd_graph import graph_nodes
-from hesd_fast.problem import LossTerm
+from hesd_fast.problem.autograd_graph import graph_nodes
+from hesd_fast.problem.problem import LossTerm
 
 
 class PlacedNodes:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from hesd_fast import cuda, kernels
-from hesd_fast.autograd_graph import graph_nodes
+from hesd_fast.engine import cuda, kernels
+from hesd_fast.engine.memory import MemoryWatch, resident_memory
 from hesd_fast.errors import HESDWarning, OperatorError, first_line
 from hesd_fast.hvp import STRATEGIES
 from hesd_fast.hvp.base import Strategy, Vectors, vectors_of
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph
 from hesd_fast.hvp.second_derivatives import Gradient
-from hesd_fast.memory import MemoryWatch, resident_memory
-from hesd_fast.problem import Problem
+from hesd_fast.problem.autograd_graph import graph_nodes
+from hesd_fast.problem.problem import Problem
 
 SHARE = 0.05
 """Part of the predicted run that trials may take."""

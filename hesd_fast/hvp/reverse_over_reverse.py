@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from hesd_fast import kernels
-from hesd_fast.autograd_graph import graph_nodes
+from hesd_fast.engine import kernels
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.base import BlockVectors, Parts, Strategy, Vectors, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import Gradient, naming_operations
-from hesd_fast.problem import LossTerm
+from hesd_fast.problem.autograd_graph import graph_nodes
+from hesd_fast.problem.problem import LossTerm
 
 
 class ReverseOverReverse(Strategy):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from hesd_fast.autograd_graph import graph_nodes, plain_name
 from hesd_fast.errors import OperatorError
-from hesd_fast.exact_operations import OPERATIONS, operations_in
 from hesd_fast.hvp.placed_nodes import PlacedNodes
-from hesd_fast.parameters import norm_of
-from hesd_fast.problem import LossTerm, Problem
+from hesd_fast.problem.autograd_graph import graph_nodes, plain_name
+from hesd_fast.problem.exact_operations import OPERATIONS, operations_in
+from hesd_fast.problem.parameters import norm_of
+from hesd_fast.problem.problem import LossTerm, Problem
 
 # What PyTorch says of an operation without a second derivative.
 _NO_SECOND_DERIVATIVE = re.compile(

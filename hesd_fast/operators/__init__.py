@@ -3,8 +3,8 @@
 from hesd_fast.operators.base import CurvatureOperator, OperatorBase
 from hesd_fast.operators.empirical_fisher import EmpiricalFisherOperator
 from hesd_fast.operators.gauss_newton import GaussNewtonOperator
-from hesd_fast.operators.grouped import GroupedHessianOperator
 from hesd_fast.operators.hessian import HessianOperator
+from hesd_fast.operators.hessian_blocks import GroupedHessianOperator
 from hesd_fast.operators.matrix import MatrixOperator, as_operator
 
 __all__ = [

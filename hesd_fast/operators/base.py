@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hesd_fast.errors import OperatorError
 from hesd_fast.operators.not_finite import cause_of_nan
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hesd_fast.errors import OperatorError, ProblemError
 from hesd_fast.operators.gauss_newton import JacobianOperator, _loss_of
-from hesd_fast.problem import LossTerm, Problem
+from hesd_fast.problem.problem import LossTerm, Problem
 
 
 class EmpiricalFisherOperator(JacobianOperator):

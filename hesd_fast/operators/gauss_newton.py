@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from hesd_fast import cuda, kernels
+from hesd_fast.engine import cuda, kernels
 from hesd_fast.errors import OperatorError, ProblemError, first_line, raised_outside_of_libraries
 from hesd_fast.hvp.base import Vectors, accumulate, agrees, quiet, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import differentiate, refuse_dead_ends
 from hesd_fast.operators.base import ProblemOperator
-from hesd_fast.parameters import norm_of
-from hesd_fast.problem import LossTerm, Problem
+from hesd_fast.problem.parameters import norm_of
+from hesd_fast.problem.problem import LossTerm, Problem
 
 TANGENT_BYTES = 2**28
 """Bytes that the products J v of a batch may take in forward mode, which computes many at once."""

@@ -15,7 +15,7 @@ from hesd_fast.hvp import ALL_STRATEGIES, DoubleBackward, Strategy
 from hesd_fast.hvp.derivative_check import DerivativeCheck, warn_of_wrong_derivatives
 from hesd_fast.hvp.planner import ProductPlan, choose, give_up
 from hesd_fast.operators.base import ProblemOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem.problem import Problem
 
 S = TypeVar("S", bound=Strategy)
 

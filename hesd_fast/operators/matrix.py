@@ -9,10 +9,10 @@ import scipy
 import torch
 from torch import Tensor
 
-from hesd_fast import cuda
+from hesd_fast.engine import cuda
 from hesd_fast.errors import OperatorError
 from hesd_fast.operators.base import WRAPPED, CurvatureOperator, OperatorBase
-from hesd_fast.parameters import norm_of
+from hesd_fast.problem.parameters import norm_of
 
 ASYMMETRY = 256.0
 """Difference of u.Av and v.Au that is rounding, in machine epsilons of |u| |Av|."""

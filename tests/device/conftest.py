@@ -7,7 +7,7 @@ import emulation
 import pretended
 import pytest
 
-from hesd_fast import cuda
+from hesd_fast.engine import cuda
 
 if not devices.REAL:
     pretended.start()

@@ -12,12 +12,13 @@ from models import CATALOGUE, Case
 from pretended import count_waits
 
 import hesd_fast as hesd
-from hesd_fast import basis as hesd_basis
-from hesd_fast import kernels, softmax_cross_entropy
+from hesd_fast import kernels
 from hesd_fast.errors import EngineError, OperatorError, ProblemError
 from hesd_fast.hvp import ALL_STRATEGIES
+from hesd_fast.lanczos import basis_storage as hesd_basis
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
-from hesd_fast.problem import Problem
+from hesd_fast.problem import softmax_cross_entropy
+from hesd_fast.problem.problem import Problem
 
 LOSS = hesd.losses.supervised(torch.nn.functional.cross_entropy)
 

@@ -1,0 +1,332 @@
+"""The compiled kernels, on PyTorch tensors, on the CPU or a CUDA device, or NumPy arrays.
+
+A panel is a row-major block of vectors, shape (vectors, elements), contiguous along each vector; the vectors may lie
+further apart than their length (:func:`empty_panel` spaces them to whole cache lines). Kernels fill the panels they are
+given and never copy them; the panels of one call lie on one device. Small matrices are float64, on the CPU: a tensor
+where the first panel is one, else an array. On a CUDA device kernels run on the stream that is current.
+Every kernel gives the same bits for any number of threads and has a reference in plain PyTorch in
+:mod:`hesd_fast.reference`. The contracts are the headers in ``csrc/include/hesd``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch  # before the extension: brings the OpenMP runtime that both share
+
+from hesd_fast.engine import _engine, cuda
+from hesd_fast.errors import EngineError, NumericalError
+
+Panel: TypeAlias = torch.Tensor | npt.NDArray[Any]
+Matrix: TypeAlias = torch.Tensor | npt.NDArray[np.float64]
+Reduce: TypeAlias = Callable[[npt.NDArray[np.float64]], None]
+
+_CACHE_LINE = 64
+_PAGE = 4096
+_LONG_VECTOR = 1 << 16  # bytes
+_LARGE_PANEL = 1 << 23  # bytes
+
+
+class OrthonormalFactor(NamedTuple):
+    """What :func:`panel_orthonormalize` found: ``W = factor @ Q``, and the norm of the weakest direction kept."""
+
+    factor: Matrix
+    rank: int
+    weakest: float
+
+
+def empty_panel(
+    rows: int, columns: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Allocate an uninitialized panel whose vectors start on cache lines.
+
+    Parameters
+    ----------
+    rows, columns : int
+        Number of vectors and their length.
+    dtype : torch.dtype
+        Element type.
+    device : torch.device or str
+        Where it lies.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (rows, columns), unit stride within a vector, vectors a multiple of 64 bytes apart. Long vectors lie so
+        that a column's elements spread over the sets of a cache; a large panel is on huge pages where the system has
+        them, which saves the processor most of its page walks.
+    """
+    if rows < 0 or columns < 0:
+        raise EngineError(f"a panel of {rows} vectors of {columns} elements was asked for; wanted both >= 0")
+    stride = max(math.ceil(columns * dtype.itemsize / _CACHE_LINE), 1) * _CACHE_LINE
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu and stride >= _LONG_VECTOR:
+        stride = math.ceil(stride / _PAGE) * _PAGE + _PAGE // 8
+    elements = stride // dtype.itemsize
+    if not on_cpu or rows * stride < _LARGE_PANEL or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty((rows, elements), dtype=dtype, device=device)[:, :columns]
+    try:
+        memory = mmap.mmap(-1, rows * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise EngineError(
+            f"a panel of {rows} vectors of {columns} elements takes {rows * stride / 2**30:.1f} GiB, which the system "
+            f"does not give: {error}"
+        ) from error
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, elements)[:, :columns]
+
+
+def pin(address: int, size: int) -> None:
+    """Let copies between whole pages of the host's memory and CUDA devices pass the host by; it must stay until unpin.
+
+    PyTorch's own pinned memory comes in powers of two, and stays with PyTorch when nobody uses it any more.
+
+    Raises
+    ------
+    EngineError
+        Where the system does not allow it, or there are no CUDA kernels.
+    """
+    _engine.pin(address, size)
+
+
+def unpin(address: int) -> None:
+    """Undo ``pin``."""
+    _engine.unpin(address)
+
+
+def require_device(device: torch.device) -> None:
+    """Raise an EngineError for a device that this build has no kernels for."""
+    if device.type == "cpu" or (cuda.is_cuda(device) and _engine.build_info()["cuda"]):
+        return
+    have = "the CPU and CUDA devices" if _engine.build_info()["cuda"] else "the CPU only"
+    raise EngineError(
+        f"the problem is on {device}; this build has kernels for {have}. Move the model and data to the CPU"
+        + (", or build where nvcc is found" if cuda.is_cuda(device) else "")
+    )
+
+
+def _like(matrix: npt.NDArray[np.float64], panel: Panel) -> Matrix:
+    return torch.from_numpy(matrix) if isinstance(panel, torch.Tensor) else matrix
+
+
+def _as_array(matrix: Matrix) -> npt.NDArray[np.float64]:
+    array = np.asarray(matrix.detach().cpu() if isinstance(matrix, torch.Tensor) else matrix)
+    if array.dtype.kind not in "fiu":
+        raise EngineError(f"the matrix of coefficients has dtype {array.dtype}; wanted float64")
+    return np.ascontiguousarray(array, dtype=np.float64)
+
+
+def panel_gram(V: Panel, W: Panel) -> Matrix:
+    """Inner products ``V @ W.T`` of two panels, summed in float64.
+
+    Products of panels of which neither is float64 are taken in float32, 64 of them at a time, except of a panel with
+    itself.
+
+    Parameters
+    ----------
+    V : panel (k, n)
+        float64, float32, bfloat16 or float16.
+    W : panel (b, n)
+        float64 or float32.
+
+    Returns
+    -------
+    matrix (k, b), float64
+        Cost: reads V and W once, 2 k b n operations.
+
+    Raises
+    ------
+    EngineError
+        For a panel of another dtype, device, shape or with a stride within its vectors.
+    """
+    return _like(_engine.panel_gram(V, W), V)
+
+
+def panel_project(
+    W: Panel, V: Panel, C: Matrix, *, gram: bool = True, self_gram: bool = True, idle: int = 0
+) -> tuple[Matrix | None, Matrix | None]:
+    """Subtract ``C.T @ V[idle:]`` from W in place and return the next Gram matrices.
+
+    Parameters
+    ----------
+    W : panel (b, n)
+        float64 or float32; overwritten by ``W - C.T @ V[idle:]``.
+    V : panel (k, n)
+        float64, float32, bfloat16 or float16; must not overlap W.
+    C : matrix (k - idle, b)
+        float64 coefficients; where neither panel is float64 they are rounded to float32 first.
+    gram, self_gram : bool
+        Whether to take the Gram matrices, with V while V is in cache and of W.
+    idle : int
+        First vectors of V, 0 <= idle <= k, that take part in the Gram matrix alone.
+
+    Returns
+    -------
+    gram : matrix (k, b), float64, or None
+        ``V @ W.T`` of the new W, if asked for.
+    self_gram : matrix (b, b), float64, or None
+        ``W @ W.T`` of the new W, if asked for; its products are always in float64.
+
+    Raises
+    ------
+    EngineError
+        As :func:`panel_gram`; also when W and V overlap.
+    """
+    product, self_product = _engine.panel_project(W, V, _as_array(C), gram, self_gram, idle)
+    return _like(product, W) if gram else None, _like(self_product, W) if self_gram else None
+
+
+def panel_orthonormalize(
+    W: Panel,
+    out: Panel | None = None,
+    *,
+    tolerance: float | None = None,
+    max_rank: int | None = None,
+    reduce: Reduce | None = None,
+) -> OrthonormalFactor:
+    """Orthonormalize the vectors of W by repeated Cholesky QR, dropping dependent ones.
+
+    Parameters
+    ----------
+    W : panel (b, n)
+        float64 or float32; overwritten.
+    out : panel (b, n), optional
+        Receives Q in its first ``rank`` vectors and zeros in the rest. Default: W itself.
+    tolerance : float, optional
+        Directions whose remaining norm is at most this are dropped. Default: 8 machine epsilons times the longest
+        vector of W.
+    max_rank : int, optional
+        Keep at most this many directions, the largest first. Default: b.
+    reduce : callable, optional
+        Sums a float64 array over all shards of the vectors, in place.
+
+    Returns
+    -------
+    OrthonormalFactor
+        ``factor`` (b, rank) with ``W = factor @ Q`` up to the tolerance, ``rank``, and ``weakest``, the norm of the
+        weakest direction kept.
+
+    Raises
+    ------
+    EngineError
+        For a panel that cannot be used.
+    NumericalError
+        For values in W that are not finite, or too large or small to be squared.
+
+    References
+    ----------
+    Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, ETNA 44, 2015 (CholeskyQR2).
+    """
+    if tolerance is None:
+        squares = np.diagonal(_engine.panel_gram(W, W)).copy()
+        if reduce is not None:
+            reduce(squares)
+        if not np.isfinite(squares).all():
+            raise NumericalError("`W` has non-finite values; wanted finite vectors")
+        epsilon = torch.finfo(torch.float64 if str(W.dtype).endswith("float64") else torch.float32).eps
+        tolerance = 8 * epsilon * math.sqrt(squares.max(initial=0.0))
+    rank, weakest, factor = _engine.panel_orthonormalize(
+        W, W if out is None else out, tolerance, W.shape[0] if max_rank is None else max_rank, reduce
+    )
+    return OrthonormalFactor(_like(factor[:, :rank], W), rank, weakest)
+
+
+def panel_combine(S: Matrix, V: Panel, out: Panel) -> None:
+    """Fill ``out`` with the linear combinations ``S @ V``.
+
+    Parameters
+    ----------
+    S : matrix (r, k)
+        float64 coefficients.
+    V : panel (k, n)
+        float64, float32, bfloat16 or float16.
+    out : panel (r, n)
+        Any of the four; overwritten; must not overlap V.
+
+    Raises
+    ------
+    EngineError
+        As :func:`panel_gram`; also when ``out`` and V overlap.
+    """
+    _engine.panel_combine(_as_array(S), V, out)
+
+
+def accumulate_hvp(
+    out: Panel,
+    parts: Sequence[Panel],
+    offsets: Sequence[int],
+    alpha: float = 1.0,
+    compensation: Panel | None = None,
+) -> None:
+    """Add ``alpha`` times each part to its column range of ``out``.
+
+    Parameters
+    ----------
+    out : panel (b, n)
+        float64 or float32; accumulated into.
+    parts : sequence of panels (b, length_i)
+        Of out's precision or a lower one, bfloat16 and float16 included.
+    offsets : sequence of int
+        First column of each part in ``out``. Ranges must not overlap.
+    alpha : float
+        The batch's weight.
+    compensation : panel (b, n), optional
+        The rounding error of each addition is added to it, so that ``out + compensation`` is accurate to about
+        twice the working precision.
+
+    Raises
+    ------
+    EngineError
+        For parts that do not fit, overlap or are more precise than ``out``.
+    """
+    _engine.accumulate_hvp(out, list(parts), list(offsets), alpha, compensation)
+
+
+def fill_probes(out: Panel, seed: int, *, first_probe: int = 0, first_index: int = 0, kind: str = "rademacher") -> None:
+    """Fill a panel with random probes that depend only on (seed, probe number, parameter index).
+
+    Parameters
+    ----------
+    out : panel (b, n)
+        float64 or float32; vector j, element i becomes value ``first_index + i`` of probe ``first_probe + j``.
+    seed : int
+        0 <= seed < 2**64.
+    first_probe, first_index : int
+        Where in the infinite table of probe values the panel lies; a shard passes the global index of its first
+        parameter.
+    kind : {"rademacher", "gaussian"}
+        Signs or standard normals.
+
+    Raises
+    ------
+    EngineError
+        For an unknown kind or a seed out of range.
+
+    References
+    ----------
+    Salmon, Moraes, Dror, Shaw, SC 2011 (Philox 4x32-10).
+    """
+    rows, columns = out.shape if len(out.shape) == 2 else (1, 1)
+    limits = (
+        ("seed", seed, 2**64),
+        ("first_probe", first_probe, 2**32 - rows),
+        ("first_index", first_index, 2**64 - columns),
+    )
+    for name, value, limit in limits:
+        if not isinstance(value, int) or not 0 <= value <= limit - (name == "seed"):
+            raise EngineError(
+                f"`{name}` is {value!r}; wanted an integer from 0 on, so that all values fit into the table"
+            )
+    _engine.fill_probes(out, seed, first_probe, first_index, kind)
+
+
+def select_target(name: str) -> None:
+    """Switch the instruction set of the CPU kernels, for tests; see ``build_info()["cpu_targets_available"]``."""
+    _engine.select_target(name)

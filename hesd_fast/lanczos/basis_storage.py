@@ -1,0 +1,282 @@
+"""Where the Lanczos basis lies: its dtype, in memory or in a file that cannot outlive the process."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesd_fast.engine import kernels
+from hesd_fast.engine.memory import available_memory
+from hesd_fast.errors import EngineError, PlanError, ProblemError
+
+BASIS_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+PLACES = ("auto", "memory", "host", "disk")
+
+_CPU = torch.device("cpu")
+
+TILE_COLUMNS = 65536
+"""Columns of a tile on disk: rows of a tile are read as one piece, so a block is 128 KiB or more of it."""
+
+
+@dataclass(frozen=True)
+class BasisPlan:
+    """A basis that fits.
+
+    Attributes
+    ----------
+    rows, columns : int
+        Vectors kept beside the three working blocks, and their length.
+    dtype : torch.dtype
+        Of the vectors kept.
+    directory : Path or None
+        Where its file will lie; None for memory.
+    device : torch.device
+        Where the vectors are worked on, and whose memory that is.
+    host : bool
+        In the memory of the host instead, pinned, when the device is another; read to the device tile by tile.
+    """
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    directory: Path | None
+    device: torch.device = _CPU
+    host: bool = False
+
+    @property
+    def place(self) -> str:
+        """``"memory"``, ``"host"`` or ``"disk"``."""
+        return "disk" if self.directory is not None else "host" if self.host else "memory"
+
+    @property
+    def bytes(self) -> int:
+        """Memory or disk space that it takes, in its place."""
+        columns = self.columns
+        if self.place != "memory":
+            columns = -(-columns // TILE_COLUMNS) * TILE_COLUMNS
+        return self.rows * columns * self.dtype.itemsize
+
+    @property
+    def bytes_at_work(self) -> int:
+        """Memory that it takes where the vectors are worked on: all of it, or that of the tiles that come near."""
+        if self.place == "memory":
+            return self.bytes
+        if self.device.type == "cpu":
+            return 0
+        return 2 * self.rows * min(self.columns, TILE_COLUMNS) * self.dtype.itemsize
+
+    def allocate(self) -> Tensor | list[Tensor]:
+        """Return the panel, or the list of its tiles."""
+        if self.host and self.rows > 0:
+            return _tiles(self, _pinned(self))
+        if self.directory is None or self.rows == 0:
+            return kernels.empty_panel(self.rows, self.columns, self.dtype, self.device)
+        return _file_of_tiles(self)
+
+
+def plan_basis(
+    rows: int,
+    working_rows: int,
+    columns: int,
+    working_dtype: torch.dtype,
+    *,
+    basis: str | os.PathLike[str] = "auto",
+    basis_dtype: str | torch.dtype = "auto",
+    available: int | None,
+    device: torch.device = _CPU,
+) -> BasisPlan:
+    """Choose dtype and place of a basis, or refuse what cannot fit.
+
+    Parameters
+    ----------
+    rows, working_rows, columns : int
+        Vectors to keep, vectors of ``working_dtype`` beside them, and their length.
+    basis : {"auto", "memory", "host", "disk"} or path
+        "memory" is the device's, "host" that of the host of a CUDA device, from where tiles are read as they are
+        needed. A path is a directory on disk. "disk" takes ``HESD_FAST_SCRATCH``, else ``/var/tmp``, else the system's
+        directory of temporary files. "auto" takes memory where the basis fits, then the host's, and else the disk.
+    basis_dtype : {"auto", "float64", "float32", "bfloat16", "float16"} or torch.dtype
+        "auto" is the working dtype.
+    available : int or None
+        Bytes of memory, of the device where it is one, that can be had; None when unknown.
+    device : torch.device
+        Where the vectors are worked on.
+
+    Raises
+    ------
+    ProblemError
+        For an option that does not exist.
+    PlanError
+        When memory or disk space does not suffice.
+    """
+    dtype, (place, directory) = _dtype(basis_dtype, working_dtype), _place(basis)
+    on_cpu = device.type == "cpu"
+    if place == "host" and on_cpu:
+        raise ProblemError("basis is 'host', which is for problems on a CUDA device; on the CPU give 'memory'")
+    working = working_rows * columns * working_dtype.itemsize
+    in_memory = BasisPlan(rows, columns, dtype, None, device)
+    needed = working + in_memory.bytes
+    if (place not in ("disk", "host") or rows == 0) and (available is None or needed <= available):
+        return in_memory
+    what = f"{rows} vectors of {columns} {_name(dtype)}"
+    if place == "memory" or rows == 0:
+        where, other = ("", 'basis="disk"') if on_cpu else (f" on {device}", 'basis="host"')
+        raise PlanError(
+            f"the Lanczos basis takes {needed / 2**30:.1f} GiB ({what}, and {working_rows} of {_name(working_dtype)}), "
+            f"but {(available or 0) / 2**30:.1f} GiB are available{where}; take fewer steps, "
+            f'basis_dtype="bfloat16", {other}, or reorthogonalization="none", which keeps three blocks'
+        )
+    staging = BasisPlan(rows, columns, dtype, directory, device).bytes_at_work
+    if available is not None and working + staging > available:
+        tiles = f", and two tiles of the basis {staging / 2**30:.1f} GiB" if staging else ""
+        raise PlanError(
+            f"three blocks of {working_rows // 3} vectors of {columns} {_name(working_dtype)} take "
+            f"{working / 2**30:.1f} GiB{tiles}, but {available / 2**30:.1f} GiB of memory are available; "
+            f"take a smaller block{' or fewer steps' if staging else ''}"
+        )
+    if place in ("auto", "host") and not on_cpu:
+        in_host = BasisPlan(rows, columns, dtype, None, device, host=True)
+        room = available_memory()
+        if room is None or in_host.bytes <= room:
+            return in_host
+        if place == "host":
+            raise PlanError(
+                f"the Lanczos basis takes {in_host.bytes / 2**30:.1f} GiB of the host's memory ({what}), but "
+                f'{room / 2**30:.1f} GiB are available; take fewer steps, basis_dtype="bfloat16", or basis="disk"'
+            )
+    on_disk = BasisPlan(rows, columns, dtype, directory, device)
+    free = shutil.disk_usage(directory).free
+    if on_disk.bytes > free:
+        raise PlanError(
+            f"the Lanczos basis takes {on_disk.bytes / 2**30:.1f} GiB ({what}), but {directory} has "
+            f'{free / 2**30:.1f} GiB free; take fewer steps, basis_dtype="bfloat16", or another directory as basis'
+        )
+    if _in_memory(directory):
+        raise PlanError(
+            f"{directory} lies in memory itself (tmpfs), so a basis there saves nothing; "
+            "give a directory on a disk as basis, or set HESD_FAST_SCRATCH to one"
+        )
+    return on_disk
+
+
+def _dtype(basis_dtype: str | torch.dtype, working: torch.dtype) -> torch.dtype:
+    if isinstance(basis_dtype, str):
+        if basis_dtype == "auto":
+            return working
+        if basis_dtype not in BASIS_DTYPES:
+            raise ProblemError(f"basis_dtype is {basis_dtype!r}; wanted 'auto' or one of {tuple(BASIS_DTYPES)}")
+        basis_dtype = BASIS_DTYPES[basis_dtype]
+    if basis_dtype not in BASIS_DTYPES.values():
+        raise ProblemError(f"basis_dtype is {basis_dtype!r}; wanted 'auto' or one of {tuple(BASIS_DTYPES)}")
+    if basis_dtype.itemsize > working.itemsize:
+        raise ProblemError(
+            f"basis_dtype is {_name(basis_dtype)}, but the products are in {_name(working)}; "
+            "wanted the same precision or a lower one"
+        )
+    return basis_dtype
+
+
+def _place(basis: str | os.PathLike[str]) -> tuple[str, Path]:
+    if not isinstance(basis, (str, os.PathLike)):
+        raise ProblemError(f"basis is {basis!r}; wanted one of {PLACES} or a directory")
+    if isinstance(basis, str) and basis in PLACES:
+        return basis, default_directory()
+    directory = Path(basis)
+    if not directory.is_dir():
+        raise ProblemError(f"basis is {str(basis)!r}, which is no directory; wanted one of {PLACES} or a directory")
+    return "disk", directory
+
+
+def default_directory() -> Path:
+    """Return where a basis on disk lies when nobody says."""
+    wanted = os.environ.get("HESD_FAST_SCRATCH")
+    if wanted:
+        if not Path(wanted).is_dir():
+            raise ProblemError(f"HESD_FAST_SCRATCH is {wanted!r}, which is no directory")
+        return Path(wanted)
+    for candidate in ("/var/tmp", tempfile.gettempdir()):
+        if os.path.isdir(candidate) and os.access(candidate, os.W_OK):
+            return Path(candidate)
+    return Path.cwd()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _in_memory(directory: Path) -> bool:
+    """Whether the directory is on a tmpfs, as far as the system tells."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    here = directory.resolve()
+    best, kind = "", ""
+    for _, point, filesystem, *_ in mounts:
+        point = point.replace("\\040", " ")
+        if here.is_relative_to(point) and len(point) >= len(best):
+            best, kind = point, filesystem
+    return kind in ("tmpfs", "ramfs")
+
+
+def _file_of_tiles(plan: BasisPlan) -> list[Tensor]:
+    """Map a file that has no name: it is gone when the last tile is, and with the process however that ends."""
+    try:
+        with tempfile.TemporaryFile(dir=plan.directory) as file:
+            # Space is taken now: a full disk is an error here, and not a fault in the middle of a step.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, plan.bytes)
+            else:
+                file.truncate(plan.bytes)
+            mapping: Any = mmap.mmap(file.fileno(), plan.bytes)
+    except OSError as error:
+        raise PlanError(
+            f"a file of {plan.bytes / 2**30:.1f} GiB for the Lanczos basis cannot be made in {plan.directory}: "
+            f"{error}; give another directory as basis"
+        ) from error
+    return _tiles(plan, torch.frombuffer(mapping, dtype=plan.dtype))
+
+
+class _PinnedMemory(mmap.mmap):
+    """Memory of the host that copies to a device can read while the host does something else."""
+
+    address = 0
+
+    def __del__(self) -> None:
+        if self.address:
+            kernels.unpin(self.address)
+
+
+def _pinned(plan: BasisPlan) -> Tensor:
+    try:
+        memory = _PinnedMemory(-1, plan.bytes)
+        tensor = torch.frombuffer(memory, dtype=plan.dtype)
+        kernels.pin(tensor.data_ptr(), plan.bytes)
+    except (OSError, EngineError) as error:
+        raise PlanError(
+            f"{plan.bytes / 2**30:.1f} GiB of pinned memory for the Lanczos basis are not to be had: {error}; "
+            'give basis="disk"'
+        ) from error
+    memory.address = tensor.data_ptr()
+    return tensor
+
+
+def _tiles(plan: BasisPlan, memory: Tensor) -> list[Tensor]:
+    count = math.ceil(plan.columns / TILE_COLUMNS)
+    whole = memory.view(count, plan.rows, TILE_COLUMNS)
+    last = plan.columns - (count - 1) * TILE_COLUMNS
+    return [whole[tile, :, : TILE_COLUMNS if tile + 1 < count else last] for tile in range(count)]

@@ -1,0 +1,1 @@
+"""What a spectrum says about generalization: criteria, type, and the verdict on several of them."""

@@ -1,0 +1,149 @@
+"""Whether two reports can be compared: what must be the same, and what has to be said where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from hesd_fast.errors import ProblemError
+from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
+from hesd_fast.report.report import ProblemFacts
+
+UNKNOWN = object()
+"""What a report says of a property that it does not have; a measure made by hand has hardly any."""
+
+
+class Property(NamedTuple):
+    """Something that must be the same in all reports that are compared.
+
+    Attributes
+    ----------
+    of : callable
+        Takes a report, gives its value, or UNKNOWN.
+    says : callable
+        Takes a value and the one it differs from, gives the words for "the report ...".
+    remedy : str
+        What to do about a difference.
+    """
+
+    of: Callable[[Any], Any]
+    says: Callable[[Any, Any], str]
+    remedy: str
+
+
+def _fact(name: str) -> Callable[[Any], Any]:
+    def value(report: Any) -> Any:
+        facts = getattr(report, "problem", None)
+        return getattr(facts, name) if isinstance(facts, ProblemFacts) else UNKNOWN
+
+    return value
+
+
+def _option(name: str) -> Callable[[Any], Any]:
+    def value(report: Any) -> Any:
+        options = getattr(report, "options", None)
+        return options.get(name) if isinstance(options, Mapping) else UNKNOWN
+
+    return value
+
+
+def _attribute(name: str) -> Callable[[Any], Any]:
+    return lambda report: getattr(report, name, UNKNOWN)
+
+
+def _selection(report: Any) -> Any:
+    facts = getattr(report, "problem", None)
+    return dict(zip(facts.parameters, facts.shapes, strict=True)) if isinstance(facts, ProblemFacts) else UNKNOWN
+
+
+def _selection_words(selection: Any, other: Any) -> str:
+    own = [f"{name!r} of shape {shape}" for name, shape in selection.items() if other.get(name, UNKNOWN) != shape]
+    return f"is of {len(selection)} parameters" + (f", among them {own[0]}" if own else "")
+
+
+def _exponents(report: Any) -> Any:
+    return report.criteria.exponent, report.criteria.mass_exponent
+
+
+WEIGHTS = Property(
+    _fact("weights"),
+    lambda value, _: f"is of weights with the digest {value!r}",
+    "what is compared are data sets, so analyse the same weights on both; to compare checkpoints of one network say "
+    "weights_may_differ=True (hesd compare --weights-may-differ)",
+)
+
+PROPERTIES = (
+    Property(
+        _attribute("operator"), lambda value, _: f"is of the operator {value!r}", "compare spectra of the same operator"
+    ),
+    Property(
+        _fact("model"), lambda value, _: f"is of a model of the class {value!r}", "compare reports of one architecture"
+    ),
+    Property(_selection, _selection_words, "select the same parameters of the same architecture in both"),
+    Property(_fact("mode"), lambda value, _: f"is of mode {value!r}", "analyse both in the same module mode"),
+    Property(
+        _fact("precision"),
+        lambda value, _: f"was computed in {value}",
+        "convert the model to one precision and analyse both in it",
+    ),
+    Property(
+        _option("protocol"),
+        lambda value, _: f"has the protocol {value!r}",
+        "numbers of a published protocol compare with others of it only, so run both with the same protocol",
+    ),
+    Property(
+        _exponents, lambda value, _: f"has the criterion exponents {value}", "compute both with the same exponents"
+    ),
+)
+
+
+def check_comparable(reports: Mapping[str, Any], weights_may_differ: bool) -> None:
+    """Raise a ProblemError that names two reports of different things, what differs, and what to do.
+
+    Each property is compared among all reports that know it, so their order plays no part.
+    """
+    for one in (*PROPERTIES, *(() if weights_may_differ else (WEIGHTS,))):
+        for name, report, first, of_first in _differing(reports, one):
+            raise ProblemError(
+                f"{name!r} {one.says(report, of_first)}, {_called(first, reports)} {one.says(of_first, report)}; "
+                f"{one.remedy}"
+            )
+
+
+def notes(reports: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a reader must know of each report that differs from the first in what criteria depend on."""
+    for one, text in (
+        (WEIGHTS, "so this compares checkpoints of a network, not data sets"),
+        (
+            Property(_fact("terms"), lambda value, _: f"has {value:,.10g} loss terms", ""),
+            "and k_mass tends to fall as their number grows, so take as many of both",
+        ),
+        (
+            Property(_settings, lambda value, _: f"has {value}", ""),
+            "and K_Hn depends on how many Ritz values there are and whether some are copies, so see r_e and k_mass",
+        ),
+    ):
+        for name, value, first, of_first in _differing(reports, one):
+            yield (
+                f"{name!r} {one.says(value, of_first)}, {_called(first, reports)} {one.says(of_first, value)}, {text}"
+            )
+
+
+def _settings(report: Any) -> Any:
+    tridiagonal = getattr(getattr(report, "measure", None), "tridiagonal", None)
+    if not isinstance(tridiagonal, BlockTridiagonal):
+        return UNKNOWN
+    copies = "" if tridiagonal.reorthogonalization in ORTHOGONAL_MODES else ", and copies among them"
+    return f"{tridiagonal.steps} Lanczos steps of {tridiagonal.probes} probes{copies}"
+
+
+def _differing(reports: Mapping[str, Any], one: Property) -> Iterator[tuple[str, Any, str, Any]]:
+    """Yield name and value of each report that differs from the first that knows the property, and that one's."""
+    known = [(name, value) for name, report in reports.items() if (value := one.of(report)) is not UNKNOWN]
+    for name, value in known[1:]:
+        if value != known[0][1]:
+            yield name, value, *known[0]
+
+
+def _called(name: str, reports: Mapping[str, Any]) -> str:
+    return f"the reference {name!r}" if name == next(iter(reports)) else repr(name)

@@ -1,0 +1,1 @@
+"""All that a run has found: kept, printed, drawn, saved and read."""

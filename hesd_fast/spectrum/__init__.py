@@ -1,0 +1,1 @@
+"""From a block tridiagonal matrix to a spectral measure, and how sure each number of it is."""

@@ -1,0 +1,75 @@
+"""Converged eigenpairs count exactly: their share of the spectrum is 1/n, whatever the probes saw of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, Array, BlockTridiagonal
+
+LARGEST_ANGLE = 1e-3
+"""Residual norm over gap, a bound of the sine of a Ritz vector's angle, up to which an eigenpair counts as known."""
+
+FEWEST_PROBES = 2
+"""With a single probe an eigenvalue of any multiplicity looks like a simple one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """The eigenvalues whose eigenvectors are known.
+
+    Probes estimate ``trace f(H) / n`` with a variance of ``2 ||f(H)||_F^2 / (n^2 b)``, most of which comes from a few
+    large eigenvalues of which they see too much or too little. Where the eigenvector is known, its part of the estimate
+    is replaced by ``f(lambda) / n``; the rest of the variance is that of the other eigenvalues. This is the deflation
+    of Gambhir, Stathopoulos, Orginos, SISC 39(2), 2017, and of Hutch++ (Meyer, Musco, Musco, Woodruff, SOSA 2021), at
+    no further product.
+
+    Attributes
+    ----------
+    mask : ndarray of bool, shape (k,)
+        Which Ritz values are settled.
+    eigenvalues : ndarray, shape (q,)
+        Those Ritz values.
+    seen : ndarray, shape (q,)
+        Share of the spectrum that the probes gave to each, averaged over the probes.
+    angle : ndarray, shape (q,)
+        Bound of the sine of the angle between Ritz vector and eigenvector.
+    share : float
+        ``1 / n``.
+    """
+
+    mask: npt.NDArray[np.bool_]
+    eigenvalues: Array
+    seen: Array
+    angle: Array
+    share: float
+
+    def correction(self, function: Callable[[Array], Array]) -> float:
+        """Return what has to be added to the probes' mean of ``trace f(H) / n``."""
+        return float(function(self.eigenvalues) @ (self.share - self.seen))
+
+    def uncertainty(self, function: Callable[[Array], Array]) -> float:
+        """Return a bound of the correction's error: a vector off by an angle ``a`` changes a share by about ``2 a``."""
+        return float(np.abs(function(self.eigenvalues)) @ (2.0 * self.angle * (self.seen + self.share)))
+
+
+def settle(tridiagonal: BlockTridiagonal, values: Array, residuals: Array, shares: Array) -> Settled:
+    """Return the Ritz values that are simple eigenvalues with known eigenvectors.
+
+    A Ritz value settles when its residual norm is at most ``LARGEST_ANGLE`` of the distance to its neighbours (Parlett,
+    *The Symmetric Eigenvalue Problem*, 1998, theorem 11.7.1). A multiple eigenvalue shows up as several Ritz values
+    without a gap, as long as there are two probes whose projections onto its eigenspace differ. Nothing settles where
+    copies of converged Ritz values share their weight, without full or partial reorthogonalization, or for probes that
+    are not random.
+    """
+    full = tridiagonal.reorthogonalization in ORTHOGONAL_MODES
+    random = tridiagonal.probe_kind in ("rademacher", "gaussian")
+    padded = np.concatenate(([-np.inf], values, [np.inf]))
+    gap = np.minimum(values - padded[:-2], padded[2:] - values)
+    mask = (gap > 0.0) & (residuals <= LARGEST_ANGLE * gap)
+    if not (full and random and tridiagonal.probes >= FEWEST_PROBES) or values.size == 1:
+        mask = np.zeros(values.size, dtype=np.bool_)
+    return Settled(mask, values[mask], shares[mask], residuals[mask] / gap[mask], 1.0 / tridiagonal.size)
