@@ -1,7 +1,7 @@
 """The CUDA kernels on a GPU: checked, timed with events, and as a share of what a copy on the device reaches.
 
 ``make cuda-bench``, on a machine with a GPU. ``python bench/cuda_bench.py --bytes`` prints the table of bytes in
-docs/cuda.md instead, on any machine; tests/test_emulated.py counts the same bytes while the sources run.
+docs/cuda.md instead, on any machine; tests/engine/test_emulated.py counts the same bytes while the sources run.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from block_lanczos_numpy import EPSILON, Array, block_lanczos, rademacher, rotation
+from numpy_block_lanczos import EPSILON, Array, block_lanczos, rademacher, rotation
 from scipy.optimize import linprog
-from test_spectrum import SIZE, SPECTRA, scale_of
+from test_spectral_measure import SIZE, SPECTRA, scale_of
 
 from hesd_fast.spectrum.jacobi_matrix import CDFBand, Jacobi, cdf_band, hinge_bounds, jacobi_of_probe
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure

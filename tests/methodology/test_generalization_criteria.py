@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from block_lanczos_numpy import EPSILON, Array, block_lanczos, rademacher, rotation
+from numpy_block_lanczos import EPSILON, Array, block_lanczos, rademacher, rotation
 
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate

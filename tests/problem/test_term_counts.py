@@ -440,7 +440,7 @@ def test_uneven_batches_of_samples_are_one_batch(form: Callable[[Tensor, Tensor]
     model, x, y = nn.Linear(3, 2), torch.randn(7, 3), torch.randn(7, 2)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        leaves = [leaf for _, leaf in hesd.data.leaves(batch)]
+        leaves = [leaf for _, leaf in hesd.problem.batches.leaves(batch)]
         tensors = [torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor | np.ndarray)]
         inputs, targets = (next(t for t in tensors if t.ndim == 2 and t.shape[1] == n) for n in (3, 2))
         return functional.mse_loss(model(inputs), targets)

@@ -14,7 +14,7 @@ import pytest
 from hesd_fast import kernels
 from hesd_fast.lanczos import lanczos_run as lanczos
 
-FOLDER = Path(__file__).resolve().parents[1] / "build" / "native" / "emulated"
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "native" / "emulated"
 
 
 @cache

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
-from block_lanczos_numpy import Array, block_lanczos, rademacher
+from numpy_block_lanczos import Array, block_lanczos, rademacher
 
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from test_block_lanczos import DTYPES, MODES, hessian_like, matrix_with
-from test_partial import distance, quadrature
+from test_lanczos_run import DTYPES, MODES, hessian_like, matrix_with
+from test_partial_reorthogonalization import distance, quadrature
 from torch import nn
 
 import hesd_fast as hesd

@@ -170,7 +170,7 @@ def test_memory_of_the_host_is_pinned_as_it_is_and_let_go(monkeypatch):
 def test_products_may_keep_what_a_basis_elsewhere_leaves(monkeypatch):
     model = torch.nn.Linear(9, 3)
     problem = hesd.Problem(model, hesd.losses.supervised(torch.nn.functional.cross_entropy), torch.zeros(1, 9))
-    monkeypatch.setattr(sys.modules["hesd_fast.analyze"], "available_memory", lambda device: 10**6)
+    monkeypatch.setattr(sys.modules["hesd_fast.analysis.whole_spectrum"], "available_memory", lambda device: 10**6)
     working = 4 * 2 * problem.size * 4
     for host, taken in ((False, 40 * problem.size * 4), (True, 2 * 40 * problem.size * 4)):  # two tiles come near
         basis = hesd_basis.BasisPlan(40, problem.size, torch.float32, None, torch.device("cuda"), host=host)
@@ -335,7 +335,7 @@ def test_document_says_how_much_shared_memory_blocks_have(traffic):
                 kernels.panel_combine(torch.zeros(b, k, dtype=torch.float64), v, w)
             for b in (8, 12, 24):  # as much as any b to 192
                 kernels.panel_orthonormalize(panel(b, working, 64))
-    document = (Path(__file__).resolve().parents[1] / "docs" / "cuda.md").read_text(encoding="utf-8")
+    document = (Path(__file__).resolve().parents[2] / "docs" / "cuda.md").read_text(encoding="utf-8")
     most = {name: shared for name, (_, shared) in emulation.engine().take_launches().items()}
     assert max(most.values()) <= 99 * 1024  # what every device since compute capability 8.0 has
     for name in ("sweep", "combine", "rows"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_block_lanczos import DTYPES, hessian_like, matrix_with
+from test_lanczos_run import DTYPES, hessian_like, matrix_with
 
 from hesd_fast import kernels
 from hesd_fast.engine import _engine

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
-from block_lanczos_numpy import EPSILON, Array, block_lanczos, rademacher, rotation
+from numpy_block_lanczos import EPSILON, Array, block_lanczos, rademacher, rotation
 
 from hesd_fast.errors import CheckpointError, ProblemError
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
