@@ -121,7 +121,7 @@ def test_problems_reports_and_functions_are_unpickled_by_a_process_that_has_load
     ("names", "module", "table"),
     [
         (choices.OPERATORS, "hesd_fast.analysis.whole_spectrum", "OPERATORS"),
-        (choices.PROTOCOLS, "hesd_fast.analysis.whole_spectrum", "PROTOCOLS"),
+        (choices.PROTOCOLS, "hesd_fast.lanczos.options", "PROTOCOLS"),
         (choices.BASIS_DTYPES, "hesd_fast.lanczos.basis_storage", "BASIS_DTYPES"),
         (choices.STRATEGIES, "hesd_fast.hvp", "ALL_STRATEGIES"),
     ],

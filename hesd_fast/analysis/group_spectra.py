@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from hesd_fast.analysis.whole_spectrum import (
 )
 from hesd_fast.errors import ProblemError
 from hesd_fast.lanczos.basis_storage import TILE_COLUMNS
-from hesd_fast.lanczos.lanczos_run import LanczosProgress, LanczosRun, check_options
+from hesd_fast.lanczos.lanczos_run import LanczosProgress, LanczosRun
+from hesd_fast.lanczos.options import check_options
 from hesd_fast.operators.hessian_blocks import GroupedHessianOperator, Groups
 from hesd_fast.operators.linearity_check import Deviations, combination_of, deviations
 from hesd_fast.problem.model_state import alone
@@ -93,10 +95,11 @@ def analyze_groups(
     problem = operator.problem
     blocks = operator.blocks
     chosen_for = {
-        name: chosen._replace(block_size=min(int(chosen.block_size), block.size)) for name, block in blocks.items()
+        name: replace(chosen, block_size=min(int(chosen.block_size), block.size)) for name, block in blocks.items()
     }
     size = sum(block.size for block in blocks.values())
-    steps, width, kind, window = int(chosen.max_steps), int(chosen.block_size), *chosen[2:]
+    steps, width = int(chosen.max_steps), int(chosen.block_size)
+    kind, window = chosen.reorthogonalization, chosen.window
     where = basis_for(problem, size, chosen, basis, basis_dtype)
     operator.strategy.memory_limit = memory_for_products(problem, where, width)
     problem.prepare()

@@ -12,7 +12,8 @@ from hesd_fast.engine.memory import peak_memory
 from hesd_fast.errors import ProblemError
 from hesd_fast.hvp.planner import ProductPlan, choose
 from hesd_fast.lanczos.basis_storage import BasisPlan
-from hesd_fast.lanczos.lanczos_run import WORKING_BLOCKS, check_options
+from hesd_fast.lanczos.lanczos_run import WORKING_BLOCKS
+from hesd_fast.lanczos.options import check_options
 from hesd_fast.operators.linearity_check import CHECK_VECTORS
 from hesd_fast.problem.problem import Problem
 

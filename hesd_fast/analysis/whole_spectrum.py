@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from hesd_fast.engine.memory import available_memory, peak_memory
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
 from hesd_fast.lanczos.basis_storage import BasisPlan
 from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
-from hesd_fast.lanczos.lanczos_run import block_lanczos, check_options, plan_blocks
+from hesd_fast.lanczos.lanczos_run import block_lanczos, plan_blocks
+from hesd_fast.lanczos.options import PROTOCOLS, LanczosSettings, check_options
 from hesd_fast.methodology.generalization_criteria import criteria
 from hesd_fast.methodology.hesd_type import classify
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
@@ -37,26 +38,12 @@ DEFAULT_BLOCK_SIZE = 4
 DEFAULT_MAX_STEPS = 100
 
 
-class Protocol(NamedTuple):
-    """The settings of a published protocol."""
-
-    block_size: int
-    max_steps: int
-    reorthogonalization: str
-    window: int
-
-
 OPERATORS: dict[str, type[ProblemOperator]] = {
     "hessian": HessianOperator,
     "gauss_newton": GaussNewtonOperator,
     "empirical_fisher": EmpiricalFisherOperator,
 }
 """Whose spectrum can be asked for."""
-
-PROTOCOLS = {
-    # Loss Landscape Analysis: one Rademacher probe, 100 steps against the last 10 vectors (arXiv 2412.10146).
-    "lla": Protocol(block_size=1, max_steps=100, reorthogonalization="window", window=10),
-}
 
 
 def analyze(
@@ -162,7 +149,7 @@ def analyze(
 
 
 def run_options(
-    operator: str, chosen: Protocol, tridiagonal: BlockTridiagonal, hvp: str, protocol: str | None, seed: int
+    operator: str, chosen: LanczosSettings, tridiagonal: BlockTridiagonal, hvp: str, protocol: str | None, seed: int
 ) -> dict[str, Any]:
     """Return the settings of a run as reports keep them."""
     return {
@@ -258,7 +245,7 @@ def as_problem(
 
 def settings(
     size: int, block_size: int | str, max_steps: int | None, reorthogonalization: str | None, protocol: str | None
-) -> Protocol:
+) -> LanczosSettings:
     """Return what the options of a run say, with their defaults; a ProblemError for what does not fit together."""
     if protocol is not None:
         if not is_one_of(protocol, PROTOCOLS):
@@ -275,7 +262,7 @@ def settings(
         block_size = min(DEFAULT_BLOCK_SIZE, size)
     steps = DEFAULT_MAX_STEPS if max_steps is None else max_steps
     mode = "full" if reorthogonalization is None else reorthogonalization
-    return Protocol(block_size, steps, mode, PROTOCOLS["lla"].window)
+    return LanczosSettings(block_size, steps, mode)
 
 
 def probes_of_all(problem: Problem, block_size: int) -> Tensor | None:
@@ -285,22 +272,27 @@ def probes_of_all(problem: Problem, block_size: int) -> Tensor | None:
     return torch.eye(problem.size, dtype=problem.dtype, device=problem.device).mul_(problem.size**0.5)
 
 
-def most_products(size: int, settings: Protocol) -> int:
+def most_products(size: int, settings: LanczosSettings) -> int:
     """Return how many vectors of length ``size`` a run multiplies at most."""
     products = int(settings.max_steps) * int(settings.block_size)
     return min(products, size) if settings.reorthogonalization in ORTHOGONAL_MODES else products
 
 
-def most_panels(size: int, settings: Protocol) -> int:
+def most_panels(size: int, settings: LanczosSettings) -> int:
     """Return how many panels of vectors of length ``size`` a run multiplies at most, whole or not."""
     return -(-most_products(size, settings) // int(settings.block_size))
 
 
 def basis_for(
-    problem: Problem, size: int, settings: Protocol, basis: str | os.PathLike[str], basis_dtype: str | torch.dtype
+    problem: Problem,
+    size: int,
+    settings: LanczosSettings,
+    basis: str | os.PathLike[str],
+    basis_dtype: str | torch.dtype,
 ) -> BasisPlan:
     """Choose where the Lanczos vectors of a run lie, all of its groups' together ``size`` numbers long."""
-    steps, width, kind, window = int(settings.max_steps), int(settings.block_size), *settings[2:]
+    steps, width = int(settings.max_steps), int(settings.block_size)
+    kind, window = settings.reorthogonalization, settings.window
     return plan_blocks(size, problem.dtype, problem.device, steps, width, kind, window, basis, basis_dtype)
 
 

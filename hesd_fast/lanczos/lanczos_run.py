@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesd_fast.choices import REORTHOGONALIZATIONS, is_one_of
 from hesd_fast.engine import _engine, cuda, kernels
 from hesd_fast.engine.memory import available_memory
 from hesd_fast.errors import NumericalError, OperatorError, ProblemError
 from hesd_fast.lanczos.basis_storage import BasisPlan, plan_basis
 from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
+from hesd_fast.lanczos.options import check_options
 from hesd_fast.operators import as_operator
 from hesd_fast.operators.base import CurvatureOperator
 
@@ -26,8 +26,6 @@ WORKING_BLOCKS = 3
 
 BASIS_SHARE = 0.75
 """Part of a CUDA device's free memory that vectors may take; products need some, and nothing is swapped there."""
-
-PROBE_KINDS = ("rademacher", "gaussian")
 
 BREAKDOWN_MULTIPLE = 8.0
 """A direction is dropped when its norm is at most this many machine epsilons times the largest product so far."""
@@ -320,33 +318,6 @@ def _check_probes(probes: Tensor, n: int) -> None:
         raise ProblemError(f"probes is {got}; wanted a floating-point tensor of shape (b, {n})")
     if not bool(torch.isfinite(probes).all()):
         raise ProblemError("probes holds a number that is not finite; wanted finite vectors")
-
-
-def check_options(
-    n: int,
-    steps: int,
-    block_size: int,
-    reorthogonalization: str,
-    seed: int,
-    window: int = 10,
-    probe_kind: str = "rademacher",
-) -> None:
-    """Raise a ProblemError for options of :func:`block_lanczos` that cannot be used with n parameters."""
-    for name, value in (("steps", steps), ("block_size", block_size), ("window", window), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise ProblemError(f"{name} is {value!r}; wanted an integer")
-    if steps < 1:
-        raise ProblemError(f"steps is {steps}; wanted at least 1")
-    if block_size < 1 or block_size > n:
-        raise ProblemError(f"block_size is {block_size}; wanted 1 to {n}, the number of parameters")
-    if window < 1:
-        raise ProblemError(f"window is {window}; wanted at least 1 vector")
-    if not 0 <= seed < 2**64:
-        raise ProblemError(f"seed is {seed}; wanted an integer in [0, 2**64)")
-    if not is_one_of(reorthogonalization, REORTHOGONALIZATIONS):
-        raise ProblemError(f"reorthogonalization is {reorthogonalization!r}; wanted one of {REORTHOGONALIZATIONS}")
-    if not is_one_of(probe_kind, (*PROBE_KINDS, "given")):
-        raise ProblemError(f"probe_kind is {probe_kind!r}; wanted one of {PROBE_KINDS}")
 
 
 def _check_symmetry(error: float, scale: float, epsilon: float) -> None:

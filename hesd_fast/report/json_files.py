@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from hesd_fast.analysis.whole_spectrum import PROTOCOLS
 from hesd_fast.choices import REORTHOGONALIZATIONS
 from hesd_fast.engine.memory import available_memory
 from hesd_fast.errors import CheckpointError, HESDError
 from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal, check_symmetric
+from hesd_fast.lanczos.options import PROTOCOLS
 from hesd_fast.methodology.generalization_criteria import Criteria, criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence, decide_type
 from hesd_fast.problem.problem import MODES
@@ -283,7 +283,11 @@ def _wrong_settings(content: _Content) -> Iterator[str]:
     protocol = PROTOCOLS.get(options.protocol)
     if protocol is None:
         yield f"options.protocol is {shown(options.protocol)}; wanted null or one of {', '.join(PROTOCOLS)}"
-    elif protocol[:3] != (options.block_size, options.max_steps, options.reorthogonalization):
+    elif (protocol.block_size, protocol.max_steps, protocol.reorthogonalization) != (
+        options.block_size,
+        options.max_steps,
+        options.reorthogonalization,
+    ):
         yield f"options.protocol is {options.protocol!r}, which has other settings than block_size, max_steps and so on"
 
 
