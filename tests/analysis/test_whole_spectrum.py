@@ -176,7 +176,9 @@ def test_numpy_integers_are_integers(case, tmp_path):
 def test_more_products_than_parameters_in_every_mode(case, mode):
     model, loss, batches, eigenvalues = case
     report = hesd.analyze(model, loss, batches, reorthogonalization=mode, progress=False)
-    assert report.lambda_max.low <= eigenvalues[-1] <= report.lambda_max.high
+    # Without an orthogonal basis intervals are approximate: 400 vectors in 50 dimensions round copies of one another.
+    spare = 0.0 if mode in ("full", "partial") else 64 * 2.0**-52 * eigenvalues[-1]
+    assert report.lambda_max.low - spare <= eigenvalues[-1] <= report.lambda_max.high + spare
     assert (
         report.criteria.balance.low <= np.sum(eigenvalues) / np.abs(eigenvalues).sum() <= report.criteria.balance.high
     )

@@ -9,7 +9,7 @@ from test_lanczos_run import DTYPES, hessian_like, matrix_with
 
 from hesd_fast import kernels
 from hesd_fast.engine import _engine
-from hesd_fast.lanczos.lanczos_run import block_lanczos
+from hesd_fast.lanczos.drive import block_lanczos
 
 _RANDOM = np.random.default_rng(1)
 SPECTRA = {
