@@ -5,14 +5,12 @@ further apart than their length (:func:`empty_panel` spaces them to whole cache 
 given and never copy them; the panels of one call lie on one device. Small matrices are float64, on the CPU: a tensor
 where the first panel is one, else an array. On a CUDA device kernels run on the stream that is current.
 Every kernel gives the same bits for any number of threads and has a reference in plain PyTorch in
-:mod:`hesd_fast.reference`. The contracts are the headers in ``csrc/include/hesd``.
+:mod:`hesd_fast.engine.reference`. The contracts are the headers in ``csrc/include/hesd``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,16 +19,24 @@ import numpy.typing as npt
 import torch  # before the extension: brings the OpenMP runtime that both share
 
 from hesd_fast.engine import _engine, cuda
+from hesd_fast.engine.panels import empty_panel
 from hesd_fast.errors import EngineError, NumericalError
+
+__all__ = [
+    "OrthonormalFactor",
+    "accumulate_hvp",
+    "empty_panel",
+    "fill_probes",
+    "panel_combine",
+    "panel_gram",
+    "panel_orthonormalize",
+    "panel_project",
+    "select_target",
+]
 
 Panel: TypeAlias = torch.Tensor | npt.NDArray[Any]
 Matrix: TypeAlias = torch.Tensor | npt.NDArray[np.float64]
 Reduce: TypeAlias = Callable[[npt.NDArray[np.float64]], None]
-
-_CACHE_LINE = 64
-_PAGE = 4096
-_LONG_VECTOR = 1 << 16  # bytes
-_LARGE_PANEL = 1 << 23  # bytes
 
 
 class OrthonormalFactor(NamedTuple):
@@ -39,66 +45,6 @@ class OrthonormalFactor(NamedTuple):
     factor: Matrix
     rank: int
     weakest: float
-
-
-def empty_panel(
-    rows: int, columns: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """Allocate an uninitialized panel whose vectors start on cache lines.
-
-    Parameters
-    ----------
-    rows, columns : int
-        Number of vectors and their length.
-    dtype : torch.dtype
-        Element type.
-    device : torch.device or str
-        Where it lies.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape (rows, columns), unit stride within a vector, vectors a multiple of 64 bytes apart. Long vectors lie so
-        that a column's elements spread over the sets of a cache; a large panel is on huge pages where the system has
-        them, which saves the processor most of its page walks.
-    """
-    if rows < 0 or columns < 0:
-        raise EngineError(f"a panel of {rows} vectors of {columns} elements was asked for; wanted both >= 0")
-    stride = max(math.ceil(columns * dtype.itemsize / _CACHE_LINE), 1) * _CACHE_LINE
-    on_cpu = torch.device(device).type == "cpu"
-    if on_cpu and stride >= _LONG_VECTOR:
-        stride = math.ceil(stride / _PAGE) * _PAGE + _PAGE // 8
-    elements = stride // dtype.itemsize
-    if not on_cpu or rows * stride < _LARGE_PANEL or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty((rows, elements), dtype=dtype, device=device)[:, :columns]
-    try:
-        memory = mmap.mmap(-1, rows * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise EngineError(
-            f"a panel of {rows} vectors of {columns} elements takes {rows * stride / 2**30:.1f} GiB, which the system "
-            f"does not give: {error}"
-        ) from error
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(rows, elements)[:, :columns]
-
-
-def pin(address: int, size: int) -> None:
-    """Let copies between whole pages of the host's memory and CUDA devices pass the host by; it must stay until unpin.
-
-    PyTorch's own pinned memory comes in powers of two, and stays with PyTorch when nobody uses it any more.
-
-    Raises
-    ------
-    EngineError
-        Where the system does not allow it, or there are no CUDA kernels.
-    """
-    _engine.pin(address, size)
-
-
-def unpin(address: int) -> None:
-    """Undo ``pin``."""
-    _engine.unpin(address)
 
 
 def require_device(device: torch.device) -> None:
