@@ -48,7 +48,14 @@ class OrthonormalFactor(NamedTuple):
 
 
 def require_device(device: torch.device) -> None:
-    """Raise an EngineError for a device that this build has no kernels for."""
+    """Raise an EngineError for a device that this build has no kernels for.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> hesd.kernels.require_device(torch.device("cpu"))
+    """
     if device.type == "cpu" or (cuda.is_cuda(device) and _engine.build_info()["cuda"]):
         return
     have = "the CPU and CUDA devices" if _engine.build_info()["cuda"] else "the CPU only"
@@ -91,6 +98,16 @@ def panel_gram(V: Panel, W: Panel) -> Matrix:
     ------
     EngineError
         For a panel of another dtype, device, shape or with a stride within its vectors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> V = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    >>> W = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> hesd.kernels.panel_gram(V, W)
+    tensor([[1.],
+            [3.]], dtype=torch.float64)
     """
     return _like(_engine.panel_gram(V, W), V)
 
@@ -124,6 +141,15 @@ def panel_project(
     ------
     EngineError
         As :func:`panel_gram`; also when W and V overlap.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> V, W = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]])
+    >>> gram, _ = hesd.kernels.panel_project(W, V, hesd.kernels.panel_gram(V, W))
+    >>> W, gram
+    (tensor([[0., 4.]]), tensor([[0.]], dtype=torch.float64))
     """
     product, self_product = _engine.panel_project(W, V, _as_array(C), gram, self_gram, idle)
     return _like(product, W) if gram else None, _like(self_product, W) if self_gram else None
@@ -169,19 +195,34 @@ def panel_orthonormalize(
     References
     ----------
     Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, ETNA 44, 2015 (CholeskyQR2).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> W = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
+    >>> hesd.kernels.panel_orthonormalize(W).rank
+    1
+    >>> W
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
     """
     if tolerance is None:
-        squares = np.diagonal(_engine.panel_gram(W, W)).copy()
-        if reduce is not None:
-            reduce(squares)
-        if not np.isfinite(squares).all():
-            raise NumericalError("`W` has non-finite values; wanted finite vectors")
-        epsilon = torch.finfo(torch.float64 if str(W.dtype).endswith("float64") else torch.float32).eps
-        tolerance = 8 * epsilon * math.sqrt(squares.max(initial=0.0))
+        tolerance = _default_tolerance(W, reduce)
     rank, weakest, factor = _engine.panel_orthonormalize(
         W, W if out is None else out, tolerance, W.shape[0] if max_rank is None else max_rank, reduce
     )
     return OrthonormalFactor(_like(factor[:, :rank], W), rank, weakest)
+
+
+def _default_tolerance(W: Panel, reduce: Reduce | None) -> float:
+    squares = np.diagonal(_engine.panel_gram(W, W)).copy()
+    if reduce is not None:
+        reduce(squares)
+    if not np.isfinite(squares).all():
+        raise NumericalError("`W` has non-finite values; wanted finite vectors")
+    epsilon = torch.finfo(torch.float64 if str(W.dtype).endswith("float64") else torch.float32).eps
+    return float(8 * epsilon * math.sqrt(squares.max(initial=0.0)))
 
 
 def panel_combine(S: Matrix, V: Panel, out: Panel) -> None:
@@ -200,6 +241,15 @@ def panel_combine(S: Matrix, V: Panel, out: Panel) -> None:
     ------
     EngineError
         As :func:`panel_gram`; also when ``out`` and V overlap.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> out = torch.empty(1, 2)
+    >>> hesd.kernels.panel_combine(torch.tensor([[2.0, -1.0]]), torch.eye(2), out)
+    >>> out
+    tensor([[ 2., -1.]])
     """
     _engine.panel_combine(_as_array(S), V, out)
 
@@ -231,6 +281,15 @@ def accumulate_hvp(
     ------
     EngineError
         For parts that do not fit, overlap or are more precise than ``out``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> out = torch.zeros(1, 3)
+    >>> hesd.kernels.accumulate_hvp(out, [torch.ones(1, 1), torch.ones(1, 2)], [0, 1], alpha=0.5)
+    >>> out
+    tensor([[0.5000, 0.5000, 0.5000]])
     """
     _engine.accumulate_hvp(out, list(parts), list(offsets), alpha, compensation)
 
@@ -258,6 +317,16 @@ def fill_probes(out: Panel, seed: int, *, first_probe: int = 0, first_index: int
     References
     ----------
     Salmon, Moraes, Dror, Shaw, SC 2011 (Philox 4x32-10).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> probes = hesd.kernels.empty_panel(2, 4)
+    >>> hesd.kernels.fill_probes(probes, seed=0)
+    >>> probes
+    tensor([[ 1., -1.,  1., -1.],
+            [ 1., -1., -1., -1.]])
     """
     rows, columns = out.shape if len(out.shape) == 2 else (1, 1)
     limits = (
@@ -274,5 +343,15 @@ def fill_probes(out: Panel, seed: int, *, first_probe: int = 0, first_index: int
 
 
 def select_target(name: str) -> None:
-    """Switch the instruction set of the CPU kernels, for tests; see ``build_info()["cpu_targets_available"]``."""
+    """Switch the instruction set of the CPU kernels, for tests; see ``build_info()["cpu_targets_available"]``.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd
+    >>> before = hesd.build_info()["cpu_target"]
+    >>> hesd.kernels.select_target("generic")
+    >>> hesd.build_info()["cpu_target"]
+    'generic'
+    >>> hesd.kernels.select_target(before)
+    """
     _engine.select_target(name)
