@@ -75,7 +75,7 @@ format: setup
 bench: $(VENV)/.bench-installed
 	$(BIN)/python -m pytest bench -rs $(BENCH)
 
-# The tables in docs/performance.md.
+# The tables in docs/performance-tables.md.
 bench-report: setup
 	$(BIN)/python bench/report.py
 
