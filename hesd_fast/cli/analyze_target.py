@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     type=click.Choice(choices.OPERATORS),
     default="hessian",
     show_default=True,
-    help="The matrix whose spectrum is wanted.",
+    help="The curvature matrix to analyse.",
 )
 @click.option(
     "--hvp",
