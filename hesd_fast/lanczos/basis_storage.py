@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesd_fast.engine import kernels
+from hesd_fast.engine import panels
 from hesd_fast.engine.memory import available_memory
 from hesd_fast.errors import EngineError, PlanError, ProblemError
 
@@ -84,7 +84,7 @@ class BasisPlan:
         if self.host and self.rows > 0:
             return _tiles(self, _pinned(self))
         if self.directory is None or self.rows == 0:
-            return kernels.empty_panel(self.rows, self.columns, self.dtype, self.device)
+            return panels.empty_panel(self.rows, self.columns, self.dtype, self.device)
         return _file_of_tiles(self)
 
 
@@ -251,28 +251,14 @@ def _file_of_tiles(plan: BasisPlan) -> list[Tensor]:
     return _tiles(plan, torch.frombuffer(mapping, dtype=plan.dtype))
 
 
-class _PinnedMemory(mmap.mmap):
-    """Memory of the host that copies to a device can read while the host does something else."""
-
-    address = 0
-
-    def __del__(self) -> None:
-        if self.address:
-            kernels.unpin(self.address)
-
-
 def _pinned(plan: BasisPlan) -> Tensor:
     try:
-        memory = _PinnedMemory(-1, plan.bytes)
-        tensor = torch.frombuffer(memory, dtype=plan.dtype)
-        kernels.pin(tensor.data_ptr(), plan.bytes)
+        return panels.pinned_memory(plan.bytes).view(plan.dtype)
     except (OSError, EngineError) as error:
         raise PlanError(
             f"{plan.bytes / 2**30:.1f} GiB of pinned memory for the Lanczos basis are not to be had: {error}; "
             'give basis="disk"'
         ) from error
-    memory.address = tensor.data_ptr()
-    return tensor
 
 
 def _tiles(plan: BasisPlan, memory: Tensor) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch
 
 import hesd_fast as hesd
 from hesd_fast import kernels
+from hesd_fast.engine import _engine
 from hesd_fast.errors import EngineError, PlanError, ProblemError
 from hesd_fast.lanczos import basis_storage as hesd_basis
 from hesd_fast.lanczos import memory_budget
@@ -144,8 +145,8 @@ def test_a_basis_on_a_device_goes_to_its_host_where_it_does_not_fit(monkeypatch,
 
 def test_memory_of_the_host_is_pinned_as_it_is_and_let_go(monkeypatch):
     pinned, let_go = [], []
-    monkeypatch.setattr(kernels, "pin", lambda address, size: pinned.append((address, size)))
-    monkeypatch.setattr(kernels, "unpin", let_go.append)
+    monkeypatch.setattr(_engine, "pin", lambda address, size: pinned.append((address, size)))
+    monkeypatch.setattr(_engine, "unpin", let_go.append)
     plan = hesd_basis.BasisPlan(3, 10**5, torch.float32, None, torch.device("cuda"), host=True)
     tiles = plan.allocate()
     assert pinned == [(tiles[0].data_ptr(), 2 * 3 * 65536 * 4)]
@@ -161,7 +162,7 @@ def test_memory_of_the_host_is_pinned_as_it_is_and_let_go(monkeypatch):
     def refuse(address, size):
         raise EngineError("no more of it")
 
-    monkeypatch.setattr(kernels, "pin", refuse)
+    monkeypatch.setattr(_engine, "pin", refuse)
     with pytest.raises(PlanError, match=r"pinned memory .* no more of it; give basis=\"disk\""):
         plan.allocate()
     assert len(let_go) == 1

@@ -365,7 +365,7 @@ def test_an_exception_of_the_users_own_passes_through(name, patient):
 
 MEMORY = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import resource
 from torch import nn
 from hesd_fast import losses
@@ -412,7 +412,7 @@ def test_memory_is_flat_over_200_products(name):
 
 CRITERIA = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 from models import mlp
 from torch import nn
 from hesd_fast import losses
