@@ -20,8 +20,8 @@ _PAGE = resource.getpagesize()
 
 def available_memory(device: torch.device | None = None) -> int | None:
     """Return how many bytes of memory, or of a device's, can be had without swapping; None where nobody says."""
-    if device is not None and cuda.is_cuda(device):
-        return cuda.free_memory(device)
+    if device is not None and cuda.runtime.is_cuda(device):
+        return cuda.runtime.free_memory(device)
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:

@@ -297,7 +297,7 @@ def plan_blocks(
     """Choose where the blocks of a run lie that are not at work, see `basis_storage.plan_basis`."""
     steps = min(steps, size)
     available = available_memory(device)
-    if cuda.is_cuda(device) and available is not None:
+    if cuda.runtime.is_cuda(device) and available is not None:
         available = int(available * BASIS_SHARE)
     blocks = {"window": math.ceil(window / block_size), "none": 2}.get(reorthogonalization, steps)
     return plan_basis(
