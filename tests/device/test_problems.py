@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import cuda_bench
 import pytest
 import torch
+from catalogue import CATALOGUE, Case
 from devices import REAL, TYPE, move, used_the_cuda_kernels
 from fake_cuda import count_waits
-from models import CATALOGUE, Case
 
 import hesd_fast as hesd
 from hesd_fast import kernels

@@ -67,7 +67,7 @@ class EngineRun:
             compiled().fill_probes(self.probes, probes, 0, first_index, "rademacher")
         else:
             self.probes[...] = probes
-        return np.array(self.probes, dtype=np.float64)
+        return np.asarray(self.probes).astype(np.float64)
 
     @property
     def finished(self) -> bool:
@@ -83,6 +83,23 @@ class EngineRun:
 
     def advance(self) -> None:
         self.engine.advance()
+
+
+def new_run(
+    empty: Callable[[int, int, Any], Any],
+    dtype: Any,
+    n: int,
+    steps: int,
+    block: int,
+    mode: str = "full",
+    window: int = 2,
+    **options: Any,
+) -> EngineRun:
+    """Return a run with panels of ``empty(rows, n, dtype)``, of NaNs: what was never written must never be read."""
+    panels = [empty(rows, n, dtype) for rows in panel_rows(mode, steps, block, window)]
+    for panel in panels:
+        panel[...] = np.nan
+    return EngineRun(*panels, block, steps, mode=mode, **options)
 
 
 def drive(run: EngineRun, multiply: Callable[[Any], Any]) -> None:
@@ -122,14 +139,14 @@ class Record:
         self.blocks: list[np.ndarray] = []
 
         def keep(panel: Any) -> Any:
-            self.blocks.append(np.array(panel, dtype=np.float64))
+            self.blocks.append(np.asarray(panel).astype(np.float64))
             return times(self.blocks[-1], self.matrix) if multiply is None else multiply(self, panel)
 
         self.probes = run.fill_probes(probes)
         drive(run, keep)
         self.diagonal, self.offdiagonal = self.engine.diagonal, self.engine.offdiagonal
         following = run.working[self.engine.work_row :][: self.offdiagonal[-1].shape[1]]
-        self.following = np.array(following, dtype=np.float64)
+        self.following = np.asarray(following).astype(np.float64)
 
     @property
     def widths(self) -> list[int]:
