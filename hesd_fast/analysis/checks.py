@@ -122,7 +122,7 @@ def _linearity(tridiagonal: BlockTridiagonal, deviation: float, error: float) ->
 
 
 def _determinism(problem: Problem, repetition: float) -> Check:
-    multiple = REPETITION_MULTIPLE_ON_GPUS if cuda.is_cuda(problem.device) else REPETITION_MULTIPLE
+    multiple = REPETITION_MULTIPLE_ON_GPUS if cuda.runtime.is_cuda(problem.device) else REPETITION_MULTIPLE
     allowed = multiple * torch.finfo(problem.dtype).eps
     return Check(
         "determinism",

@@ -159,7 +159,7 @@ def _warn_of_failures(report: Report, group: str) -> None:
 def _versions(device: torch.device) -> dict[str, str]:
     build = _engine.build_info()
     return {
-        **({"device": cuda.name(device)} if cuda.is_cuda(device) else {}),
+        **({"device": cuda.runtime.name(device)} if cuda.runtime.is_cuda(device) else {}),
         "hesd_fast": build["version"],
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -170,6 +170,6 @@ def _versions(device: torch.device) -> dict[str, str]:
 
 def _peak_bytes(problem: Problem) -> int:
     """Return the peak memory of this process so far: on the device of the problem, or resident."""
-    if cuda.is_cuda(problem.device):
-        return cuda.peak_memory(problem.device)
+    if cuda.runtime.is_cuda(problem.device):
+        return cuda.runtime.peak_memory(problem.device)
     return peak_memory()

@@ -56,12 +56,12 @@ def require_device(device: torch.device) -> None:
     >>> import hesd_fast as hesd
     >>> hesd.kernels.require_device(torch.device("cpu"))
     """
-    if device.type == "cpu" or (cuda.is_cuda(device) and _engine.build_info()["cuda"]):
+    if device.type == "cpu" or (cuda.runtime.is_cuda(device) and _engine.build_info()["cuda"]):
         return
     have = "the CPU and CUDA devices" if _engine.build_info()["cuda"] else "the CPU only"
     raise EngineError(
         f"the problem is on {device}; this build has kernels for {have}. Move the model and data to the CPU"
-        + (", or build where nvcc is found" if cuda.is_cuda(device) else "")
+        + (", or build where nvcc is found" if cuda.runtime.is_cuda(device) else "")
     )
 
 

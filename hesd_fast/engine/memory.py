@@ -47,7 +47,7 @@ def one_look() -> Iterator[None]:
 
 def available_memory(device: torch.device | None = None) -> int | None:
     """Return how many bytes of memory, or of a device's, can be had without swapping; None if unknown."""
-    where = device if device is not None and cuda.is_cuda(device) else None
+    where = device if device is not None and cuda.runtime.is_cuda(device) else None
     if _looks.seen is None:
         return _look(where)
     if where not in _looks.seen:
@@ -57,7 +57,7 @@ def available_memory(device: torch.device | None = None) -> int | None:
 
 def _look(device: torch.device | None) -> int | None:
     if device is not None:
-        return cuda.free_memory(device)
+        return cuda.runtime.free_memory(device)
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:

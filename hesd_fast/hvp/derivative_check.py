@@ -127,7 +127,7 @@ class _Comparison:
             settled = self._in_float64()
             if isinstance(settled, DerivativeCheck):
                 return settled
-            cuda.release_unused()  # after the error, whose frames hold what was made
+            cuda.runtime.release_unused()  # after the error, whose frames hold what was made
             return self._with_long_steps(settled)
         except Exception as error:
             return DerivativeCheck(

@@ -157,7 +157,7 @@ def choose(
     with problem.session(), MemoryWatch() as watch:
         before = time.perf_counter()
         plain.prepare(problem)
-        cuda.synchronize(problem.device)
+        cuda.runtime.synchronize(problem.device)
         trials = _Trials(problem, plain, block_size, panels, memory_limit, time.perf_counter() - before, watch)
         budget = share * trials.results[0].total(panels)
         if trials.results[0].total(panels) < SHORT_RUN:
@@ -183,7 +183,7 @@ def choose(
 def give_up(strategy: Strategy) -> None:
     """Release what a strategy holds, also to the device: it may lie in pieces that another one cannot use."""
     strategy.release()
-    cuda.release_unused()
+    cuda.runtime.release_unused()
 
 
 class _Trials:
@@ -363,10 +363,10 @@ class _Trials:
         seconds: list[float] = []
         while len(seconds) < 3 and sum(seconds) < SHORT_PANEL:
             term = self.problem.first_term()
-            cuda.synchronize(self.problem.device)
+            cuda.runtime.synchronize(self.problem.device)
             before = time.perf_counter()
             for _ in strategy.attempt(term, self.rows):
                 pass
-            cuda.synchronize(self.problem.device)
+            cuda.runtime.synchronize(self.problem.device)
             seconds.append(time.perf_counter() - before)
         return min(seconds)

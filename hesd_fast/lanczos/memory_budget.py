@@ -69,7 +69,7 @@ def plan_memory(
         dtype,
         basis=basis,
         basis_dtype=basis_dtype,
-        available=int(available * BASIS_SHARE) if available is not None and cuda.is_cuda(device) else available,
+        available=int(available * BASIS_SHARE) if available is not None and cuda.runtime.is_cuda(device) else available,
         device=device,
     )
     left = None

@@ -159,7 +159,7 @@ class JacobianOperator(ProblemOperator):
                 yield from enumerate(tangents, first)
                 del tangents
                 continue
-            cuda.release_unused()  # after the error, whose frames hold what was made
+            cuda.runtime.release_unused()  # after the error, whose frames hold what was made
             yield from ((first + j, tangent) for j, tangent in self._tangents(term, values, rows[first:]))
             return
 

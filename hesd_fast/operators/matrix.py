@@ -59,7 +59,7 @@ class MatrixOperator(OperatorBase):
             return
         if is_torch_operator(matrix):
             dtype = _panel_dtype(matrix.dtype.itemsize, matrix.dtype.is_floating_point, matrix.dtype.is_complex)
-            super().__init__(matrix.shape[0], dtype, cuda.with_number(torch.device(matrix.device)))
+            super().__init__(matrix.shape[0], dtype, cuda.runtime.with_number(torch.device(matrix.device)))
             self._matrix = matrix
             self._check_linear_operator()
             return

@@ -84,7 +84,7 @@ class RandomStreams:
 
     def _torch_generators(self) -> list[torch.Generator]:
         # torch.manual_seed would also reseed devices that are not in use yet, which could not be undone.
-        return [torch.default_generator, *cuda.generators(), *self._generators]
+        return [torch.default_generator, *cuda.runtime.generators(), *self._generators]
 
     def state(self) -> StreamState:
         """Return the state of every stream."""

@@ -176,7 +176,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _chunks(logits: Tensor) -> list[slice]:
     rows, classes = logits.shape
-    size = max((CUDA_CHUNK if cuda.is_cuda(logits.device) else CHUNK) // max(classes, 1), 1)
+    size = max((CUDA_CHUNK if cuda.runtime.is_cuda(logits.device) else CHUNK) // max(classes, 1), 1)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from models import CATALOGUE, mlp, vectors
+from catalogue import CATALOGUE
+from models import mlp, vectors
 from torch import nn
 
 import hesd_fast as hesd

@@ -8,8 +8,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from catalogue import CASES
 from dense import dense_hessian
-from models import CASES
 
 import hesd_fast as hesd
 from hesd_fast import kernels

@@ -1,8 +1,8 @@
-"""The device that these tests run on: a GPU that the engine has kernels for, if there is one, or a pretended device."""
+"""The device that these tests run on: a GPU that the engine has kernels for, if there is one, or a fake CUDA device."""
 
 from __future__ import annotations
 
-import pretended
+import fake_cuda
 import torch
 from emulation import engine
 from torch import nn
@@ -10,12 +10,12 @@ from torch import nn
 from hesd_fast import build_info
 
 REAL = bool(torch.cuda.is_available() and build_info()["cuda"])
-TYPE = "cuda" if REAL else pretended.TYPE
+TYPE = "cuda" if REAL else fake_cuda.TYPE
 
 
 def move(model: nn.Module) -> nn.Module:
     """Put a model on the device."""
-    return model.to(TYPE) if REAL else pretended.move(model)
+    return model.to(TYPE) if REAL else fake_cuda.move(model)
 
 
 def used_the_cuda_kernels() -> bool | None:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import cuda_bench
 import pytest
 import torch
+from catalogue import CATALOGUE, Case
 from devices import REAL, TYPE, move, used_the_cuda_kernels
-from models import CATALOGUE, Case
-from pretended import count_waits
+from fake_cuda import count_waits
 
 import hesd_fast as hesd
 from hesd_fast import kernels
@@ -281,7 +281,7 @@ def waits_of_a_product(operator):
     return waits()
 
 
-@pytest.mark.skipif(REAL, reason="waits are counted on the pretended device")
+@pytest.mark.skipif(REAL, reason="waits are counted on the fake CUDA device")
 @pytest.mark.parametrize("hvp", [name for name in ALL_STRATEGIES if "differences" not in name])
 @pytest.mark.parametrize("on_device", [False, True])
 def test_waits_of_a_product_do_not_grow_with_batches_or_parameters(device, hvp, on_device):
@@ -300,7 +300,7 @@ def test_waits_of_a_product_do_not_grow_with_batches_or_parameters(device, hvp, 
     assert found[0] == found[1] <= 2
 
 
-@pytest.mark.skipif(REAL, reason="waits are counted on the pretended device")
+@pytest.mark.skipif(REAL, reason="waits are counted on the fake CUDA device")
 @pytest.mark.parametrize("kind", [GaussNewtonOperator, EmpiricalFisherOperator])
 @pytest.mark.parametrize("jvp", ["forward", "reverse"])
 def test_waits_of_other_matrices_do_not_grow_either(device, kind, jvp):

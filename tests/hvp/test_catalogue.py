@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 import torch
+from catalogue import CATALOGUE, LOW_PRECISION, WITHOUT_SECOND_DERIVATIVE, Case
 from dense import dense_hessian, differenced_product, reverse_over_reverse
-from models import CATALOGUE, LOW_PRECISION, WITHOUT_SECOND_DERIVATIVE, Case
 from snapshots import assert_same, snapshot
 from torch import Tensor, nn
 

@@ -8,8 +8,9 @@ import warnings
 
 import pytest
 import torch
+from catalogue import CATALOGUE, WITHOUT_SECOND_DERIVATIVE
 from dense import dense_hessian
-from models import CATALOGUE, WITHOUT_SECOND_DERIVATIVE, GraphlessCube, OnContext, mlp, vectors
+from models import GraphlessCube, OnContext, mlp, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 

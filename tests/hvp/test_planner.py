@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import CASES, CATALOGUE, mlp, vectors
+from catalogue import CASES, CATALOGUE
+from models import mlp, vectors
 from torch import Tensor, nn
 
 import hesd_fast as hesd

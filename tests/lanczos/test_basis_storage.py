@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from test_lanczos_run import DTYPES, MODES, hessian_like, matrix_with
-from test_partial_reorthogonalization import distance, quadrature
+from matrices import DTYPES, matrix_with
+from spectra import distance, hessian_like, quadrature
 from torch import nn
 
 import hesd_fast as hesd
 import hesd_fast.lanczos.basis_storage as basis_module
 import hesd_fast.lanczos.memory_budget as budget_module
+from hesd_fast.choices import REORTHOGONALIZATIONS
 from hesd_fast.cli.main import main
 from hesd_fast.errors import PlanError, ProblemError
 from hesd_fast.lanczos.basis_storage import default_directory, plan_basis
@@ -159,7 +160,7 @@ def test_a_directory_that_cannot_be_written_to_is_an_error_by_name():
         block_lanczos(matrix_with(hessian_like(50)), 10, 2, basis="/proc")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", REORTHOGONALIZATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("basis_dtype", ["auto", "float32", "bfloat16", "float16"])
 def test_the_disk_changes_nothing_in_any_mode(scratch, monkeypatch, mode, dtype, basis_dtype):
@@ -190,7 +191,7 @@ def test_the_disk_changes_nothing_in_any_mode(scratch, monkeypatch, mode, dtype,
 
 
 @pytest.mark.parametrize("columns", [1, 2, 6, 7, 8, 13, 14, 15])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", REORTHOGONALIZATIONS)
 def test_tiles_around_the_length_of_the_vectors(scratch, monkeypatch, columns, mode):
     monkeypatch.setattr(basis_module, "TILE_COLUMNS", 7)
     matrix = matrix_with(np.linspace(1, 2, columns))
@@ -207,7 +208,7 @@ def test_blocks_that_shrink_leave_nothing_stale_on_disk(scratch, monkeypatch, ba
     monkeypatch.setattr(basis_module, "TILE_COLUMNS", 32)
     eigenvalues = np.zeros(100)
     eigenvalues[:6] = np.linspace(1, 2, 6)
-    for mode in MODES:
+    for mode in REORTHOGONALIZATIONS:
         tridiagonal = block_lanczos(matrix_with(eigenvalues), 6, 4, basis=basis, reorthogonalization=mode, window=12)
         assert tridiagonal.block_sizes[:3] == (4, 4, 2)
         assert tridiagonal.recurrence_error <= 64 * 2.0**-52 * 2

@@ -3,115 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lanczos_driver import IN_PLACE, Record, drive, new_engine, new_run, on_threads, overlaps
+from matrices import DTYPES, matrix_with
+from spectra import hessian_like
 
 import hesd_fast.lanczos.lanczos_run as lanczos_module
 from hesd_fast import kernels
+from hesd_fast.choices import REORTHOGONALIZATIONS
 from hesd_fast.engine import _engine
 from hesd_fast.errors import EngineError, OperatorError, PlanError, ProblemError
 from hesd_fast.lanczos import memory_budget
 from hesd_fast.lanczos.drive import LanczosProgress, block_lanczos
 from hesd_fast.operators import MatrixOperator
 
-MODES = ["full", "partial", "window", "none"]
-DTYPES = [torch.float64, torch.float32]
 
-
-def matrix_with(eigenvalues, dtype=torch.float64, seed=0):
-    n = len(eigenvalues)
-    generator = torch.Generator().manual_seed(seed)
-    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    matrix = (q * torch.as_tensor(eigenvalues, dtype=torch.float64)) @ q.T
-    return ((matrix + matrix.T) / 2).to(dtype)
-
-
-def hessian_like(n=300, seed=0):
-    rng = np.random.default_rng(seed)
-    return np.concatenate([rng.normal(0, 1e-2, n - 6), [-0.7, -0.2, 1.0, 2.0, 5.0, 10.0]])
-
-
-class Recorder:
-    """Runs the engine by hand and keeps every block, to check the recurrence itself."""
-
-    def __init__(
-        self,
-        matrix,
-        steps,
-        block,
-        mode="full",
-        slots=None,
-        seed=0,
-        multiple=8.0,
-        probes=None,
-        storage=None,
-        in_place=False,
-    ):
-        n = matrix.shape[0]
-        slots = max(steps - 2, 0) if slots is None else slots
-        self.matrix = matrix
-        history = kernels.empty_panel(0 if in_place else slots * block, n, matrix.dtype if storage is None else storage)
-        self.working = kernels.empty_panel((steps + 1 if in_place else 3) * block, n, matrix.dtype)
-        for panel in (history, self.working):
-            panel.fill_(float("nan"))  # what was never written must never be read
-        self.engine = _engine.BlockLanczos(history, self.working, block, steps, n, mode, multiple, None)
-        work = self.working[self.engine.work_row :][:block]
-        if probes is None:
-            kernels.fill_probes(work, seed)
-        else:
-            work.copy_(probes)
-        self.probes = work.clone()
-        self.engine.start()
-        self.blocks = []
-        while not self.engine.finished:
-            row, width = self.engine.current_row, self.engine.current_width
-            self.blocks.append(self.working[row : row + width].double().clone())
-            self.working[self.engine.work_row :][:width] = self.blocks[-1].to(matrix.dtype) @ matrix
-            self.engine.advance()
-        following = self.working[self.engine.work_row :][: self.engine.offdiagonal[-1].shape[1]]
-        self.following = following.double().clone()
-        self.diagonal = [torch.from_numpy(a) for a in self.engine.diagonal]
-        self.offdiagonal = [torch.from_numpy(c) for c in self.engine.offdiagonal]
-
-    def recurrence_residual(self):
-        blocks = [*self.blocks, self.following]
-        worst = 0.0
-        for j, a in enumerate(self.diagonal):
-            expected = a @ blocks[j] + self.offdiagonal[j] @ blocks[j + 1]
-            if j > 0:
-                expected = expected + self.offdiagonal[j - 1].T @ blocks[j - 1]
-            worst = max(worst, float((blocks[j] @ self.matrix.double() - expected).norm()))
-        return worst
+def record(matrix, steps, block, mode="full", probes=0, window=2):
+    run = new_run(kernels.empty_panel, matrix.dtype, len(matrix), steps, block, mode, window)
+    return Record(run, matrix, probes, lambda _, panel: panel @ matrix)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [1, 2, 4, 7])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_recurrence_and_orthogonality(dtype, block, in_place):
+@pytest.mark.parametrize("mode", ["full", "full" + IN_PLACE])
+def test_recurrence_and_orthogonality(dtype, block, mode):
     matrix = matrix_with(hessian_like(), dtype)
-    run = Recorder(matrix, 20, block, in_place=in_place)
+    run = record(matrix, 20, block, mode)
     epsilon = torch.finfo(dtype).eps
     assert run.recurrence_residual() <= 64 * epsilon * 10.0 * block**0.5
-    q = torch.cat([*run.blocks, run.following])
-    assert (q @ q.T - torch.eye(len(q), dtype=torch.float64)).abs().max() <= 32 * epsilon
-    start = torch.from_numpy(run.engine.start_factor)
-    assert (start @ run.blocks[0] - run.probes.double()).norm() <= 32 * epsilon * run.probes.double().norm()
+    assert overlaps(run.basis_vectors()) <= 32 * epsilon
+    assert run.start_residual() <= 32 * epsilon
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", REORTHOGONALIZATIONS)
 @pytest.mark.parametrize("block", [1, 3])
 def test_every_mode_keeps_the_recurrence_and_finds_the_extremes(mode, block):
     matrix = matrix_with(hessian_like())
-    slots = {"full": 23, "partial": 23, "window": 2, "none": 0}[mode]
-    run = Recorder(matrix, 25, block, mode, slots)
+    run = record(matrix, 25, block, mode)
     # a sweep takes out overlaps of up to sqrt(epsilon) that the coefficients do not record
     assert run.recurrence_residual() <= (10.0 * 2.0**-25 if mode == "partial" else 1e-12)
-    q = torch.cat(run.blocks)
-    loss = (q @ q.T - torch.eye(len(q), dtype=torch.float64)).abs().max()
+    loss = overlaps(np.concatenate(run.blocks))
     if mode == "full":
         assert loss <= 1e-13
     elif mode == "partial":
@@ -128,13 +63,13 @@ def test_every_mode_keeps_the_recurrence_and_finds_the_extremes(mode, block):
 @pytest.mark.parametrize("block", [1, 4])
 def test_a_basis_that_stays_where_it_was_made_is_the_same_basis(mode, block):
     matrix = matrix_with(np.concatenate([np.linspace(1, 2, 6), np.zeros(94)]))  # of rank 6: the last block is narrow
-    apart, together = (Recorder(matrix, 6, block, mode, in_place=in_place) for in_place in (False, True))
-    assert [len(a) for a in apart.diagonal] == [len(a) for a in together.diagonal]
+    apart, together = (record(matrix, 6, block, mode + where) for where in ("", IN_PLACE))
+    assert apart.widths == together.widths
     for j, (one, other) in enumerate(zip(apart.blocks, together.blocks, strict=True)):
-        assert torch.equal(together.working[j * block :][: len(other)], other)
+        assert np.array_equal(together.working[j * block :][: len(other)], other)
         assert not together.working[j * block + len(other) : (j + 1) * block].any()
         if j < 2:  # later ones differ by rounding that the recurrence amplifies
-            assert (one - other).abs().max() <= 1e-12
+            assert np.abs(one - other).max() <= 1e-12
     assert together.recurrence_residual() <= (2.0 * 2.0**-25 if mode == "partial" else 1e-12)
 
 
@@ -178,10 +113,8 @@ def test_low_rank_breaks_down_in_the_middle_with_all_eigenvalues(dtype):
 def test_block_with_more_probes_than_rank_deflates():
     eigenvalues = np.zeros(100)
     eigenvalues[:3] = [1.0, 2.0, 4.0]
-    run = Recorder(matrix_with(eigenvalues), 30, 8)
-    sizes = [len(a) for a in run.diagonal]
-    assert sizes[0] == 8
-    assert sizes[1] == 3
+    run = record(matrix_with(eigenvalues), 30, 8)
+    assert run.widths[:2] == [8, 3]
     assert run.engine.invariant
     assert run.recurrence_residual() <= 1e-12
 
@@ -192,10 +125,9 @@ def test_dependent_probes_are_represented_exactly():
     kernels.fill_probes(probes, 1)
     probes[2] = probes[0] + probes[1]
     probes[3] = 0
-    run = Recorder(matrix, 10, 4, probes=probes)
-    start = torch.from_numpy(run.engine.start_factor)
-    assert start.shape == (4, 2)
-    assert (start @ run.blocks[0] - probes).norm() <= 1e-13 * probes.norm()
+    run = record(matrix, 10, 4, probes=probes)
+    assert run.engine.start_factor.shape == (4, 2)
+    assert run.start_residual() <= 1e-13
     assert run.recurrence_residual() <= 1e-12
 
 
@@ -203,8 +135,8 @@ def test_slots_of_deflated_blocks_hold_nothing_stale():
     # in window mode slots are used again: a narrower block must clear what an older, wider one left
     eigenvalues = np.zeros(100)
     eigenvalues[:6] = np.linspace(1, 2, 6)
-    run = Recorder(matrix_with(eigenvalues), 6, 4, "window", 1)
-    assert [len(a) for a in run.diagonal][:3] == [4, 4, 2]
+    run = record(matrix_with(eigenvalues), 6, 4, "window", window=1)
+    assert run.widths[:3] == [4, 4, 2]
     assert torch.equal(run.working[2:4], torch.zeros(2, 100, dtype=torch.float64))
     assert run.recurrence_residual() <= 1e-12
 
@@ -222,10 +154,9 @@ def test_weak_directions_are_orthogonalized_once_more():
     kernels.fill_probes(probes, 1)
     eigenvector = torch.linalg.eigh(matrix).eigenvectors[:, -1]
     probes[2] = eigenvector + 1e-9 * probes[2]  # its product has next to nothing outside the first block
-    run = Recorder(matrix, 15, 3, probes=probes)
-    q = torch.cat(run.blocks)
+    run = record(matrix, 15, 3, probes=probes)
     assert run.engine.extra_sweeps > 0
-    assert (q @ q.T - torch.eye(len(q), dtype=torch.float64)).abs().max() <= 32 * 2.0**-52
+    assert overlaps(np.concatenate(run.blocks)) <= 32 * 2.0**-52
     assert run.recurrence_residual() <= 1e-12
 
 
@@ -259,48 +190,27 @@ def test_recurrence_error_sees_an_asymmetric_operator():
     assert block_lanczos(Operator(1e-6), 10, 2).recurrence_error >= 1e-7
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", REORTHOGONALIZATIONS)
 def test_two_shards_with_an_all_reduce_give_the_whole_result(mode):
     matrix = matrix_with(hessian_like(101))
     n, cut, steps, block = 101, 40, 8, 3
     pieces = [slice(0, cut), slice(cut, n)]
-    barrier = threading.Barrier(2, timeout=60)
-    shared = [None, None]
-    results = [None, None]
 
-    def all_reduce(rank):
-        def reduce(values):
-            shared[rank] = values.copy()
-            barrier.wait()
-            values[:] = shared[0] + shared[1]
-            barrier.wait()
-
-        return reduce
-
-    def shard(rank):
+    def shard(rank, gather):
         columns = pieces[rank]
-        local = columns.stop - columns.start
-        history = kernels.empty_panel((steps - 2) * block, local, torch.float64)
-        working = kernels.empty_panel(3 * block, local, torch.float64)
-        recent, work = working[: 2 * block], working[2 * block :]
-        kernels.fill_probes(work, 9, first_index=columns.start)
-        engine = _engine.BlockLanczos(history, working, block, steps, n, mode, 8.0, all_reduce(rank))
-        engine.start()
-        while not engine.finished:
-            row, width = engine.current_row, engine.current_width
-            shared[rank] = recent[row : row + width].clone()
-            barrier.wait()
-            whole = torch.cat(shared, dim=1)
-            barrier.wait()
-            work[:width] = (whole @ matrix)[:, columns]
-            engine.advance()
-        results[rank] = engine.diagonal, engine.offdiagonal
 
-    threads = [threading.Thread(target=shard, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        def reduce(values):
+            values[:] = sum(gather(values.copy()))
+
+        local = columns.stop - columns.start
+        run = new_run(
+            kernels.empty_panel, torch.float64, local, steps, block, mode, window=steps, size=n, reduce=reduce
+        )
+        run.fill_probes(9, first_index=columns.start)
+        drive(run, lambda panel: (torch.cat(gather(panel.clone()), dim=1) @ matrix)[:, columns])
+        return run.engine.diagonal, run.engine.offdiagonal
+
+    results = on_threads(2, shard)
     whole = block_lanczos(matrix, steps, block, seed=9, reorthogonalization=mode, window=steps * block)
     for mine, theirs in zip(results[0], results[1], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
@@ -398,24 +308,24 @@ def test_an_error_of_the_engine_is_not_explained_by_the_numbers(monkeypatch, ste
 def test_the_engine_refuses_wrong_order_and_wrong_panels():
     history, working = torch.ones(2, 10), torch.ones(6, 10)
     kernels.fill_probes(working[4:], 0)
-    engine = _engine.BlockLanczos(history, working, 2, 2, 10, "full", 8.0, None)
+    engine = new_engine(history, working, 2, 2, 10)
     with pytest.raises(EngineError, match=r"before start\(\)"):
         engine.advance()
     engine.start()
     with pytest.raises(EngineError, match="twice"):
         engine.start()
     with pytest.raises(EngineError, match="needs"):
-        _engine.BlockLanczos(history, working, 2, 4, 10, "full", 8.0, None)
+        new_engine(history, working, 2, 4, 10)
     with pytest.raises(EngineError, match="'half'"):
-        _engine.BlockLanczos(history, working, 2, 2, 10, "half", 8.0, None)
+        new_engine(history, working, 2, 2, 10, "half")
     with pytest.raises(EngineError, match="shares memory"):
-        _engine.BlockLanczos(working[4:], working, 2, 2, 10, "full", 8.0, None)
+        new_engine(working[4:], working, 2, 2, 10)
     with pytest.raises(EngineError, match="smaller than"):
-        _engine.BlockLanczos(history, working, 2, 2, 9, "full", 8.0, None)
+        new_engine(history, working, 2, 2, 9)
     with pytest.raises(EngineError, match="10 rows are needed, and no `history`"):
-        _engine.BlockLanczos(torch.ones(0, 10), torch.ones(8, 10), 2, 4, 10, "full", 8.0, None)
+        new_engine(torch.ones(0, 10), torch.ones(8, 10), 2, 4, 10)
     with pytest.raises(EngineError, match="a history of 2"):
-        _engine.BlockLanczos(history, torch.ones(10, 10), 2, 4, 10, "full", 8.0, None)
+        new_engine(history, torch.ones(10, 10), 2, 4, 10)
 
 
 def test_ritz_values_of_exhausted_spaces_lie_within_their_bounds():
@@ -429,7 +339,7 @@ def test_ritz_values_of_exhausted_spaces_lie_within_their_bounds():
         assert len(values) <= n
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", REORTHOGONALIZATIONS)
 @pytest.mark.parametrize("block", [1, 4])
 def test_more_steps_than_dimensions_are_fine_in_every_mode(mode, block):
     eigenvalues = hessian_like(30)
@@ -454,12 +364,10 @@ class StepError(Exception):
     pass
 
 
-def engine_with(reduce, n=40, steps=6, block=2):
-    history = kernels.empty_panel((steps - 2) * block, n, torch.float64)
-    working = kernels.empty_panel(3 * block, n, torch.float64)
-    recent, work = working[: 2 * block], working[2 * block :]
-    kernels.fill_probes(work, 0)
-    return _engine.BlockLanczos(history, working, block, steps, n, "full", 8.0, reduce), recent, work
+def run_with(reduce, n=40, steps=6, block=2):
+    run = new_run(kernels.empty_panel, torch.float64, n, steps, block, reduce=reduce)
+    run.fill_probes(0)
+    return run
 
 
 def test_a_step_that_failed_cannot_be_continued():
@@ -471,25 +379,24 @@ def test_a_step_that_failed_cannot_be_continued():
             raise StepError
 
     armed = False
-    engine, recent, work = engine_with(reduce)
-    engine.start()
+    run = run_with(reduce)
+    run.engine.start()
     calls.clear()
     armed = True
-    matrix = matrix_with(hessian_like(40))
-    work[:2] = recent[:2] @ matrix
+    run.product[...] = run.panel @ matrix_with(hessian_like(40))
     with pytest.raises(StepError):
-        engine.advance()
+        run.advance()
     with pytest.raises(EngineError, match="earlier step ended with an error"):
-        engine.advance()
+        run.advance()
 
 
 def test_what_a_reduction_keeps_stays_as_it_was():
     kept = []
-    engine, recent, work = engine_with(kept.append)
-    engine.start()
+    run = run_with(kept.append)
+    run.engine.start()
     copies = [values.copy() for values in kept]
-    work[:2] = recent[:2] @ matrix_with(hessian_like(40))
-    engine.advance()
+    run.product[...] = run.panel @ matrix_with(hessian_like(40))
+    run.advance()
     for values, copy in zip(kept, copies, strict=False):
         np.testing.assert_array_equal(values, copy)
 
@@ -503,7 +410,7 @@ def test_nobody_else_reads_or_steps_during_a_step():
                 action()
             seen.append(action)
 
-    engine, _, _ = engine_with(reduce)
+    engine = run_with(reduce).engine
     engine.start()
     assert len(seen) >= 2
 
@@ -535,7 +442,7 @@ def test_an_asymmetric_operator_is_refused():
         block_lanczos(Operator(), 10, 2)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", REORTHOGONALIZATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nearly_dependent_blocks_stay_orthogonal_to_their_neighbours_in_every_mode(mode, dtype):
     # low rank: next to a strong direction the block has one of rounding noise, just above the breakdown tolerance

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_lanczos_run import DTYPES, hessian_like, matrix_with
+from lanczos_driver import IN_PLACE, Record, new_run, times
+from matrices import DTYPES, matrix_with
+from spectra import distance, hessian_like, quadrature
 
 from hesd_fast import kernels
-from hesd_fast.engine import _engine
 from hesd_fast.lanczos.drive import block_lanczos
 
 _RANDOM = np.random.default_rng(1)
@@ -45,47 +46,23 @@ class Diagonal:
         return out
 
 
-class Stepwise:
-    """Runs the engine in partial mode; the measured and the estimated overlap of every block with all before it."""
+class Stepwise(Record):
+    """A run in partial mode; the measured and the estimated overlap of every block with all before it."""
 
-    def __init__(self, multiply, n, steps, block, dtype, seed=0):
-        history = kernels.empty_panel(0, n, dtype)
-        working = kernels.empty_panel((steps + 1) * block, n, dtype)
-        self.engine = engine = _engine.BlockLanczos(history, working, block, steps, n, "partial", 8.0, None)
-        kernels.fill_probes(working[engine.work_row :][:block], seed)
-        engine.start()
-        blocks = []
-        measured, estimated = [], []
-        while not engine.finished:
-            row, width = engine.current_row, engine.current_width
-            block_now = working[row : row + width].double()
-            if blocks:
-                measured.append(float((torch.cat(blocks) @ block_now.T).abs().max()))
-                estimated.append(engine.estimated_overlap)
-            blocks.append(block_now.clone())
-            working[engine.work_row :][:width] = multiply(engine, working[row : row + width], blocks)
-            engine.advance()
-        self.widths = [len(one) for one in blocks]
-        self.measured, self.estimated = np.array(measured), np.array(estimated)
+    def __init__(self, matrix, steps, block, dtype, seed=0, multiply=None):
+        run = new_run(kernels.empty_panel, dtype, len(matrix), steps, block, "partial" + IN_PLACE)
+        estimated = []
 
+        def watched(record, panel):
+            estimated.append(run.engine.estimated_overlap)
+            return times(panel, matrix) if multiply is None else multiply(record, panel)
 
-def run(matrix, steps, block, seed):
-    return Stepwise(lambda _, panel, __: panel @ matrix, len(matrix), steps, block, matrix.dtype, seed)
-
-
-def quadrature(tridiagonal):
-    """Ritz values and their weights, averaged over the probes."""
-    values, vectors, _ = tridiagonal.ritz()
-    weights = ((tridiagonal.start @ vectors[: tridiagonal.start.shape[1]]) ** 2).sum(axis=0)
-    return values, weights / weights.sum()
-
-
-def distance(one, other):
-    """Wasserstein-1 distance: the area between the two distribution functions."""
-    nodes = np.concatenate([one[0], other[0]])
-    order = np.argsort(nodes, kind="stable")
-    height = np.cumsum(np.concatenate([one[1], -other[1]])[order])
-    return float((np.abs(height[:-1]) * np.diff(nodes[order])).sum())
+        super().__init__(run, matrix, seed, watched)
+        self.estimated = np.array(estimated[1:])  # the first block has none before it
+        before = [np.concatenate(self.blocks[:j]) for j in range(1, len(self.blocks))]
+        self.measured = np.array(
+            [np.abs(older @ block.T).max() for older, block in zip(before, self.blocks[1:], strict=True)]
+        )
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -95,7 +72,7 @@ def test_no_block_loses_more_than_8_times_the_square_root_of_epsilon(spectrum, d
     matrix = matrix_with(SPECTRA[spectrum], dtype)
     root = torch.finfo(dtype).eps ** 0.5
     for seed in (0, 1, 2, 11, 15, 16):
-        steps = run(matrix, STEPS[block], block, seed)
+        steps = Stepwise(matrix, STEPS[block], block, dtype, seed)
         assert steps.measured.max() <= 8 * root, seed
 
 
@@ -108,7 +85,7 @@ def test_estimates_follow_what_is_measured(spectrum, dtype, block):
     matrix = matrix_with(SPECTRA[spectrum], dtype)
     epsilon = torch.finfo(dtype).eps
     for seed in (0, 1):
-        steps = run(matrix, STEPS[block], block, seed)
+        steps = Stepwise(matrix, STEPS[block], block, dtype, seed)
         matters = steps.measured > epsilon**0.5 / 2
         assert (steps.measured[matters] <= 30 * steps.estimated[matters]).all(), seed
         assert (steps.estimated <= 1e4 * np.maximum(steps.measured, epsilon)).all(), seed
@@ -143,10 +120,12 @@ def test_it_reads_fewer_vectors_of_the_basis(dtype, factor, block):
 @pytest.mark.parametrize("noise", [1e-4, 1e-3])
 def test_noise_of_the_products_is_measured_and_taken_into_account(dtype, block, noise):
     operator = Diagonal(hessian_like(), dtype, noise)
-    steps = Stepwise(lambda _, panel, __: operator.matmat(panel, torch.empty_like(panel)), 300, 60, block, dtype)
+    steps = Stepwise(
+        operator.diagonal, 60, block, dtype, multiply=lambda _, panel: operator.matmat(panel, torch.empty_like(panel))
+    )
     assert steps.measured.max() <= 8 * torch.finfo(dtype).eps ** 0.5
     assert steps.engine.recurrence_error >= noise / 300**0.5  # one entry of it
-    exact = Stepwise(lambda _, panel, __: panel * operator.diagonal, 300, 60, block, dtype)
+    exact = Stepwise(operator.diagonal, 60, block, dtype)
     assert steps.engine.partial_sweeps >= exact.engine.partial_sweeps
 
 
@@ -155,14 +134,14 @@ def test_a_block_that_a_sweep_narrows_is_followed_by_an_estimate_of_its_new_widt
     matrix = matrix_with(hessian_like())
     spoiled = []
 
-    def multiply(engine, panel, blocks):
+    def multiply(record, panel):
         product = panel @ matrix
-        if not spoiled and engine.partial_sweeps == 1:
-            spoiled.append(len(blocks))
-            product[:3] += 0.2 * blocks[2][:3]
+        if not spoiled and record.engine.partial_sweeps == 1:
+            spoiled.append(len(record.blocks))
+            product[:3] += 0.2 * torch.from_numpy(record.blocks[2][:3])
         return product
 
-    steps = Stepwise(multiply, 300, 30, 4, torch.float64)
+    steps = Stepwise(matrix, 30, 4, torch.float64, multiply=multiply)
     assert spoiled
     assert 1 in steps.widths
     assert np.isfinite(steps.estimated).all()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 
-import native_engine
 import numpy as np
 import pytest
-from native_lanczos import Panels, Run, new_engine
+from lanczos_driver import IN_PLACE, drive, new_engine, on_threads, overlaps
+from native_lanczos import GuardedRun, Run
 from native_panels import EPSILON, STORAGE, WORKING, Lender, Panel, unset
 
 from hesd_fast.errors import EngineError
 
-MODES = ["full", "full in place", "partial", "partial in place", "window", "none"]
+MODES = ["full", "full" + IN_PLACE, "partial", "partial" + IN_PLACE, "window", "none"]
 
 
 def dense(eigenvalues, seed=0):
@@ -56,25 +56,23 @@ def test_the_recurrence_holds_on_every_spectrum(target, spectrum, mode, working)
     matrix = SPECTRA[spectrum]
     norm = np.abs(matrix).max() if matrix.ndim == 1 else np.abs(np.linalg.eigvalsh(matrix)).max()
     for block in (1, 3, 8):
-        run = Run(matrix, 12, block, mode, working, seed=block)
+        run = Run(matrix, 12, block, mode, working, probes=block)
         epsilon = EPSILON[working]
         assert run.recurrence_residual() <= allowed(mode, epsilon, norm, block)
         if not mode.startswith("partial"):
             assert run.engine.recurrence_error <= 64 * epsilon * norm
         assert norm == 0.0 or 0.0 < run.engine.scale <= norm * (1 + 64 * epsilon)
-        start = run.engine.start_factor
-        probes = run.probes
-        assert np.linalg.norm(start @ run.blocks[0] - probes) <= 32 * epsilon * np.linalg.norm(probes)
+        assert run.start_residual() <= 32 * epsilon
         q = run.basis_vectors()
         if mode.startswith("full"):
-            assert np.abs(q @ q.T - np.eye(len(q))).max() <= 32 * epsilon
+            assert overlaps(q) <= 32 * epsilon
             ritz = np.linalg.eigvalsh(run.projected_matrix())
             assert np.abs(ritz).max() <= norm * (1 + 64 * epsilon)
             if run.engine.invariant:  # then every Ritz value is an eigenvalue
                 eigenvalues = np.sort(matrix) if matrix.ndim == 1 else np.linalg.eigvalsh(matrix)
                 distance = np.abs(ritz[:, None] - eigenvalues[None, :]).min(axis=1)
                 assert distance.max() <= 64 * epsilon * norm * np.sqrt(len(q))
-        run.panels.assert_surroundings_untouched()
+        run.assert_surroundings_untouched()
 
 
 @pytest.mark.parametrize("working", WORKING)
@@ -103,18 +101,17 @@ def test_breakdown_in_the_middle_with_every_eigenvalue(target, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_block_wider_than_the_rank_narrows(target, mode):
     run = Run(SPECTRA["low-rank"], 10, 8, mode)
-    widths = [len(a) for a in run.diagonal]
-    assert widths[:2] == [8, 5]
+    assert run.widths[:2] == [8, 5]
     assert run.engine.invariant
     assert run.recurrence_residual() <= allowed(mode, EPSILON["float64"], 8.0, 8)
-    run.panels.assert_surroundings_untouched()
+    run.assert_surroundings_untouched()
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_of_narrower_blocks_hold_nothing_stale(target, mode):
     run = Run(padded(np.linspace(1.0, 2.0, 6), 100), 6, 4, mode)
-    assert [len(a) for a in run.diagonal][:3] == [4, 4, 2]
-    third = run.panels.working.values[8:12] if mode.endswith("in place") else run.panels.working.values[:4]
+    assert run.widths[:3] == [4, 4, 2]
+    third = run.working[8:12] if mode.endswith(IN_PLACE) else run.working[:4]
     assert np.all(third[2:] == 0.0)
 
 
@@ -131,7 +128,7 @@ def test_a_history_of_lower_precision_or_in_tiles(target, mode, storage, tiles):
     assert run.recurrence_residual() <= allowed(mode, epsilon, 4.0, 3)
     ritz = np.linalg.eigvalsh(run.projected_matrix())
     assert abs(ritz[-1] - 4.0) <= 64 * epsilon * 4.0
-    run.panels.assert_surroundings_untouched()
+    run.assert_surroundings_untouched()
 
 
 def test_the_whole_space_gives_the_whole_spectrum(target):
@@ -156,8 +153,7 @@ def test_zero_and_dependent_probes_narrow_the_first_block(target, mode, working)
     start = run.engine.start_factor
     assert start.shape == (5, 3)
     assert np.all(start[1] == 0.0)
-    scale = np.linalg.norm(probes)
-    assert np.linalg.norm(start @ run.blocks[0] - probes) <= 32 * EPSILON[working] * scale
+    assert run.start_residual() <= 32 * EPSILON[working]
     assert run.recurrence_residual() <= allowed(mode, EPSILON[working], 3.0, 3)
 
 
@@ -177,7 +173,7 @@ def test_several_chunks(target, mode, working, block):
     assert run.recurrence_residual() <= allowed(mode, EPSILON[working], 10.0, block)
     ritz = np.linalg.eigvalsh(run.projected_matrix())
     assert np.abs(ritz[-1] - 10.0) <= 256 * EPSILON[working] * 10.0
-    run.panels.assert_surroundings_untouched()
+    run.assert_surroundings_untouched()
 
 
 def test_a_weak_block_is_orthogonalized_once_more(target):
@@ -186,8 +182,7 @@ def test_a_weak_block_is_orthogonalized_once_more(target):
     probes[2] = np.linalg.eigh(matrix)[1][:, -1] + 1e-9 * probes[2]  # next to nothing outside the first block
     run = Run(matrix, 8, 3, probes=probes)
     assert run.engine.extra_sweeps > 0
-    q = run.basis_vectors()
-    assert np.abs(q @ q.T - np.eye(len(q))).max() <= 32 * EPSILON["float64"]
+    assert overlaps(run.basis_vectors()) <= 32 * EPSILON["float64"]
 
 
 @pytest.mark.parametrize("working", WORKING)
@@ -195,21 +190,21 @@ def test_a_weak_block_is_orthogonalized_once_more(target):
 def test_products_that_are_not_finite_name_the_panel(target, working, bad):
     for mode in MODES:
         for step, (row, column) in [(0, (0, 0)), (2, (1, N - 1))]:
-            panels = Panels(2, N, 5, mode, working)
-            engine = new_engine(*panels.lent(), 5, N, mode)
-            native_engine.load().fill_probes(panels.at_work(engine), 0, 0, 0, "rademacher")
-            engine.start()
-            for number in range(step + 1):
-                panels.at_work(engine)[...] = panels.current(engine) * SPECTRA["diagonal"]
-                if number < step:
-                    engine.advance()
-            panels.at_work(engine)[row, column] = bad
+            run = GuardedRun(2, N, 5, mode, working)
+            run.fill_probes(0)
+
+            def multiply(panel, run=run, step=step, place=(row, column)):
+                product = panel * SPECTRA["diagonal"]
+                if run.engine.steps == step:
+                    product[place] = bad
+                return product
+
             with pytest.raises(EngineError, match="`working` has non-finite values"):
-                engine.advance()
+                drive(run, multiply)
             with pytest.raises(EngineError, match="earlier step ended with an error"):
-                engine.advance()
-            assert engine.steps == step
-            panels.assert_surroundings_untouched()
+                run.advance()
+            assert run.engine.steps == step
+            run.assert_surroundings_untouched()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -222,16 +217,16 @@ def test_probes_that_are_not_finite_name_the_panel(bad):
 
 
 def test_calls_in_the_wrong_order_are_refused():
-    panels = Panels(2, N, 2)
-    panels.working.array[...] = np.random.default_rng(0).standard_normal((6, N))
-    engine = new_engine(*panels.lent(), 2, N)
+    run = GuardedRun(2, N, 2)
+    run.fill_probes(0)
+    engine = run.engine
     with pytest.raises(EngineError, match=r"before start\(\)"):
         engine.advance()
     engine.start()
     with pytest.raises(EngineError, match="twice"):
         engine.start()
     for _ in range(2):
-        panels.at_work(engine)[...] = panels.current(engine) * SPECTRA["diagonal"]
+        run.product[...] = run.panel * SPECTRA["diagonal"]
         engine.advance()
     assert engine.finished
     with pytest.raises(EngineError, match="has finished"):
@@ -307,18 +302,17 @@ def test_an_exception_from_a_reduction_ends_the_run():
             raise StepError
 
     started = 100
-    panels = Panels(2, N, 4)
-    engine = new_engine(*panels.lent(), 4, N, reduce=reduce)
-    panels.at_work(engine)[...] = np.random.default_rng(0).standard_normal((2, N))
-    engine.start()
+    run = GuardedRun(2, N, 4, reduce=reduce)
+    run.fill_probes(0)
+    run.engine.start()
     started = len(calls) + 1
-    panels.at_work(engine)[...] = panels.current(engine) * SPECTRA["diagonal"]
+    run.product[...] = run.panel * SPECTRA["diagonal"]
     with pytest.raises(StepError):
-        engine.advance()
+        run.advance()
     with pytest.raises(EngineError, match="earlier step ended with an error"):
-        engine.advance()
+        run.advance()
     kept = [sums.copy() for sums in calls]
-    del engine
+    del run
     for mine, copy in zip(calls, kept, strict=True):  # arrays that a callback keeps are Python's own
         assert np.array_equal(mine, copy)
 
@@ -327,34 +321,20 @@ def test_an_exception_from_a_reduction_ends_the_run():
 def test_shards_on_two_threads_give_the_whole_result(mode):
     n, cut, steps, block = 5001, 2000, 6, 3
     diagonal = np.concatenate([np.linspace(-0.1, 0.1, n - 2), [-2.0, 4.0]])
-    barrier = threading.Barrier(2, timeout=60)
-    shared, results = [None, None], [None, None]
 
-    def shard(place):
-        mine = slice(0, cut) if place == 0 else slice(cut, n)
-        local = diagonal[mine]
+    def shard(rank, gather):
+        mine = slice(0, cut) if rank == 0 else slice(cut, n)
 
         def reduce(sums):
-            shared[place] = sums.copy()
-            barrier.wait()
-            sums[:] = shared[0] + shared[1]
-            barrier.wait()
+            sums[:] = sum(gather(sums.copy()))
 
-        panels = Panels(block, len(local), steps, mode)
-        engine = new_engine(*panels.lent(), steps, n, mode, reduce=reduce)
-        native_engine.load().fill_probes(panels.at_work(engine), 9, 0, mine.start, "rademacher")
-        engine.start()
-        while not engine.finished:
-            panels.at_work(engine, engine.current_width)[...] = panels.current(engine) * local
-            engine.advance()
-        results[place] = (engine.diagonal, engine.offdiagonal)
+        run = GuardedRun(block, mine.stop - mine.start, steps, mode, size=n, reduce=reduce)
+        run.fill_probes(9, first_index=mine.start)
+        drive(run, lambda panel: panel * diagonal[mine])
+        return run.engine.diagonal, run.engine.offdiagonal
 
-    threads = [threading.Thread(target=shard, args=(place,)) for place in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    whole = Run(diagonal, steps, block, mode, seed=9)
+    results = on_threads(2, shard)
+    whole = Run(diagonal, steps, block, mode, probes=9)
     for mine, theirs in zip(results[0], results[1], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
     # rounding moves the basis by about epsilon over the gap it has to resolve; six steps resolve the two outliers
@@ -365,10 +345,9 @@ def test_shards_on_two_threads_give_the_whole_result(mode):
 def test_another_thread_that_looks_on_sees_whole_steps_or_is_refused():
     n, block = 20_000, 2
     diagonal = np.linspace(-1.0, 5.0, n)
-    panels = Panels(block, n, 20)
-    engine = new_engine(*panels.lent(), 20, n)
-    native_engine.load().fill_probes(panels.at_work(engine), 1, 0, 0, "rademacher")
-    engine.start()
+    run = GuardedRun(block, n, 20)
+    run.fill_probes(1)
+    engine = run.engine
     done = threading.Event()
     seen, failures = [], []
 
@@ -386,9 +365,7 @@ def test_another_thread_that_looks_on_sees_whole_steps_or_is_refused():
     watcher = threading.Thread(target=look)
     watcher.start()
     try:
-        while not engine.finished:
-            panels.at_work(engine, engine.current_width)[...] = panels.current(engine) * diagonal
-            engine.advance()
+        drive(run, lambda panel: panel * diagonal)
     finally:
         done.set()
         watcher.join()

@@ -501,6 +501,7 @@ def digests(threads, target):
         "OMP_NUM_THREADS": str(threads),
         "HESD_FAST_TARGET": target,
         "HESD_NATIVE_ENGINE": str(Path(engine.__file__).parent),
+        "PYTHONPATH": str(Path(__file__).parents[1] / "support"),
     }
     script = Path(__file__).parent / "native_digests.py"
     done = subprocess.run(

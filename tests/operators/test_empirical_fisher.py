@@ -6,19 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import (
-    ROUNDING,
-    Case,
-    Convolutional,
-    SmallTransformer,
-    dropout_mlp,
-    images,
-    labelled_tokens,
-    mlp,
-    vectors,
-)
-from test_gauss_newton import (
-    CROSS_ENTROPY,
+from catalogue import CROSS_ENTROPY, ROUNDING, Case
+from curvature_checks import (
     READY_MADE,
     assert_products_are_those_of_the_dense_matrix,
     assert_uneven_batches_are_one,
@@ -26,6 +15,7 @@ from test_gauss_newton import (
     outputs_and_targets,
     relative,
 )
+from models import Convolutional, SmallTransformer, dropout_mlp, images, labelled_tokens, mlp, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from catalogue import CASES, Case
 from dense import dense_hessian
-from models import CASES, Case, Convolutional, OnceCube, classification, dropout_mlp, images, mlp, per_batch, vectors
+from models import Convolutional, OnceCube, dropout_mlp, images, mlp, vectors
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor, nn
 from torch.nn import functional
+from totals import classification, per_batch
 
 import hesd_fast as hesd
 from hesd_fast import losses
@@ -542,7 +544,7 @@ def test_a_product_that_is_not_a_number_names_operation_line_and_remedy(loss: ob
         model.weight[0] = 0.0
     operator = HessianOperator(Problem(model, loss, vectors(4)), hvp=hvp)
     message = (
-        rf"'weight'.*second derivative of {name} is not a number there, in `.*` \(test_hessian_operator\.py, line \d+\)"
+        rf"'weight'.*second derivative of {name} is not a number there, in `.*` \(test_hessian\.py, line \d+\)"
         r".*if numbers overflow.*hvp='finite_differences'"
     )
     with pytest.raises(OperatorError, match=message):

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from dense import dense_hessian
-from models import SERVING
 from snapshots import assert_same, snapshot
 from torch import Tensor, nn
 
 from hesd_fast import analyze, load_report, losses
 from hesd_fast.errors import ProblemError
+from hesd_fast.hvp import STRATEGIES
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
 from hesd_fast.operators.hessian_blocks import GroupedHessianOperator
 from hesd_fast.problem.problem import Problem
@@ -111,7 +111,7 @@ def eye(problem: Problem) -> Tensor:
     return torch.eye(problem.size, dtype=problem.dtype)
 
 
-@pytest.mark.parametrize("hvp", ["auto", *SERVING])
+@pytest.mark.parametrize("hvp", ["auto", *STRATEGIES])
 @pytest.mark.parametrize("model", MODELS)
 def test_hessian_is_that_of_pairs_of_reals(model: type, hvp: str) -> None:
     own, pairs = both(model)

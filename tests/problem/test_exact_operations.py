@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from dense import dense_hessian
-from models import SERVING
 from snapshots import assert_same, snapshot
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hesd_fast import losses
 from hesd_fast.errors import OperatorError
+from hesd_fast.hvp import STRATEGIES
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
 from hesd_fast.problem.exact_operations import OPERATIONS, ExactOperations
 from hesd_fast.problem.problem import Problem
@@ -533,7 +533,7 @@ def test_hessian_is_that_of_the_function_by_hand(case: Case) -> None:
     assert_nothing_left()
 
 
-@pytest.mark.parametrize("hvp", [name for name in SERVING if name != "double_backward"])
+@pytest.mark.parametrize("hvp", [name for name in STRATEGIES if name != "double_backward"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_strategy_multiplies_as_by_hand(case: Case, hvp: str) -> None:
     if case.loss is gradient_penalty and hvp == "forward_over_reverse":

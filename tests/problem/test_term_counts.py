@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from catalogue import CASES, Case
 from dense import dense_hessian
-from models import CASES, Case, gpt2
+from models import gpt2
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_sequence

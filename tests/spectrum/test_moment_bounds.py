@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy_block_lanczos import EPSILON, Array, block_lanczos, rademacher, rotation
 from scipy.optimize import linprog
-from test_spectral_measure import SIZE, SPECTRA, scale_of
+from spectra import SIZE, SPECTRA, dense, scale_of
 
 from hesd_fast.spectrum.jacobi_matrix import CDFBand, Jacobi, cdf_band, hinge_bounds, jacobi_of_probe
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
@@ -21,8 +21,7 @@ def probe_weights(z: Array) -> Array:
 
 
 def run(name: str, z: Array, steps: int) -> SpectralMeasure:
-    basis = rotation(SIZE, 1)
-    return SpectralMeasure.from_tridiagonal(block_lanczos((basis * SPECTRA[name]) @ basis.T, z, steps))
+    return SpectralMeasure.from_tridiagonal(block_lanczos(dense(name), z, steps))
 
 
 def points_for(name: str, measure: SpectralMeasure, seed: int) -> Array:

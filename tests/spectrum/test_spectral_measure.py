@@ -10,32 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
-from numpy_block_lanczos import EPSILON, Array, block_lanczos, rademacher, rotation
+from numpy_block_lanczos import EPSILON, block_lanczos, rademacher
+from spectra import SIZE, SPECTRA, dense, scale_of
 
 from hesd_fast.errors import CheckpointError, ProblemError
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
-SIZE = 120
-RNG = np.random.default_rng(0)
-SPECTRA: dict[str, Array] = {
-    "bulk and outliers": np.concatenate([RNG.normal(0.0, 0.05, SIZE - 5), [-0.7, 1.0, 2.0, 4.0, 9.0]]),
-    "indefinite": RNG.normal(0.0, 1.0, SIZE),
-    "low rank": np.concatenate([np.zeros(SIZE - 4), [-1.0, 0.5, 2.0, 3.0]]),
-    "repeated": np.repeat([-1.0, 0.0, 2.0], SIZE // 3),
-    "all negative": -RNG.uniform(0.5, 3.0, SIZE),
-    "zero": np.zeros(SIZE),
-}
 CASES = [(name, b, m) for name in SPECTRA for b, m in ((1, 6), (3, 1), (3, 8), (5, 24))]
-
-
-def dense(name: str) -> Array:
-    basis = rotation(SIZE, 1)
-    return (basis * SPECTRA[name]) @ basis.T
-
-
-def scale_of(name: str) -> float:
-    return float(np.abs(SPECTRA[name]).max())
 
 
 @pytest.mark.parametrize(("name", "probes", "steps"), CASES)

@@ -1,7 +1,7 @@
-"""A device that is not there, for problems that lie on one: its tensors hold their numbers in the host's memory.
+"""A fake CUDA device, for problems that lie on one: its tensors hold their numbers in the host's memory.
 
 PyTorch sees a device of its own (the one that it keeps for backends written in Python), autograd and function
-transforms included. Operations run on the CPU underneath; panels are lent by DLPack as CUDA ones, and the emulated
+transforms included. Operations run on the CPU underneath; panels are exported by DLPack as CUDA ones, and the emulated
 engine takes them to its CUDA kernels. As on a GPU, an operation on tensors of two devices is an error, and so is
 NumPy's view of a tensor on one. Where the host would wait for the device, as when it reads a number, it is counted.
 
@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-TYPE = "pretended"
+from hesd_fast.engine.cuda import CudaRuntime
+
+TYPE = "fake_cuda"
 
 _waits = 0
 
@@ -63,6 +65,25 @@ class _Module:
         return [torch.bfloat16, torch.float16]
 
 
+class FakeCudaRuntime(CudaRuntime):
+    """What the package asks about CUDA devices, answered for this one."""
+
+    def is_cuda(self, device: torch.device) -> bool:
+        return device.type == TYPE
+
+    def free_memory(self, device: torch.device) -> int:
+        return 2**30
+
+    def peak_memory(self, device: torch.device) -> int:
+        return 2**20
+
+    def name(self, device: torch.device) -> str:
+        return str(device)
+
+    def synchronize(self, device: torch.device) -> None:
+        pass  # its work is done when it is given
+
+
 def start() -> None:
     """Make the device known to PyTorch, before the first backward pass of the process."""
     _setup_privateuseone_for_python_backend(TYPE, _Module())
@@ -73,16 +94,16 @@ def start() -> None:
         ("eye", _aten.eye.default),  # is made by resizing a tensor, which this one cannot
     ):
         _OPERATIONS.impl(name, _maker(function), "PrivateUse1")
-    proxy_tensor.HANDLED_TYPES += (PretendedTensor,)  # traces see its operations, not those underneath
+    proxy_tensor.HANDLED_TYPES += (FakeCudaTensor,)  # traces see its operations, not those underneath
 
 
-class PretendedTensor(Tensor):
+class FakeCudaTensor(Tensor):
     """A tensor on the device."""
 
     inner: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor, device: torch.device) -> PretendedTensor:
+    def __new__(cls, inner: Tensor, device: torch.device) -> FakeCudaTensor:
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             inner.size(),
@@ -96,7 +117,7 @@ class PretendedTensor(Tensor):
         return made  # type: ignore[no-any-return]
 
     def __repr__(self, **_: Any) -> str:
-        return f"PretendedTensor({self.inner!r}, {self.device})"
+        return f"FakeCudaTensor({self.inner!r}, {self.device})"
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -129,8 +150,8 @@ class PretendedTensor(Tensor):
 def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     global _waits
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    devices = {leaf.device for leaf in tensors if isinstance(leaf, PretendedTensor)}
-    here = any(not isinstance(leaf, PretendedTensor) and leaf.ndim > 0 for leaf in tensors)
+    devices = {leaf.device for leaf in tensors if isinstance(leaf, FakeCudaTensor)}
+    here = any(not isinstance(leaf, FakeCudaTensor) and leaf.ndim > 0 for leaf in tensors)
     if function not in _ACROSS_DEVICES and len(devices) + here > 1:
         found = " and ".join(str(device) for device in [*devices, *(["cpu"] if here else [])])
         raise RuntimeError(f"{function}: Expected all tensors to be on the same device, but found {found}")
@@ -140,12 +161,12 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if function in _READ_BY_THE_HOST or (devices and target.type == "cpu") or (function is _COPY and here):
         _waits += len(devices) > 0
-    result = function(*tree_map_only(PretendedTensor, _inner, args), **tree_map_only(PretendedTensor, _inner, kwargs))
+    result = function(*tree_map_only(FakeCudaTensor, _inner, args), **tree_map_only(FakeCudaTensor, _inner, kwargs))
     if function is _COPY:
         return args[0]
     if target.type != TYPE:
         return result
-    result = tree_map_only(Tensor, lambda made: PretendedTensor(made, _whole(target)), result)
+    result = tree_map_only(Tensor, lambda made: FakeCudaTensor(made, _whole(target)), result)
     return return_and_correct_aliasing(function, args, kwargs, result)
 
 
@@ -153,14 +174,14 @@ def _whole(device: torch.device) -> torch.device:
     return torch.device(TYPE, device.index or 0)
 
 
-def _maker(function: Any) -> Callable[..., PretendedTensor]:
-    def make(*args: Any, device: torch.device, **kwargs: Any) -> PretendedTensor:
-        return PretendedTensor(function(*args, **kwargs, device=torch.device("cpu")), _whole(device))
+def _maker(function: Any) -> Callable[..., FakeCudaTensor]:
+    def make(*args: Any, device: torch.device, **kwargs: Any) -> FakeCudaTensor:
+        return FakeCudaTensor(function(*args, **kwargs, device=torch.device("cpu")), _whole(device))
 
     return make
 
 
-def _inner(tensor: PretendedTensor) -> Tensor:
+def _inner(tensor: FakeCudaTensor) -> Tensor:
     return tensor.inner
 
 
