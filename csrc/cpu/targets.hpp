@@ -1,7 +1,12 @@
 // Every CPU kernel is compiled once per instruction set, into a namespace of that name.
 #pragma once
 
-#include "dispatch.hpp"
+#include "hesd/accumulate_hvp.hpp"
+#include "hesd/fill_probes.hpp"
+#include "hesd/panel_combine.hpp"
+#include "hesd/panel_gram.hpp"
+#include "hesd/panel_orthonormalize.hpp"
+#include "hesd/panel_project.hpp"
 
 #define HESD_DECLARE_TARGET(target)                                                                                 \
     namespace hesd::target {                                                                                        \

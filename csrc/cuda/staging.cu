@@ -91,12 +91,13 @@ void unpin(void* memory) {
     }
 }
 
-}  // namespace
-
-const Staging kStaging{fetch, arrived, send, finish, pin, unpin};
-
 std::int64_t staging_bytes(std::int64_t rows, std::int64_t columns, Precision precision) {
     return 2 * (rows * ((columns + 15) / 16 * 16) * element_bytes(precision) + 256);
 }
+
+}  // namespace
+
+const DeviceMemory kDeviceMemory{
+    upload, download, workspace_bytes, {fetch, arrived, send, finish, pin, unpin, staging_bytes}};
 
 }  // namespace hesd::cuda

@@ -10,7 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "dispatch.hpp"
+#include "dispatch/dispatch.hpp"
+#include "small/pivoted_cholesky_qr.hpp"
 
 using hesd::Panel;
 using hesd::Precision;

@@ -1,4 +1,4 @@
-#include "block_lanczos.hpp"
+#include "lanczos/block_lanczos.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -30,12 +30,12 @@ SmallMatrix leading_columns(const double* values, std::int64_t rows, std::int64_
     return matrix;
 }
 
-static_assert(sizeof(LanczosFacts) % sizeof(double) == 0, "facts lie among numbers");
-constexpr std::int64_t kFacts = sizeof(LanczosFacts) / sizeof(double);
+static_assert(sizeof(StepFacts) % sizeof(double) == 0, "facts lie among numbers");
+constexpr std::int64_t kFacts = sizeof(StepFacts) / sizeof(double);
 
 }  // namespace
 
-BlockLanczos::BlockLanczos(const Kernels& kernels, TiledPanel history, Panel working, BlockLanczosOptions options,
+BlockLanczos::BlockLanczos(const Kernels& kernels, BasisPanel history, Panel working, BlockLanczosOptions options,
                            Reduction reduction)
     : kernels_(&kernels),
       history_(std::move(history)),
@@ -88,7 +88,7 @@ BlockLanczos::BlockLanczos(const Kernels& kernels, TiledPanel history, Panel wor
     const double rounding =
         history_.precision() == working.precision ? 0.0 : 0.5 * machine_epsilon(history_.precision());
     fresh_ = epsilon() + rounding / std::sqrt(static_cast<double>(options.global_size));
-    if (kernels.copies == nullptr) {
+    if (!kernels.on_device()) {
         memory_.resize(static_cast<std::size_t>(matrix_bytes(most_overlaps(), options.block) / 8));
     }
 }
@@ -101,7 +101,7 @@ LanczosStep BlockLanczos::matrices(std::int64_t history, std::int64_t recent, st
     const std::int64_t overlaps = most_overlaps() * options_.block;
     const std::int64_t square = options_.block * options_.block;
     double* memory = memory_.data();
-    if (kernels_->copies != nullptr) {
+    if (kernels_->on_device()) {
         const Execution& execution = current_execution();
         if (execution.matrix_bytes < matrix_bytes(most_overlaps(), options_.block)) {
             throw EngineError("BlockLanczos: " + std::to_string(execution.matrix_bytes) +
@@ -119,7 +119,7 @@ LanczosStep BlockLanczos::matrices(std::int64_t history, std::int64_t recent, st
     step.max_rank = width;
     // What the host looks at follows each other: the facts, the factor and what was removed.
     step.orthonormalization = orthonormalization_in(memory, options_.block, width);
-    step.facts = reinterpret_cast<LanczosFacts*>(step.orthonormalization.factor + square);
+    step.facts = reinterpret_cast<StepFacts*>(step.orthonormalization.factor + square);
     step.removed = reinterpret_cast<double*>(step.facts + 1);
     step.overlap = step.removed + overlaps;
     step.next = step.overlap + overlaps;
@@ -132,7 +132,7 @@ BlockLanczos::Found BlockLanczos::look(const LanczosStep& step) {
     const Orthonormalization& block = step.orthonormalization;
     const auto* first = reinterpret_cast<const double*>(block.facts);
     const double* here = first;
-    if (kernels_->copies != nullptr) {
+    if (kernels_->on_device()) {
         const std::int64_t count = step.removed + (step.history + step.recent) * step.width - first;
         found_.resize(static_cast<std::size_t>(count));
         download(*kernels_, found_.data(), first, count);
@@ -169,7 +169,7 @@ template <typename Body>
 std::int64_t BlockLanczos::when(const int* flag, Body body) {
     const std::int64_t before = vectors_read_;
     // A basis that comes from far should not come in vain; shards sum on the host.
-    const bool looks = kernels_->copies == nullptr || history_.far() || reduction_.sum != nullptr;
+    const bool looks = !kernels_->on_device() || history_.far() || reduction_.sum != nullptr;
     int set = 1;
     if (looks) {
         download(*kernels_, &set, flag, 1);
@@ -210,7 +210,7 @@ BlockLanczos::Rows BlockLanczos::recent_rows() const {
 // Gram matrices go to where the kernels work.
 void BlockLanczos::gram(Rows v, const Panel& w, double* out) {
     v.panel->gram(*kernels_, v.first, v.count, w, out, part_);
-    reduce(*kernels_, reduction_, out, v.count * w.rows);
+    reduce(kernels_->device, reduction_, out, v.count * w.rows);
     vectors_read_ += v.count;
 }
 
@@ -218,10 +218,10 @@ void BlockLanczos::project(const Panel& w, Rows v, std::int64_t idle, const doub
                            double* self_gram) {
     v.panel->project(*kernels_, v.first, v.count, w, idle, c, gram, self_gram, part_);
     if (gram != nullptr) {
-        reduce(*kernels_, reduction_, gram, v.count * w.rows);
+        reduce(kernels_->device, reduction_, gram, v.count * w.rows);
     }
     if (self_gram != nullptr) {
-        reduce(*kernels_, reduction_, self_gram, w.rows * w.rows);
+        reduce(kernels_->device, reduction_, self_gram, w.rows * w.rows);
     }
     vectors_read_ += v.count;
 }
@@ -267,8 +267,8 @@ void BlockLanczos::start() {
     step.max_rank = options_.global_size;
     const Panel probes = working_.slice(work_row(), b);
     kernels_->panel_gram(probes, probes, step.orthonormalization.gram);
-    reduce(*kernels_, reduction_, step.orthonormalization.gram, b * b);
-    kernels_->lanczos_task(LanczosTask::probes, step);
+    reduce(kernels_->device, reduction_, step.orthonormalization.gram, b * b);
+    kernels_->lanczos_task(StepTask::begin_probes, step);
     const Found found = orthonormalized(probes, working_.slice(0, b), step);
     if (found.block.rank == 0) {
         throw NumericalError("BlockLanczos: all probes are zero");
@@ -303,21 +303,21 @@ void BlockLanczos::advance() {
     // The last two blocks R carry nearly all that is taken out:
     // S = R W^T                                         reads R and W once
     gram(basis.recent, w, step.overlap + basis.history.count * width_);
-    kernels_->lanczos_task(LanczosTask::recent, step);
+    kernels_->lanczos_task(StepTask::take_recent_coefficients, step);
     // W <- W - S^T R,  S = B W^T                        B is V and R; reads B once, reads and writes W once
     vectors_read_ += when(&step.facts->finite, [&] { project_recent(w, basis, step); });
-    kernels_->lanczos_task(LanczosTask::whole, step);
+    kernels_->lanczos_task(StepTask::decide_second_projection, step);
     // W <- W - S^T B                                    reads B once, reads and writes W once
-    const std::int64_t once = when(&step.facts->once, [&] { project_whole(w, basis, step, false); });
-    const std::int64_t twice = when(&step.facts->twice, [&] {
+    const std::int64_t once = when(&step.facts->project_once, [&] { project_whole(w, basis, step, false); });
+    const std::int64_t twice = when(&step.facts->project_twice, [&] {
         // S = B W^T from the same read of B, then W <- W - S^T B      reads B once more
         project_whole(w, basis, step, true);
-        kernels_->lanczos_task(LanczosTask::again, step);
+        kernels_->lanczos_task(StepTask::accumulate_second, step);
     });
-    const std::int64_t again = when(&step.facts->twice, [&] { project_whole(w, basis, step, false); });
-    kernels_->lanczos_task(LanczosTask::product, step);
+    const std::int64_t again = when(&step.facts->project_twice, [&] { project_whole(w, basis, step, false); });
+    kernels_->lanczos_task(StepTask::begin_product, step);
     Found found = orthonormalized(w, w, step);
-    vectors_read_ += (found.facts.once != 0 ? once : 0) + (found.facts.twice != 0 ? twice + again : 0);
+    vectors_read_ += (found.facts.project_once != 0 ? once : 0) + (found.facts.project_twice != 0 ? twice + again : 0);
     scale_ = found.facts.scale;
     record_coefficients(found.removed, basis.history.count * width_, width_);
     offdiagonal_.push_back(next_block(w, found));
@@ -361,12 +361,12 @@ void BlockLanczos::record_coefficients(const double* removed, std::int64_t in_hi
 
 // Q <- Q - (V Q^T)^T V for the blocks asked for, then orthonormal again; returns the factor of the old rows in the new.
 SmallMatrix BlockLanczos::sweep(const Panel& q, const std::vector<Range>& ranges) {
-    LanczosTask task = LanczosTask::swept;
+    StepTask task = StepTask::record_overlap;
     const auto take_out = [&](Rows rows) {
         const LanczosStep part = matrices(rows.count, 0, q.rows);
         gram(rows, q, part.overlap);
         kernels_->lanczos_task(task, part);
-        task = LanczosTask::swept_further;
+        task = StepTask::record_larger_overlap;
         project(q, rows, 0, part.overlap, nullptr, nullptr);
     };
     for (const Range range : ranges) {
@@ -379,10 +379,10 @@ SmallMatrix BlockLanczos::sweep(const Panel& q, const std::vector<Range>& ranges
     LanczosStep step = matrices(0, 0, q.rows);
     step.tolerance = kInSpan;
     kernels_->panel_gram(q, q, step.orthonormalization.gram);
-    reduce(*kernels_, reduction_, step.orthonormalization.gram, q.rows * q.rows);
-    kernels_->lanczos_task(LanczosTask::block, step);
+    reduce(kernels_->device, reduction_, step.orthonormalization.gram, q.rows * q.rows);
+    kernels_->lanczos_task(StepTask::begin_rows, step);
     const Found found = orthonormalized(q, q, step);
-    swept_overlap_ = found.facts.swept;
+    swept_overlap_ = found.facts.swept_overlap;
     return leading_columns(found.factor, q.rows, found.block.rank);
 }
 

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "hesd/panel_orthonormalize.hpp"
-#include "team.hpp"
+#include "small/thread_team.hpp"
 
 namespace hesd {
 
@@ -78,7 +78,7 @@ template <typename Team>
 HESD_TEAM_WORK void begin_orthonormalization(const Team& team, const Orthonormalization& o, double tolerance,
                                              std::int64_t max_rank) {
     const std::int64_t b = o.rows;
-    share(team, 0, b * b, [&](std::int64_t e) { o.factor[e] = e / b == e % b ? 1.0 : 0.0; });
+    for_each_in_team(team, 0, b * b, [&](std::int64_t e) { o.factor[e] = e / b == e % b ? 1.0 : 0.0; });
     if (team.thread == 0) {
         *o.facts = {
             OrthonormalizeStage::more, tolerance, larger<std::int64_t>(0, smaller(b, max_rank)), 0, 0, b, kInfinity};
@@ -151,7 +151,7 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
         }
         return;
     }
-    share(team, 0, facts.live, [&](std::int64_t i) {
+    for_each_in_team(team, 0, facts.live, [&](std::int64_t i) {
         bool finite = true;
         for (std::int64_t j = 0; j < b; ++j) {
             finite = finite && is_finite(o.gram[i * b + j]);
@@ -159,8 +159,8 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
         const double square = o.gram[i * b + i];
         round.norm[i] = finite ? std::sqrt(larger(square, 0.0)) : kInfinity;
     });
-    share(team, 0, b, [&](std::int64_t p) { round.pivot[p] = 1.0; });
-    share(team, 0, b * b, [&](std::int64_t e) { round.cholesky[e] = 0.0; });
+    for_each_in_team(team, 0, b, [&](std::int64_t p) { round.pivot[p] = 1.0; });
+    for_each_in_team(team, 0, b * b, [&](std::int64_t e) { round.cholesky[e] = 0.0; });
     team.sync();
     if (team.thread == 0) {
         *round.goes_on = choose_candidates(facts, round) ? 1 : 0;
@@ -200,7 +200,7 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
         if (team.thread == 0) {
             round.cholesky[accepted * b + accepted] = diagonal;
         }
-        share(team, accepted + 1, candidates, [&](std::int64_t p) {
+        for_each_in_team(team, accepted + 1, candidates, [&](std::int64_t p) {
             double sum = scaled(p, accepted);
             for (std::int64_t q = 0; q < accepted; ++q) {
                 sum -= round.cholesky[p * b + q] * round.cholesky[accepted * b + q];
@@ -217,7 +217,7 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
     const bool full = accepted == facts.max_rank && facts.rank == facts.max_rank;
     const std::int64_t kept = full ? accepted : candidates;
 
-    share(team, 0, candidates, [&](std::int64_t p) {
+    for_each_in_team(team, 0, candidates, [&](std::int64_t p) {
         double sum = 0.0;
         for (std::int64_t q = 0; q < candidates; ++q) {
             sum += q != p && smaller(p, q) < accepted ? std::fabs(scaled(p, q)) : 0.0;
@@ -225,7 +225,7 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
         round.row_sum[p] = sum;
     });
     // accepted rows:  Y_a = C^-1 D_a^-1 X_a;    residual rows:  Y_r = X_r - D_r C_r Y_a;    by columns
-    share(team, 0, b, [&](std::int64_t i) {
+    for_each_in_team(team, 0, b, [&](std::int64_t i) {
         for (std::int64_t p = 0; p < b; ++p) {
             double entry = 0.0;
             if (p < kept && i < facts.live) {
@@ -242,7 +242,7 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
         }
     });
     // rows at first = factor X with X_a = D_a C Y_a, X_r = Y_r + D_r C_r Y_a
-    share(team, 0, b * b, [&](std::int64_t e) {
+    for_each_in_team(team, 0, b * b, [&](std::int64_t e) {
         const std::int64_t i = e / b;
         const std::int64_t q = e % b;
         double entry = 0.0;
@@ -257,7 +257,7 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
         round.other[e] = entry;
     });
     team.sync();
-    share(team, 0, b * b, [&](std::int64_t e) { o.factor[e] = round.other[e]; });
+    for_each_in_team(team, 0, b * b, [&](std::int64_t e) { o.factor[e] = round.other[e]; });
 
     if (team.thread == 0) {
         double distance = 0.0;
@@ -282,9 +282,9 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
     }
     team.sync();
     if (transforms == Transforms::keep) {
-        share(team, 0, b * b, [&](std::int64_t e) { round.first[e] = o.transform[e]; });
+        for_each_in_team(team, 0, b * b, [&](std::int64_t e) { round.first[e] = o.transform[e]; });
     } else if (transforms == Transforms::join) {
-        share(team, 0, b * b, [&](std::int64_t e) {
+        for_each_in_team(team, 0, b * b, [&](std::int64_t e) {
             double entry = 0.0;
             for (std::int64_t k = 0; k < b; ++k) {
                 entry += o.transform[e / b * b + k] * round.first[k * b + e % b];
@@ -292,7 +292,7 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
             round.other[e] = entry;
         });
         team.sync();
-        share(team, 0, b * b, [&](std::int64_t e) { o.transform[e] = round.other[e]; });
+        for_each_in_team(team, 0, b * b, [&](std::int64_t e) { o.transform[e] = round.other[e]; });
     }
 }
 

@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "small_matrix.hpp"
+#include "small/small_matrix.hpp"
 
 namespace hesd {
 

@@ -13,11 +13,11 @@
 #include <utility>
 #include <vector>
 
-#include "block_lanczos.hpp"
 #include "cpu/parallel.hpp"
-#include "dispatch.hpp"
-#include "dlpack.hpp"
-#include "execution.hpp"
+#include "dispatch/dispatch.hpp"
+#include "kernels/execution.hpp"
+#include "lanczos/block_lanczos.hpp"
+#include "python/dlpack.hpp"
 #if defined(HESD_EMULATION)
 #include "emulation/host.hpp"
 #include "emulation/streams.hpp"
@@ -217,11 +217,11 @@ class Backend {
     // With the GIL.
     const hesd::Execution& prepare(std::int64_t rows, std::int64_t block, std::int64_t matrix_bytes,
                                    std::int64_t staging_bytes = 0) {
-        if (kernels_->workspace_bytes == nullptr) {
+        if (!kernels_->on_device()) {
             return execution_;
         }
         const auto whole = [](std::int64_t bytes) { return (bytes + 255) / 256 * 256; };
-        const std::int64_t bytes = whole(kernels_->workspace_bytes(rows, block));
+        const std::int64_t bytes = whole(kernels_->device->workspace_bytes(rows, block));
         const std::int64_t total = bytes + whole(matrix_bytes) + staging_bytes;
 #if defined(HESD_EMULATION)
         if (total > total_) {
@@ -282,7 +282,7 @@ class Matrices {
         : kernels_(backend.kernels()), free_(static_cast<double*>(hesd::current_execution().matrices)) {}
 
     double* take(std::int64_t count) {
-        if (kernels_.copies == nullptr) {
+        if (!kernels_.on_device()) {
             return here_.emplace_back(static_cast<std::size_t>(count)).data();
         }
         double* taken = free_;
@@ -291,18 +291,18 @@ class Matrices {
     }
     // One of the host's, to be read.
     const double* given(const double* host, std::int64_t count) {
-        if (kernels_.copies == nullptr || count == 0) {
+        if (!kernels_.on_device() || count == 0) {
             return host;
         }
         double* there = take(count);
         // Of pageable memory that nobody changes: the caller's may be pinned, and is then read later.
         const std::vector<double>& copy = here_.emplace_back(host, host + count);
-        kernels_.copies->upload(there, copy.data(), count * static_cast<std::int64_t>(sizeof(double)));
+        kernels_.device->upload(there, copy.data(), count * static_cast<std::int64_t>(sizeof(double)));
         return there;
     }
     // One of the host's, to be written and then fetched; may be null.
     double* wanted(double* host, std::int64_t count) {
-        return kernels_.copies == nullptr || host == nullptr ? host : take(count);
+        return !kernels_.on_device() || host == nullptr ? host : take(count);
     }
     void fetch(double* host, const double* there, std::int64_t count) {
         if (there != host) {
@@ -365,7 +365,7 @@ class LentHistory {
 
     // Whether its tiles lie in the host's memory while `backend` works on a device.
     [[nodiscard]] bool far(const Backend& backend) const {
-        return is_list_ && backend.kernels().staging != nullptr && !tiles_.front().cuda();
+        return is_list_ && backend.kernels().on_device() && !tiles_.front().cuda();
     }
 
     // Staging memory that `backend` needs for it.
@@ -377,15 +377,15 @@ class LentHistory {
         for (const LentPanel& tile : tiles_) {
             columns = std::max(columns, tile.panel().columns);
         }
-        return backend.kernels().staging_bytes(rows(), columns, tiles_.front().panel().precision);
+        return backend.kernels().device->staging.bytes(rows(), columns, tiles_.front().panel().precision);
     }
 
-    [[nodiscard]] hesd::TiledPanel tiled(bool far) const {
+    [[nodiscard]] hesd::BasisPanel tiled(bool far) const {
         std::vector<Panel> panels;
         for (const LentPanel& tile : tiles_) {
             panels.push_back(tile.panel());
         }
-        return hesd::TiledPanel(std::move(panels), far);
+        return hesd::BasisPanel(std::move(panels), far);
     }
 
     // Separate memory from that of `panel`, on the same device or, in tiles, all in the host's memory.
@@ -532,8 +532,8 @@ py::tuple panel_orthonormalize(const py::object& w_object, const py::object& out
         begin.orthonormalization = hesd::orthonormalization_in(matrices.take(numbers), b, b);
         const hesd::Orthonormalization& state = begin.orthonormalization;
         kernels.panel_gram(w.panel(), w.panel(), state.gram);
-        hesd::reduce(kernels, reduction.hook(), state.gram, b * b);
-        kernels.lanczos_task(hesd::LanczosTask::block, begin);
+        hesd::reduce(kernels.device, reduction.hook(), state.gram, b * b);
+        kernels.lanczos_task(hesd::StepTask::begin_rows, begin);
         facts = hesd::orthonormalize(kernels, w.panel(), out.panel(), state, reduction.hook());
         matrices.fetch(data, state.factor, b * b);
     }
@@ -664,7 +664,7 @@ class PythonBlockLanczos {
         if (history_.far(backend_)) {
             const hesd::ExecutionScope scope(backend_.execution());
             try {
-                backend_.kernels().staging->finish();
+                backend_.kernels().device->staging.finish();
             } catch (const EngineError&) {  // a device that has failed copies nothing more
             }
         }
@@ -796,7 +796,7 @@ PYBIND11_MODULE(_engine, module) {
         [](std::uintptr_t address, std::int64_t bytes) {
             const hesd::Kernels& kernels = hesd::cuda_kernels();
             const py::gil_scoped_release unlocked;
-            kernels.staging->pin(reinterpret_cast<void*>(address), bytes);
+            kernels.device->staging.pin(reinterpret_cast<void*>(address), bytes);
         },
         py::arg("address"), py::arg("bytes"));
     module.def(
@@ -804,7 +804,7 @@ PYBIND11_MODULE(_engine, module) {
         [](std::uintptr_t address) {
             const hesd::Kernels& kernels = hesd::cuda_kernels();
             const py::gil_scoped_release unlocked;
-            kernels.staging->unpin(reinterpret_cast<void*>(address));
+            kernels.device->staging.unpin(reinterpret_cast<void*>(address));
         },
         py::arg("address"));
 

@@ -9,15 +9,15 @@
 #include <cstdint>
 #include <vector>
 
-#include "dispatch.hpp"
+#include "kernels/kernels.hpp"
 
 namespace hesd {
 
-class TiledPanel {
+class BasisPanel {
    public:
     // `tiles` have equal rows and precision; their columns follow each other. `far`: they lie in the host's memory, and
     // the kernels work on a device.
-    explicit TiledPanel(std::vector<Panel> tiles, bool far = false);
+    explicit BasisPanel(std::vector<Panel> tiles, bool far = false);
 
     [[nodiscard]] std::int64_t rows() const { return tiles_.front().rows; }
     [[nodiscard]] std::int64_t columns() const { return columns_; }

@@ -30,12 +30,12 @@
 #include <cstdint>
 #include <vector>
 
-#include "dispatch.hpp"
-#include "execution.hpp"
-#include "lanczos_step.hpp"
-#include "orthogonality_estimate.hpp"
-#include "small_matrix.hpp"
-#include "tiled_panel.hpp"
+#include "kernels/execution.hpp"
+#include "kernels/kernels.hpp"
+#include "lanczos/basis_panel.hpp"
+#include "lanczos/orthogonality_estimate.hpp"
+#include "small/small_matrix.hpp"
+#include "small/step_tasks.hpp"
 
 namespace hesd {
 
@@ -56,7 +56,7 @@ struct BlockLanczosOptions {
 
 class BlockLanczos {
    public:
-    BlockLanczos(const Kernels& kernels, TiledPanel history, Panel working, BlockLanczosOptions options,
+    BlockLanczos(const Kernels& kernels, BasisPanel history, Panel working, BlockLanczosOptions options,
                  Reduction reduction);
 
     // Bytes of the small matrices that these take where the kernels work, for overlaps of up to `rows` rows; for
@@ -108,7 +108,7 @@ class BlockLanczos {
 
     // Rows [first, first + count) of a panel of stored blocks.
     struct Rows {
-        const TiledPanel* panel;
+        const BasisPanel* panel;
         std::int64_t first;
         std::int64_t count;
     };
@@ -125,7 +125,7 @@ class BlockLanczos {
 
     // What the host has seen of a step, in its memory.
     struct Found {
-        LanczosFacts facts;
+        StepFacts facts;
         OrthonormalizeFacts block;
         const double* factor;
         const double* removed;
@@ -154,9 +154,9 @@ class BlockLanczos {
     void clear_rows(std::int64_t first, std::int64_t count) const;
 
     const Kernels* kernels_;
-    TiledPanel history_;
+    BasisPanel history_;
     Panel working_;
-    TiledPanel working_tile_;  // the same memory
+    BasisPanel working_tile_;  // the same memory
     BlockLanczosOptions options_;
     Reduction reduction_;
     std::int64_t slots_;       // blocks that history can hold

@@ -1,4 +1,4 @@
-#include "orthogonality_estimate.hpp"
+#include "lanczos/orthogonality_estimate.hpp"
 
 #include <algorithm>
 #include <utility>

@@ -1,53 +1,15 @@
-// What a step of block Lanczos does with its small matrices between one pass over the vectors and the next. It happens
-// where the kernels work, and so do the decisions in the usual course of a step: the host puts a whole step to work and
-// looks at the facts once, at its end.
+// The tasks of hesd/lanczos_task.hpp, for any team of threads.
 #pragma once
 
 #include <cmath>
 
-#include "orthonormalize_rounds.hpp"
+#include "hesd/lanczos_task.hpp"
+#include "small/pivoted_cholesky_qr.hpp"
 
 namespace hesd {
 
-struct LanczosFacts {
-    int finite;           // no value that is not finite so far
-    int once;             // one projection against the whole basis is enough
-    int twice;            // it is not
-    double scale;         // largest norm of a row of any product so far
-    double cancellation;  // least fraction of a row's norm that outlived the last projection
-    double swept;         // largest overlap that sweeps took out
-};
-
-// One step's matrices: pointers to where the kernels work. Those of overlaps are (history + recent, width).
-struct LanczosStep {
-    std::int64_t history;  // rows of the basis that are not among the last two blocks
-    std::int64_t recent;   // rows of the last two blocks
-    std::int64_t width;
-    bool in_float32;   // panel_project's arithmetic, so that what is recorded is what was subtracted
-    double limit;      // one projection is enough for a row of which the history takes out no more than this part
-    double tolerance;  // for directions of the new block; relative where the task says so
-    double scale;      // of the steps before
-    std::int64_t max_rank;
-    LanczosFacts* facts;
-    double* overlap;                        // what the next projection takes out
-    double* next;                           // Gram matrix after a projection
-    double* removed;                        // all that was taken out
-    Orthonormalization orthonormalization;  // its `gram` is W W^T after a projection
-};
-
-enum class LanczosTask : int {
-    recent,         // overlap has the last two blocks' part; sets finite and removed
-    whole,          // next has the Gram matrix after that was taken out: overlap becomes it; sets once and twice
-    again,          // likewise in the course of `twice`
-    product,        // W is projected: sets scale and cancellation, begins to orthonormalize with tolerance * scale
-    probes,         // begins to orthonormalize W with tolerance * its longest row
-    block,          // begins to orthonormalize W with the tolerance
-    swept,          // sets swept to the largest overlap
-    swept_further,  // or to swept, where that is larger
-};
-
 // For kernels that work in the host's memory, as Kernels has them.
-void lanczos_task(LanczosTask task, const LanczosStep& step);
+void lanczos_task(StepTask task, const LanczosStep& step);
 void add(double* target, const double* source, std::int64_t count);
 
 namespace team_work {
@@ -55,7 +17,7 @@ namespace team_work {
 template <typename Team>
 HESD_TEAM_WORK bool all_finite(const Team& team, const double* values, std::int64_t count) {
     double others = 0.0;
-    share(team, 0, count, [&](std::int64_t i) { others += is_finite(values[i]) ? 0.0 : 1.0; });
+    for_each_in_team(team, 0, count, [&](std::int64_t i) { others += is_finite(values[i]) ? 0.0 : 1.0; });
     return team.sum(others) == 0.0;
 }
 
@@ -64,7 +26,8 @@ template <typename Team>
 HESD_TEAM_WORK double square_of_column(const Team& team, const double* values, std::int64_t rows, std::int64_t width,
                                        std::int64_t column) {
     double square = 0.0;
-    share(team, 0, rows, [&](std::int64_t i) { square += values[i * width + column] * values[i * width + column]; });
+    for_each_in_team(team, 0, rows,
+                     [&](std::int64_t i) { square += values[i * width + column] * values[i * width + column]; });
     return team.sum(square);
 }
 
@@ -72,7 +35,7 @@ HESD_TEAM_WORK double square_of_column(const Team& team, const double* values, s
 template <typename Team>
 HESD_TEAM_WORK void take_coefficients(const Team& team, const LanczosStep& step, const double* source,
                                       std::int64_t first, bool add) {
-    share(team, first, (step.history + step.recent) * step.width, [&](std::int64_t i) {
+    for_each_in_team(team, first, (step.history + step.recent) * step.width, [&](std::int64_t i) {
         const double value = step.in_float32 ? static_cast<double>(static_cast<float>(source[i])) : source[i];
         step.overlap[i] = value;
         step.removed[i] = add ? step.removed[i] + value : value;
@@ -80,10 +43,10 @@ HESD_TEAM_WORK void take_coefficients(const Team& team, const LanczosStep& step,
 }
 
 template <typename Team>
-HESD_TEAM_WORK void take_recent(const Team& team, const LanczosStep& step) {
+HESD_TEAM_WORK void take_recent_coefficients(const Team& team, const LanczosStep& step) {
     const std::int64_t first = step.history * step.width;
     const bool finite = all_finite(team, step.overlap + first, step.recent * step.width);
-    share(team, 0, first, [&](std::int64_t i) { step.removed[i] = 0.0; });
+    for_each_in_team(team, 0, first, [&](std::int64_t i) { step.removed[i] = 0.0; });
     take_coefficients(team, step, step.overlap, first, false);
     if (team.thread == 0) {
         *step.facts = {finite ? 1 : 0, 0, 0, step.scale, 1.0, 0.0};
@@ -91,7 +54,7 @@ HESD_TEAM_WORK void take_recent(const Team& team, const LanczosStep& step) {
 }
 
 template <typename Team>
-HESD_TEAM_WORK void take_whole(const Team& team, const LanczosStep& step) {
+HESD_TEAM_WORK void decide_second_projection(const Team& team, const LanczosStep& step) {
     if (step.facts->finite == 0) {
         return;
     }
@@ -108,26 +71,26 @@ HESD_TEAM_WORK void take_whole(const Team& team, const LanczosStep& step) {
     }
     if (team.thread == 0) {
         step.facts->finite = finite ? 1 : 0;
-        step.facts->once = finite && !twice ? 1 : 0;
-        step.facts->twice = finite && twice ? 1 : 0;
+        step.facts->project_once = finite && !twice ? 1 : 0;
+        step.facts->project_twice = finite && twice ? 1 : 0;
     }
 }
 
 template <typename Team>
-HESD_TEAM_WORK void take_again(const Team& team, const LanczosStep& step) {
-    if (step.facts->twice == 0) {
+HESD_TEAM_WORK void accumulate_second(const Team& team, const LanczosStep& step) {
+    if (step.facts->project_twice == 0) {
         return;
     }
     const bool finite = all_finite(team, step.next, (step.history + step.recent) * step.width);
     take_coefficients(team, step, step.next, 0, true);
     if (team.thread == 0) {
-        step.facts->finite = step.facts->twice = finite ? 1 : 0;
+        step.facts->finite = step.facts->project_twice = finite ? 1 : 0;
     }
 }
 
 // Norms of what is left of the product and of what was taken out of it.
 template <typename Team>
-HESD_TEAM_WORK void weigh_product(const Team& team, const LanczosStep& step) {
+HESD_TEAM_WORK void begin_product(const Team& team, const LanczosStep& step) {
     const double* left = step.orthonormalization.gram;
     const std::int64_t rows = step.history + step.recent;
     double scale = step.scale;
@@ -164,42 +127,42 @@ HESD_TEAM_WORK void begin_probes(const Team& team, const LanczosStep& step) {
 }
 
 template <typename Team>
-HESD_TEAM_WORK void note_swept(const Team& team, const LanczosStep& step, double before) {
+HESD_TEAM_WORK void record_overlap(const Team& team, const LanczosStep& step, double before) {
     double largest = 0.0;
-    share(team, 0, (step.history + step.recent) * step.width,
-          [&](std::int64_t i) { largest = larger(largest, std::fabs(step.overlap[i])); });
+    for_each_in_team(team, 0, (step.history + step.recent) * step.width,
+                     [&](std::int64_t i) { largest = larger(largest, std::fabs(step.overlap[i])); });
     largest = team.largest(largest);
     if (team.thread == 0) {
-        step.facts->swept = larger(before, largest);
+        step.facts->swept_overlap = larger(before, largest);
     }
 }
 
 template <typename Team>
-HESD_TEAM_WORK void do_task(const Team& team, LanczosTask task, const LanczosStep& step) {
+HESD_TEAM_WORK void do_task(const Team& team, StepTask task, const LanczosStep& step) {
     switch (task) {
-        case LanczosTask::recent:
-            take_recent(team, step);
+        case StepTask::take_recent_coefficients:
+            take_recent_coefficients(team, step);
             break;
-        case LanczosTask::whole:
-            take_whole(team, step);
+        case StepTask::decide_second_projection:
+            decide_second_projection(team, step);
             break;
-        case LanczosTask::again:
-            take_again(team, step);
+        case StepTask::accumulate_second:
+            accumulate_second(team, step);
             break;
-        case LanczosTask::product:
-            weigh_product(team, step);
+        case StepTask::begin_product:
+            begin_product(team, step);
             break;
-        case LanczosTask::probes:
+        case StepTask::begin_probes:
             begin_probes(team, step);
             break;
-        case LanczosTask::block:
+        case StepTask::begin_rows:
             begin_orthonormalization(team, step.orthonormalization, step.tolerance, step.max_rank);
             break;
-        case LanczosTask::swept:
-            note_swept(team, step, 0.0);
+        case StepTask::record_overlap:
+            record_overlap(team, step, 0.0);
             break;
-        case LanczosTask::swept_further:
-            note_swept(team, step, step.facts->swept);
+        case StepTask::record_larger_overlap:
+            record_overlap(team, step, step.facts->swept_overlap);
             break;
     }
 }

@@ -1,4 +1,4 @@
-#include "tiled_panel.hpp"
+#include "lanczos/basis_panel.hpp"
 
 #include <utility>
 
@@ -32,21 +32,21 @@ Panel columns_of(Panel panel, std::int64_t first, std::int64_t count) {
 
 }  // namespace
 
-TiledPanel::TiledPanel(std::vector<Panel> tiles, bool far) : tiles_(std::move(tiles)), far_(far) {
+BasisPanel::BasisPanel(std::vector<Panel> tiles, bool far) : tiles_(std::move(tiles)), far_(far) {
     for (const Panel& tile : tiles_) {
         columns_ += tile.columns;
     }
 }
 
 template <typename Body>
-void TiledPanel::for_each_tile(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
+void BasisPanel::for_each_tile(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
                                Body body) const {
     const auto come = [&](std::size_t t) {
         if (count == 0 || t >= tiles_.size()) {
             return;
         }
         if (far_) {
-            kernels.staging->fetch(tiles_[t].slice(first, count), static_cast<int>(t % 2));
+            kernels.device->staging.fetch(tiles_[t].slice(first, count), static_cast<int>(t % 2));
         } else if (t > 0) {
             read_ahead(tiles_[t].slice(first, count));
         }
@@ -56,13 +56,13 @@ void TiledPanel::for_each_tile(const Kernels& kernels, std::int64_t first, std::
     for (std::size_t t = 0; t < tiles_.size(); ++t) {
         come(t + 1);
         const Panel rows = tiles_[t].slice(first, count);
-        body(far_ && count > 0 ? kernels.staging->arrived(rows, static_cast<int>(t % 2)) : rows,
+        body(far_ && count > 0 ? kernels.device->staging.arrived(rows, static_cast<int>(t % 2)) : rows,
              columns_of(w, column, rows.columns));
         column += rows.columns;
     }
 }
 
-void TiledPanel::gram(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w, double* gram,
+void BasisPanel::gram(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w, double* gram,
                       double* part) const {
     bool begun = false;
     for_each_tile(kernels, first, count, w, [&](const Panel& rows, const Panel& columns) {
@@ -74,7 +74,7 @@ void TiledPanel::gram(const Kernels& kernels, std::int64_t first, std::int64_t c
     });
 }
 
-void TiledPanel::project(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
+void BasisPanel::project(const Kernels& kernels, std::int64_t first, std::int64_t count, const Panel& w,
                          std::int64_t idle, const double* coefficients, double* gram, double* self_gram,
                          double* part) const {
     const std::int64_t gram_size = gram != nullptr ? count * w.rows : 0;
@@ -91,13 +91,13 @@ void TiledPanel::project(const Kernels& kernels, std::int64_t first, std::int64_
     });
 }
 
-void TiledPanel::store(const Kernels& kernels, std::int64_t first, const Panel& source) const {
+void BasisPanel::store(const Kernels& kernels, std::int64_t first, const Panel& source) const {
     std::int64_t column = 0;
     for (const Panel& tile : tiles_) {
         const Panel part = columns_of(source, column, tile.columns);
         const Panel rows = tile.slice(first, source.rows);
         if (far_) {
-            kernels.staging->send(part, rows);
+            kernels.device->staging.send(part, rows);
         } else {
             kernels.panel_combine(nullptr, part, rows);
         }
