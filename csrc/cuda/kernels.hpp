@@ -14,7 +14,7 @@ void accumulate_hvp(const Panel& out, const HvpPart* parts, std::int64_t part_co
 void fill_probes(const Panel& out, std::uint64_t seed, std::uint32_t first_probe, std::uint64_t first_index,
                  ProbeKind kind);
 void panel_gram(const Panel& v, const Panel& w, double* gram);
-void panel_project(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, double* gram,
+void panel_project(const Panel& w, const Panel& v, std::int64_t gram_only, const double* coefficients, double* gram,
                    double* self_gram);
 void panel_orthonormalize(const Panel& w, const Panel& out, const Orthonormalization& state, bool first,
                           const Reduction& reduction);

@@ -18,6 +18,7 @@
 #include "kernels/execution.hpp"
 #include "lanczos/block_lanczos.hpp"
 #include "python/dlpack.hpp"
+#include "small/pivoted_cholesky_qr.hpp"
 #if defined(HESD_EMULATION)
 #include "emulation/host.hpp"
 #include "emulation/streams.hpp"
@@ -380,12 +381,12 @@ class LentHistory {
         return backend.kernels().device->staging.bytes(rows(), columns, tiles_.front().panel().precision);
     }
 
-    [[nodiscard]] hesd::BasisPanel tiled(bool far) const {
+    [[nodiscard]] hesd::BasisPanel tiled(const Backend& backend) const {
         std::vector<Panel> panels;
         for (const LentPanel& tile : tiles_) {
             panels.push_back(tile.panel());
         }
-        return hesd::BasisPanel(std::move(panels), far);
+        return hesd::BasisPanel(backend.kernels(), std::move(panels), far(backend));
     }
 
     // Separate memory from that of `panel`, on the same device or, in tiles, all in the host's memory.
@@ -467,17 +468,17 @@ Matrix panel_gram(const py::object& v_object, const py::object& w_object) {
 }
 
 py::tuple panel_project(const py::object& w_object, const py::object& v_object, const py::object& c_object,
-                        bool with_gram, bool with_self_gram, std::int64_t idle) {
+                        bool with_gram, bool with_self_gram, std::int64_t gram_only) {
     const LentPanel w(w_object, "W", true);
     const LentPanel v(v_object, "V", false);
     require_equal_columns(v, w);
     require_apart(w, v);
     Backend backend(w, {&v});
-    if (idle < 0 || idle > v.panel().rows) {
-        throw EngineError("`idle` is " + std::to_string(idle) + "; wanted 0 to " + std::to_string(v.panel().rows) +
-                          ", the number of vectors of `V`");
+    if (gram_only < 0 || gram_only > v.panel().rows) {
+        throw EngineError("`gram_only` is " + std::to_string(gram_only) + "; wanted 0 to " +
+                          std::to_string(v.panel().rows) + ", the number of vectors of `V`");
     }
-    const Matrix c = checked_matrix(c_object, "C", v.panel().rows - idle, w.panel().rows);
+    const Matrix c = checked_matrix(c_object, "C", v.panel().rows - gram_only, w.panel().rows);
     Matrix gram({with_gram ? v.panel().rows : 0, w.panel().rows});
     Matrix self_gram({with_self_gram ? w.panel().rows : 0, w.panel().rows});
     double* gram_data = with_gram ? gram.mutable_data() : nullptr;
@@ -488,10 +489,10 @@ py::tuple panel_project(const py::object& w_object, const py::object& v_object, 
         const std::int64_t count = v.panel().rows * b;
         const Unlocked unlocked(backend.prepare(v.panel().rows, b, bytes_of(2 * count + b * b)));
         Matrices matrices(backend);
-        const double* c_there = matrices.given(c_data, (v.panel().rows - idle) * b);
+        const double* c_there = matrices.given(c_data, (v.panel().rows - gram_only) * b);
         double* gram_there = matrices.wanted(gram_data, count);
         double* self_there = matrices.wanted(self_data, b * b);
-        backend.kernels().panel_project(w.panel(), v.panel(), idle, c_there, gram_there, self_there);
+        backend.kernels().panel_project(w.panel(), v.panel(), gram_only, c_there, gram_there, self_there);
         matrices.fetch(gram_data, gram_there, count);
         matrices.fetch(self_data, self_there, b * b);
     }
@@ -654,7 +655,7 @@ class PythonBlockLanczos {
           backend_(working_panel_),
           block_size_(block_size),
           lanczos_(
-              backend_.kernels(), history_.tiled(history_.far(backend_)), working_panel_.panel(),
+              backend_.kernels(), history_.tiled(backend_), working_panel_.panel(),
               {parse_reorthogonalization(reorthogonalization), block_size, max_steps, global_size, breakdown_multiple},
               reduction_.hook()) {
         history_.require_beside(working_panel_, backend_);
@@ -714,7 +715,7 @@ class PythonBlockLanczos {
 
     const hesd::Execution& prepare() {
         const std::int64_t rows = history_.rows() + working_panel_.panel().rows;
-        return backend_.prepare(rows, block_size_, BlockLanczos::matrix_bytes(rows, block_size_),
+        return backend_.prepare(rows, block_size_, hesd::BlockGramSchmidt::matrix_bytes(rows, block_size_),
                                 history_.staging_bytes(backend_));
     }
 
@@ -782,7 +783,7 @@ PYBIND11_MODULE(_engine, module) {
     module.def("select_target", &hesd::select_target, py::arg("name"));
     module.def("panel_gram", &panel_gram, py::arg("V"), py::arg("W"));
     module.def("panel_project", &panel_project, py::arg("W"), py::arg("V"), py::arg("C"), py::arg("gram") = true,
-               py::arg("self_gram") = true, py::arg("idle") = 0);
+               py::arg("self_gram") = true, py::arg("gram_only") = 0);
     module.def("panel_orthonormalize", &panel_orthonormalize, py::arg("W"), py::arg("out"), py::arg("tolerance"),
                py::arg("max_rank"), py::arg("reduce"));
     module.def("panel_combine", &panel_combine, py::arg("S"), py::arg("V"), py::arg("X"));
@@ -839,7 +840,7 @@ PYBIND11_MODULE(_engine, module) {
                                [](const PythonBlockLanczos& self) { return self.lanczos().current_row(); })
         .def_property_readonly("work_row", [](const PythonBlockLanczos& self) { return self.lanczos().work_row(); })
         .def_property_readonly("current_width",
-                               [](const PythonBlockLanczos& self) { return self.lanczos().current().rows; })
+                               [](const PythonBlockLanczos& self) { return self.lanczos().current_width(); })
         .def_property_readonly("finished", [](const PythonBlockLanczos& self) { return self.lanczos().finished(); })
         .def_property_readonly("invariant", [](const PythonBlockLanczos& self) { return self.lanczos().invariant(); })
         .def_property_readonly("steps", [](const PythonBlockLanczos& self) { return self.lanczos().steps(); })
