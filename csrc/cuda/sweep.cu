@@ -16,7 +16,7 @@ struct SweepArguments {
     Rows<const S> v;
     Rows<T> w;
     std::int64_t k;
-    std::int64_t gram_only;  // first rows of V of which nothing is taken
+    std::int64_t gram_only;  // first rows of V, which are not subtracted
     std::int64_t n;
     const C* coefficients;  // (k - gram_only, B), zeros beyond b; null: W is only read
     double* partial;        // for each block k * b sums if with_gram, then b (b + 1) / 2 if with_self
@@ -67,10 +67,10 @@ HESD_DEVICE void take_piece(const SweepArguments<S, T, B>& a, std::int64_t first
     }
 }
 
-// sums (segments, k, b) += the inner products of V's rows with the piece of W in shared memory.
+// sums (segments, entries = k * b) += the inner products of V's rows with the piece of W in shared memory.
 template <typename S, typename T, int B, typename C>
 HESD_DEVICE void add_products(const SweepArguments<S, T, B>& a, std::int64_t first, int width, const C* w_rows,
-                              double* sums, int warp, int lane) {
+                              double* sums, std::int64_t entries, int warp, int lane) {
     using Shape = Tile<S, C, B>;
     const std::int64_t groups = (a.k + Shape::rows - 1) / Shape::rows;
     const int segment = warp % a.segments;
@@ -106,7 +106,7 @@ HESD_DEVICE void add_products(const SweepArguments<S, T, B>& a, std::int64_t fir
         const int value = lane / lanes;
         const std::int64_t row = group * Shape::rows + value / B;
         if (lane % lanes == 0 && row < a.k && value % B < a.b) {
-            sums[segment * a.k * a.b + row * a.b + value % B] += static_cast<double>(sum);
+            sums[segment * entries + row * a.b + value % B] += static_cast<double>(sum);
         }
     }
 }
@@ -144,7 +144,7 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, (Tile<S, typename Common<S, T>::type, B
         take_piece(a, first, width, w_rows, scratch, thread);
         __syncthreads();  // the piece of W is whole
         if (a.with_gram) {
-            add_products(a, first, width, w_rows, sums, warp, lane);
+            add_products(a, first, width, w_rows, sums, entries, warp, lane);
         }
         if (a.with_self) {
             add_self_products(w_rows, width, a.b, width, sums + a.segments * entries, warp, lane);

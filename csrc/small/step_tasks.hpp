@@ -53,13 +53,20 @@ HESD_TEAM_WORK void take_recent_coefficients(const Team& team, const LanczosStep
     }
 }
 
+// Those of the Gram matrix after a projection, on top of what was removed before; whether they are finite.
+template <typename Team>
+HESD_TEAM_WORK bool take_next_coefficients(const Team& team, const LanczosStep& step) {
+    const bool finite = all_finite(team, step.next, (step.history + step.recent) * step.width);
+    take_coefficients(team, step, step.next, 0, true);
+    return finite;
+}
+
 template <typename Team>
 HESD_TEAM_WORK void decide_second_projection(const Team& team, const LanczosStep& step) {
     if (step.facts->finite == 0) {
         return;
     }
-    const bool finite = all_finite(team, step.next, (step.history + step.recent) * step.width);
-    take_coefficients(team, step, step.next, 0, true);
+    const bool finite = take_next_coefficients(team, step);
     team.sync();
     // Whether the history takes so much out of a row that one projection is not enough: what it leaves of an overlap is
     // the rounding of the coefficient and the history's own loss of orthogonality.
@@ -81,8 +88,7 @@ HESD_TEAM_WORK void accumulate_second(const Team& team, const LanczosStep& step)
     if (step.facts->project_twice == 0) {
         return;
     }
-    const bool finite = all_finite(team, step.next, (step.history + step.recent) * step.width);
-    take_coefficients(team, step, step.next, 0, true);
+    const bool finite = take_next_coefficients(team, step);
     if (team.thread == 0) {
         step.facts->finite = step.facts->project_twice = finite ? 1 : 0;
     }

@@ -1,5 +1,5 @@
-// Work on small matrices, written once for whoever does it: a CPU thread alone, or the threads of one block on a
-// device. Such a function is called by all of a team; a value that one thread writes is another's after the next
+// Work on small matrices, written once for both teams that do it: a single CPU thread, and the threads of one block on
+// a device. Such a function is called by all of a team; a value that one thread writes is another's after the next
 // sync().
 #pragma once
 

@@ -194,7 +194,7 @@ def test_an_error_raised_by_the_lender_is_told():
         def __dlpack__(self, **options):
             raise KeyboardInterrupt
 
-    with pytest.raises(EngineError, match=r"`V` cannot be lent by DLPack \(not today\)"):
+    with pytest.raises(EngineError, match=r"`V` cannot be borrowed by DLPack \(not today\)"):
         engine.panel_gram(Broken(), ones(2, 3))
     with pytest.raises(KeyboardInterrupt):
         engine.panel_gram(Interrupted(), ones(2, 3))

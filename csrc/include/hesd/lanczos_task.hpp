@@ -12,7 +12,8 @@
 //                                project_twice if for some row j  sum_{i < history} overlap[i, j]^2 > limit^2 gram[j,
 //                                j] (or is not a number), else project_once; neither where a number of next is not
 //                                finite
-//   accumulate_second          given next = B W^T after that projection:  overlap = next;  removed += next
+//   accumulate_second          given next = B W^T after that projection:  overlap = next;  removed += next;
+//                                project_twice no more where a number of next is not finite
 //   begin_product              given gram = W W^T, projected:
 //                                scale = max(scale, sqrt(sum_i removed[i, j]^2 + gram[j, j]) over rows j);
 //                                cancellation = min(1, sqrt(g / (g + s)) over rows j with s > 0),
