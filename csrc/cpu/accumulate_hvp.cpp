@@ -54,7 +54,7 @@ void accumulate_piece(const Panel& out, const HvpPart& part, std::int64_t row, s
                     : static_cast<T*>(compensation->data) + row * compensation->stride + part.offset + column;
     with_storage(part.values.precision, [&](auto* storage) {
         using S = std::remove_pointer_t<decltype(storage)>;
-        if constexpr (sizeof(S) <= sizeof(T)) {  // parts wider than out are refused at the door
+        if constexpr (sizeof(S) <= sizeof(T)) {  // parts wider than out are refused on entry
             accumulate<T, S>(to, static_cast<const S*>(part.values.data) + row * part.values.stride + column,
                              static_cast<T>(alpha), errors, length);
         }

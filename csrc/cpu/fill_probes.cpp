@@ -2,7 +2,7 @@
 
 #include "cpu/parallel.hpp"
 #include "cpu/targets.hpp"
-#include "probe_values.hpp"
+#include "kernels/probe_values.hpp"
 
 // Compiled without contraction of multiply and add, so that Gaussian probes have the same bits on every target.
 

@@ -2,7 +2,7 @@
 
 #include "cpu/targets.hpp"
 #include "cpu/tiles.hpp"
-#include "orthonormalize_rounds.hpp"
+#include "small/pivoted_cholesky_qr.hpp"
 
 namespace hesd::HESD_TARGET {
 namespace {

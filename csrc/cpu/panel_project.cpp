@@ -7,7 +7,7 @@ namespace hesd::HESD_TARGET {
 namespace {
 
 template <typename S, typename T>
-void project(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, double* gram,
+void project(const Panel& w, const Panel& v, std::int64_t gram_only, const double* coefficients, double* gram,
              double* self_gram) {
     typedef typename Common<S, T>::type C;
     const std::int64_t k = v.rows;
@@ -20,7 +20,7 @@ void project(const Panel& w, const Panel& v, std::int64_t idle, const double* co
     const ChunkSums sums(w.columns, gram_size + self_size);
     const std::int64_t stride = scratch_stride<C>(block);
     const Scratch<C> rows(most_threads() * b * stride);
-    const std::int64_t taken = k - idle;
+    const std::int64_t taken = k - gram_only;
     const Scratch<C> factors(taken * b);
     for (std::int64_t i = 0; i < taken * b; ++i) {
         factors.data()[i] = static_cast<C>(coefficients[i]);
@@ -33,7 +33,7 @@ void project(const Panel& w, const Panel& v, std::int64_t idle, const double* co
         for (std::int64_t i = 0; i < b * stride; ++i) {
             w_rows[i] = C(0);
         }
-        combine_block(v_data + idle * v.stride + column, v.stride, taken, factors.data(), b, 1, w_rows, stride, b,
+        combine_block(v_data + gram_only * v.stride + column, v.stride, taken, factors.data(), b, 1, w_rows, stride, b,
                       length);
         subtract_rows(w_rows, stride, b, length, w_data + column, w.stride);
         if (gram_size > 0) {
@@ -51,12 +51,12 @@ void project(const Panel& w, const Panel& v, std::int64_t idle, const double* co
 
 }  // namespace
 
-void panel_project(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, double* gram,
+void panel_project(const Panel& w, const Panel& v, std::int64_t gram_only, const double* coefficients, double* gram,
                    double* self_gram) {
     with_storage(v.precision, [&](auto* storage) {
         with_working(w.precision, [&](auto* working) {
             project<std::remove_pointer_t<decltype(storage)>, std::remove_pointer_t<decltype(working)>>(
-                w, v, idle, coefficients, gram, self_gram);
+                w, v, gram_only, coefficients, gram, self_gram);
         });
     });
 }

@@ -11,8 +11,8 @@
 
 #include <cstdint>
 
-#include "element_types.hpp"
 #include "hesd/panel.hpp"
+#include "kernels/element_types.hpp"
 
 namespace hesd {
 namespace {

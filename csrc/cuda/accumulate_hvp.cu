@@ -124,7 +124,7 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 2) accumulate_kernel(HESD_ARGUMENT(Accu
         const std::int64_t first = row * part.stride + column;
         switch (part.precision) {
             case Precision::float64:
-                if constexpr (sizeof(T) == 8) {  // parts wider than out are refused at the door
+                if constexpr (sizeof(T) == 8) {  // parts wider than out are refused on entry
                     accumulate_piece(out, compensation, static_cast<const double*>(part.data) + first, length, a.alpha,
                                      thread);
                 }

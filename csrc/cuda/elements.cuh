@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cuda/runtime.cuh"
-#include "element_types.hpp"
+#include "kernels/element_types.hpp"
 
 namespace hesd::cuda {
 

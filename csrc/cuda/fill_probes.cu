@@ -2,7 +2,7 @@
 
 #include "cuda/elements.cuh"
 #include "cuda/kernels.hpp"
-#include "probe_values.hpp"
+#include "kernels/probe_values.hpp"
 
 // Compiled without contraction of multiply and add, so that Gaussian probes have the bits that they have on a CPU.
 

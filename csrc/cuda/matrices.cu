@@ -17,13 +17,15 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1)
     }
 }
 
-HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) task_kernel(LanczosTask task, const LanczosStep step) {
+HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) task_kernel(StepTask task, const LanczosStep step) {
     team_work::do_task(BlockTeam(), task, step);
 }
 
 HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, 1) round_kernel(const Orthonormalization state, Transforms transforms) {
     team_work::next_transform(BlockTeam(), state, transforms);
 }
+
+}  // namespace
 
 void upload(void* target, const void* source, std::int64_t bytes) {
     const DeviceScope scope;
@@ -35,10 +37,6 @@ void download(void* target, const void* source, std::int64_t bytes) {
     to_host(static_cast<char*>(target), static_cast<const char*>(source), bytes);
 }
 
-}  // namespace
-
-const MatrixCopies kMatrixCopies{upload, download};
-
 void add(double* target, const double* source, std::int64_t count) {
     if (count > 0) {
         const DeviceScope scope;
@@ -48,7 +46,7 @@ void add(double* target, const double* source, std::int64_t count) {
     }
 }
 
-void lanczos_task(LanczosTask task, const LanczosStep& step) {
+void lanczos_task(StepTask task, const LanczosStep& step) {
     const DeviceScope scope;
     launch("a task of a Lanczos step", task_kernel, 1, kThreads, BlockTeam::kSharedBytes, task, step);
 }

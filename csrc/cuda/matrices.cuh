@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/elements.cuh"
-#include "lanczos_step.hpp"
+#include "small/step_tasks.hpp"
 
 namespace hesd::cuda {
 

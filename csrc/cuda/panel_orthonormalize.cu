@@ -3,7 +3,6 @@
 #include "cuda/kernels.hpp"
 #include "cuda/sweep.hpp"
 #include "cuda/tiles.cuh"
-#include "dispatch.hpp"
 
 namespace hesd::cuda {
 namespace {
@@ -180,7 +179,7 @@ void panel_orthonormalize(const Panel& w, const Panel& out, const Orthonormaliza
             if (stage != OrthonormalizeStage::more) {
                 return;
             }
-            reduce(cuda_kernels(), reduction, state.gram, state.rows * state.rows);
+            reduce(&kDeviceMemory, reduction, state.gram, state.rows * state.rows);
         }
     }
 }

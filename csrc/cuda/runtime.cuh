@@ -31,8 +31,8 @@ HESD_DEVICE void count_written(std::int64_t) {}
 #include <cstring>
 #include <string>
 
-#include "execution.hpp"
 #include "hesd/panel.hpp"
+#include "kernels/execution.hpp"
 
 namespace hesd::cuda {
 

@@ -31,7 +31,7 @@ Copies& copies() {
 }
 
 // One of the two halves of the staging memory, as a panel for these rows.
-Panel near(const Panel& rows, int place) {
+Panel staged(const Panel& rows, int place) {
     const std::int64_t stride = (rows.columns + 15) / 16 * 16;
     const std::int64_t half = current_execution().staging_bytes / 2 / 256 * 256;
     if (rows.rows * stride * element_bytes(rows.precision) > half) {
@@ -57,19 +57,19 @@ void fetch(const Panel& rows, int place) {
     Copies& lane = copies();
     check(cudaEventRecord(lane.used[place], stream()), "an event");
     check(cudaStreamWaitEvent(lane.stream, lane.used[place], 0), "to wait for an event");
-    copy(near(rows, place), rows, cudaMemcpyHostToDevice, lane.stream);
+    copy(staged(rows, place), rows, cudaMemcpyHostToDevice, lane.stream);
     check(cudaEventRecord(lane.arrived[place], lane.stream), "an event");
 }
 
 Panel arrived(const Panel& rows, int place) {
     const DeviceScope scope;
     check(cudaStreamWaitEvent(stream(), copies().arrived[place], 0), "to wait for an event");
-    return near(rows, place);
+    return staged(rows, place);
 }
 
 void send(const Panel& source, const Panel& rows) {
     const DeviceScope scope;
-    const Panel rounded = near(rows, 0);
+    const Panel rounded = staged(rows, 0);
     panel_combine(nullptr, source, rounded);
     copy(rows, rounded, cudaMemcpyDeviceToHost, stream());
 }
@@ -91,12 +91,13 @@ void unpin(void* memory) {
     }
 }
 
-}  // namespace
-
-const Staging kStaging{fetch, arrived, send, finish, pin, unpin};
-
 std::int64_t staging_bytes(std::int64_t rows, std::int64_t columns, Precision precision) {
     return 2 * (rows * ((columns + 15) / 16 * 16) * element_bytes(precision) + 256);
 }
+
+}  // namespace
+
+const DeviceMemory kDeviceMemory{
+    upload, download, workspace_bytes, {fetch, arrived, send, finish, pin, unpin, staging_bytes}};
 
 }  // namespace hesd::cuda

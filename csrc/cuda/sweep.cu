@@ -16,9 +16,9 @@ struct SweepArguments {
     Rows<const S> v;
     Rows<T> w;
     std::int64_t k;
-    std::int64_t idle;  // first rows of V of which nothing is taken
+    std::int64_t gram_only;  // first rows of V, which are not subtracted
     std::int64_t n;
-    const C* coefficients;  // (k - idle, B), zeros beyond b; null: W is only read
+    const C* coefficients;  // (k - gram_only, B), zeros beyond b; null: W is only read
     double* partial;        // for each block k * b sums if with_gram, then b (b + 1) / 2 if with_self
     int b;
     int subpieces;
@@ -28,6 +28,88 @@ struct SweepArguments {
     bool shared_sums;
     const int* condition;  // where it is zero, nothing is done
 };
+
+// A piece of W, from column `first` on, to shared memory (B, width), and there less the combination of V's rows, which
+// is also written.
+template <typename S, typename T, int B, typename C>
+HESD_DEVICE void take_piece(const SweepArguments<S, T, B>& a, std::int64_t first, int width, C* w_rows, C* scratch,
+                            int thread) {
+    using Shape = Tile<S, C, B>;
+    const int warp = thread / kWarp;
+    const int lane = thread % kWarp;
+    for (int m = 0; m < a.subpieces; ++m) {
+        const std::int64_t column = first + m * Shape::columns;
+        if (a.coefficients != nullptr) {
+            C x[B][Shape::load] = {};
+            combine_rows<S, C, B>(a.v, a.gram_only, a.k, column + lane * Shape::load, a.n, a.coefficients, warp, x);
+            share_sums<S, C, B>(x, scratch, warp, lane);
+        }
+        constexpr int step = Vector<T>::length;
+        for (int item = thread; item < B * Shape::columns / step; item += kThreads) {
+            const int j = item / (Shape::columns / step);
+            const int c = item % (Shape::columns / step) * step;
+            const std::int64_t valid = j < a.b ? a.n - column - c : 0;
+            Vector<T> values = load<T>(a.w.at(j, column + c), valid, a.w.aligned);
+            if (a.coefficients != nullptr) {
+#pragma unroll
+                for (int e = 0; e < step; ++e) {
+                    const C sum = combined_sum<S, C, B>(scratch, j, c + e);
+                    narrow(static_cast<C>(values.values[e]) - sum, &values.values[e]);
+                }
+                store(a.w.at(j, column + c), values, valid, a.w.aligned);
+            }
+#pragma unroll
+            for (int e = 0; e < step; ++e) {
+                w_rows[j * width + m * Shape::columns + Shape::place(c + e)] =
+                    e < valid ? static_cast<C>(values.values[e]) : C(0);
+            }
+        }
+    }
+}
+
+// sums (segments, entries = k * b) += the inner products of V's rows with the piece of W in shared memory.
+template <typename S, typename T, int B, typename C>
+HESD_DEVICE void add_products(const SweepArguments<S, T, B>& a, std::int64_t first, int width, const C* w_rows,
+                              double* sums, std::int64_t entries, int warp, int lane) {
+    using Shape = Tile<S, C, B>;
+    const std::int64_t groups = (a.k + Shape::rows - 1) / Shape::rows;
+    const int segment = warp % a.segments;
+    for (std::int64_t group = warp / a.segments; group < groups; group += kWarps / a.segments) {
+        C tile[Shape::rows * B] = {};
+        for (int m = segment; m < a.subpieces; m += a.segments) {
+            const std::int64_t column = first + m * Shape::columns + lane * Shape::load;
+            Vector<S> v_rows[Shape::rows];
+#pragma unroll
+            for (int r = 0; r < Shape::rows; ++r) {
+                const std::int64_t row = group * Shape::rows + r;
+                v_rows[r] = load<S>(a.v.at(row, column), row < a.k ? a.n - column : 0, a.v.aligned,
+                                    a.coefficients != nullptr && row >= a.gram_only);
+            }
+#pragma unroll
+            for (int e = 0; e < Shape::load; e += Shape::quad) {
+#pragma unroll
+                for (int j = 0; j < B; ++j) {
+                    const auto w = *reinterpret_cast<const Vector<C>*>(w_rows + j * width + m * Shape::columns +
+                                                                       Shape::place(lane, e));
+#pragma unroll
+                    for (int q = 0; q < Shape::quad; ++q) {
+#pragma unroll
+                        for (int r = 0; r < Shape::rows; ++r) {
+                            tile[r * B + j] += widen<C>(v_rows[r].values[e + q]) * w.values[q];
+                        }
+                    }
+                }
+            }
+        }
+        const C sum = sum_over_warp(tile, lane);
+        constexpr int lanes = kWarp / (Shape::rows * B);  // that hold the same value
+        const int value = lane / lanes;
+        const std::int64_t row = group * Shape::rows + value / B;
+        if (lane % lanes == 0 && row < a.k && value % B < a.b) {
+            sums[segment * entries + row * a.b + value % B] += static_cast<double>(sum);
+        }
+    }
+}
 
 template <typename S, typename T, int B>
 HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, (Tile<S, typename Common<S, T>::type, B>::blocks_per_multiprocessor))
@@ -59,74 +141,10 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, (Tile<S, typename Common<S, T>::type, B
     for (std::int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
         const std::int64_t first = piece * width;
         __syncthreads();  // all have read the last piece of W
-        for (int m = 0; m < a.subpieces; ++m) {
-            const std::int64_t column = first + m * Shape::columns;
-            if (a.coefficients != nullptr) {
-                C x[B][Shape::load] = {};
-                combine_rows<S, C, B>(a.v, a.idle, a.k, column + lane * Shape::load, a.n, a.coefficients, warp, x);
-                share_sums<S, C, B>(x, scratch, warp, lane);
-            }
-            constexpr int step = Vector<T>::length;
-            for (int item = thread; item < B * Shape::columns / step; item += kThreads) {
-                const int j = item / (Shape::columns / step);
-                const int c = item % (Shape::columns / step) * step;
-                const std::int64_t valid = j < a.b ? a.n - column - c : 0;
-                Vector<T> values = load<T>(a.w.at(j, column + c), valid, a.w.aligned);
-                if (a.coefficients != nullptr) {
-#pragma unroll
-                    for (int e = 0; e < step; ++e) {
-                        const C sum = combined_sum<S, C, B>(scratch, j, c + e);
-                        narrow(static_cast<C>(values.values[e]) - sum, &values.values[e]);
-                    }
-                    store(a.w.at(j, column + c), values, valid, a.w.aligned);
-                }
-#pragma unroll
-                for (int e = 0; e < step; ++e) {
-                    w_rows[j * width + m * Shape::columns + Shape::place(c + e)] =
-                        e < valid ? static_cast<C>(values.values[e]) : C(0);
-                }
-            }
-        }
+        take_piece(a, first, width, w_rows, scratch, thread);
         __syncthreads();  // the piece of W is whole
-
         if (a.with_gram) {
-            const std::int64_t groups = (a.k + Shape::rows - 1) / Shape::rows;
-            const int segment = warp % a.segments;
-            for (std::int64_t group = warp / a.segments; group < groups; group += kWarps / a.segments) {
-                C tile[Shape::rows * B] = {};
-                for (int m = segment; m < a.subpieces; m += a.segments) {
-                    const std::int64_t column = first + m * Shape::columns + lane * Shape::load;
-                    Vector<S> v_rows[Shape::rows];
-#pragma unroll
-                    for (int r = 0; r < Shape::rows; ++r) {
-                        const std::int64_t row = group * Shape::rows + r;
-                        v_rows[r] = load<S>(a.v.at(row, column), row < a.k ? a.n - column : 0, a.v.aligned,
-                                            a.coefficients != nullptr && row >= a.idle);
-                    }
-#pragma unroll
-                    for (int e = 0; e < Shape::load; e += Shape::quad) {
-#pragma unroll
-                        for (int j = 0; j < B; ++j) {
-                            const auto w = *reinterpret_cast<const Vector<C>*>(w_rows + j * width + m * Shape::columns +
-                                                                               Shape::place(lane, e));
-#pragma unroll
-                            for (int q = 0; q < Shape::quad; ++q) {
-#pragma unroll
-                                for (int r = 0; r < Shape::rows; ++r) {
-                                    tile[r * B + j] += widen<C>(v_rows[r].values[e + q]) * w.values[q];
-                                }
-                            }
-                        }
-                    }
-                }
-                const C sum = sum_over_warp(tile, lane);
-                constexpr int lanes = kWarp / (Shape::rows * B);  // that hold the same value
-                const int value = lane / lanes;
-                const std::int64_t row = group * Shape::rows + value / B;
-                if (lane % lanes == 0 && row < a.k && value % B < a.b) {
-                    sums[segment * entries + row * a.b + value % B] += static_cast<double>(sum);
-                }
-            }
+            add_products(a, first, width, w_rows, sums, entries, warp, lane);
         }
         if (a.with_self) {
             add_self_products(w_rows, width, a.b, width, sums + a.segments * entries, warp, lane);
@@ -150,7 +168,7 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, (Tile<S, typename Common<S, T>::type, B
 
 // Rows of W in one tile; coefficients and gram have a row stride.
 template <typename S, typename T, int B>
-void sweep_tile(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, std::int64_t stride,
+void sweep_tile(const Panel& w, const Panel& v, std::int64_t gram_only, const double* coefficients, std::int64_t stride,
                 double* gram, double* self_gram) {
     using Arguments = SweepArguments<S, T, B>;
     using C = typename Arguments::C;
@@ -162,14 +180,14 @@ void sweep_tile(const Panel& w, const Panel& v, std::int64_t idle, const double*
     a.v = rows_of<const S>(v);
     a.w = rows_of<T>(w);
     a.k = k;
-    a.idle = idle;
+    a.gram_only = gram_only;
     a.n = w.columns;
     a.b = static_cast<int>(b);
     a.with_gram = gram != nullptr && k > 0;
     a.with_self = self_gram != nullptr;
     a.condition = current_execution().condition;
     if (coefficients != nullptr) {
-        a.coefficients = arrange<C>(workspace, {coefficients, k - idle, b, stride, 1}, B);
+        a.coefficients = arrange<C>(workspace, {coefficients, k - gram_only, b, stride, 1}, B);
     }
     std::int64_t blocks = kBlocks * Shape::blocks_per_multiprocessor;
     a.subpieces = Shape::most_subpieces;
@@ -207,7 +225,7 @@ void sweep_tile(const Panel& w, const Panel& v, std::int64_t idle, const double*
 
 }  // namespace
 
-void sweep(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, double* gram,
+void sweep(const Panel& w, const Panel& v, std::int64_t gram_only, const double* coefficients, double* gram,
            double* self_products) {
     coefficients = v.rows > 0 ? coefficients : nullptr;
     const DeviceScope scope;
@@ -221,7 +239,7 @@ void sweep(const Panel& w, const Panel& v, std::int64_t idle, const double* coef
                 const auto run = rows.rows == 1   ? sweep_tile<S, T, 1>
                                  : rows.rows <= 4 ? sweep_tile<S, T, 4>
                                                   : sweep_tile<S, T, 8>;
-                run(rows, v, idle, coefficients != nullptr ? coefficients + first : nullptr, w.rows,
+                run(rows, v, gram_only, coefficients != nullptr ? coefficients + first : nullptr, w.rows,
                     gram != nullptr ? gram + first : nullptr, fused ? self_products : nullptr);
             });
         });

@@ -5,9 +5,9 @@
 
 namespace hesd::cuda {
 
-// coefficients (k - idle, b), gram (k, b) and self_gram (b, b) on the device, any of them null. Without coefficients W
-// is only read.
-void sweep(const Panel& w, const Panel& v, std::int64_t idle, const double* coefficients, double* gram,
+// coefficients (k - gram_only, b), gram (k, b) and self_gram (b, b) on the device, any of them null. Without
+// coefficients W is only read.
+void sweep(const Panel& w, const Panel& v, std::int64_t gram_only, const double* coefficients, double* gram,
            double* self_gram);
 
 // W W^T (b, b), products in float64.

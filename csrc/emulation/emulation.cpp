@@ -60,7 +60,7 @@ constexpr int kWarp = 32;
 constexpr unsigned kMostThreads = 1024;
 constexpr std::size_t kStack = 256 * 1024;
 
-// Tells the sanitizers who runs. With the thread sanitizer a switch orders nothing; release and acquire do.
+// Tells the sanitizers which fiber runs. With the thread sanitizer a switch orders nothing; release and acquire do.
 #if defined(HESD_EMULATION_THREAD)
 void release(void* token) { __tsan_release(token); }
 void acquire(void* token) { __tsan_acquire(token); }
@@ -85,7 +85,7 @@ struct Context {
 #endif
 };
 
-// Called first thing by whoever is entered: a fiber by the host, and the host by a fiber. The host's stack is not known
+// Called first thing by the side that is entered: a fiber by the host, or the host by a fiber. The host's stack is not known
 // before.
 void entered([[maybe_unused]] Context& here, [[maybe_unused]] Context& host) {
 #if defined(HESD_EMULATION_ADDRESS)
@@ -327,7 +327,7 @@ std::atomic<std::int64_t> waits{0};
 std::shared_ptr<void> device_memory(std::size_t bytes) {
     const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     const std::size_t reachable = std::max<std::size_t>((bytes + page - 1) / page, 1) * page;
-    // One page more, which nobody reaches.
+    // One page more, which is never reachable.
     void* first = mmap(nullptr, reachable + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (first == MAP_FAILED) {
         throw std::bad_alloc();
@@ -382,11 +382,11 @@ void count_written(std::int64_t bytes) { machine.traffic.written += bytes > 0 ? 
 void fail(const char* what) {
     machine.failure = what;
     wait(State::done);
-    std::abort();  // nobody comes back
+    std::abort();  // this fiber is never resumed
 }
 
 void wait_for_block() {
-    // Two tokens in turn: who is already at the next barrier releases nothing to those who are still leaving this one.
+    // Two tokens in turn: a fiber that is already at the next barrier releases nothing to those still leaving this one.
     char* token = &machine.block->tokens[machine.current->barriers++ % 2];
     release(token);
     wait(State::at_barrier);

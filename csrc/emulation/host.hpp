@@ -28,7 +28,7 @@ std::map<std::string, Launches> take_launches();
 std::int64_t take_waits();
 
 // Memory, 256-byte aligned, that only kernels and copies can reach: the host that touches it gets a segmentation fault,
-// and so does whoever writes beyond its end.
+// and so does what writes beyond its end.
 std::shared_ptr<void> device_memory(std::size_t bytes);
 
 }  // namespace hesd::emulation

@@ -113,22 +113,22 @@ def panel_gram(V: Panel, W: Panel) -> Matrix:
 
 
 def panel_project(
-    W: Panel, V: Panel, C: Matrix, *, gram: bool = True, self_gram: bool = True, idle: int = 0
+    W: Panel, V: Panel, C: Matrix, *, gram: bool = True, self_gram: bool = True, gram_only: int = 0
 ) -> tuple[Matrix | None, Matrix | None]:
-    """Subtract ``C.T @ V[idle:]`` from W in place and return the next Gram matrices.
+    """Subtract ``C.T @ V[gram_only:]`` from W in place and return the next Gram matrices.
 
     Parameters
     ----------
     W : panel (b, n)
-        float64 or float32; overwritten by ``W - C.T @ V[idle:]``.
+        float64 or float32; overwritten by ``W - C.T @ V[gram_only:]``.
     V : panel (k, n)
         float64, float32, bfloat16 or float16; must not overlap W.
-    C : matrix (k - idle, b)
+    C : matrix (k - gram_only, b)
         float64 coefficients; where neither panel is float64 they are rounded to float32 first.
     gram, self_gram : bool
         Whether to take the Gram matrices, with V while V is in cache and of W.
-    idle : int
-        First vectors of V, 0 <= idle <= k, that take part in the Gram matrix alone.
+    gram_only : int
+        First vectors of V, 0 <= gram_only <= k, that take part in the Gram matrix alone.
 
     Returns
     -------
@@ -151,7 +151,7 @@ def panel_project(
     >>> W, gram
     (tensor([[0., 4.]]), tensor([[0.]], dtype=torch.float64))
     """
-    product, self_product = _engine.panel_project(W, V, _as_array(C), gram, self_gram, idle)
+    product, self_product = _engine.panel_project(W, V, _as_array(C), gram, self_gram, gram_only)
     return _like(product, W) if gram else None, _like(self_product, W) if self_gram else None
 
 

@@ -252,7 +252,7 @@ def test_panels_are_read_once(traffic, storage, working, k, b):
     kernels.panel_project(w, v, torch.ones(k, b, dtype=torch.float64), gram=False, self_gram=False)
     assert traffic() == (passes * of_v + of_w, 0, of_w)
     # The first rows of V that nothing is taken of are read for the Gram matrix alone.
-    kernels.panel_project(w, v, torch.ones(k - k // 2, b, dtype=torch.float64), idle=k // 2)
+    kernels.panel_project(w, v, torch.ones(k - k // 2, b, dtype=torch.float64), gram_only=k // 2)
     read, again, _ = traffic()
     assert read == passes * of_v + of_w + squared
     assert again == passes * of_v * (k - k // 2) // k

@@ -140,14 +140,14 @@ def test_panel_gram_matches_its_twin(compiled, n, storage, working):
 @pytest.mark.parametrize("working", WORKING)
 def test_panel_project_matches_its_twin(compiled, n, storage, working):
     for k, b in SHAPES:
-        idle = n % (k + 1)
+        gram_only = n % (k + 1)
         v, w = panel(k, n, storage), panel(b, n, working, seed=1)
-        c = torch.randn(k - idle, b, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+        c = torch.randn(k - gram_only, b, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
         expected = w.clone()
-        reference.panel_project(expected, v, c, idle=idle)
+        reference.panel_project(expected, v, c, gram_only=gram_only)
         before = v.clone()
-        gram, self_gram = compiled.panel_project(w, v, c, idle=idle)
-        size = w.double().abs() + c.T.abs() @ v[idle:].double().abs()
+        gram, self_gram = compiled.panel_project(w, v, c, gram_only=gram_only)
+        size = w.double().abs() + c.T.abs() @ v[gram_only:].double().abs()
         assert ((w.double() - expected.double()).abs() <= rounding(storage, working, k) * size).all()
         # the Gram matrices are those of the W that was stored
         scale = v.double().norm(dim=1)[:, None] * w.double().norm(dim=1)[None, :]

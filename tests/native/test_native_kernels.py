@@ -74,10 +74,10 @@ def test_panel_project_is_exact_on_integers(target, storage, working):
     for n, k, b, padding in cases():
         v = Panel(integers(k, n, 1), storage, padding)
         w = Panel(integers(b, n, 2), working, PADDINGS[-1] - padding)
-        idle = n % (k + 1)
-        c = integers(k - idle, b, 3, largest=1).astype(np.float64)
-        expected = w.values - c.T @ v.values[idle:]
-        gram, self_gram = engine.panel_project(w.lent, v.lent, c, idle=idle)
+        gram_only = n % (k + 1)
+        c = integers(k - gram_only, b, 3, largest=1).astype(np.float64)
+        expected = w.values - c.T @ v.values[gram_only:]
+        gram, self_gram = engine.panel_project(w.lent, v.lent, c, gram_only=gram_only)
         assert np.array_equal(w.values, expected), (n, k, b)
         assert np.array_equal(gram, v.values @ expected.T), (n, k, b)
         assert np.array_equal(self_gram, expected @ expected.T), (n, k, b)

@@ -16,7 +16,7 @@
 //
 // Method: CholeskyQR repeated until orthonormal (twice when W is well conditioned: CholeskyQR2, Yamamoto, Nakatsukasa,
 // Yanagisawa, Fukaya, ETNA 44, 2015). Each round takes the Gram matrix of the rows scaled to unit length and factors it
-// by Cholesky with diagonal pivoting, see orthonormalize_rounds.hpp. Where a shifted Cholesky would carry an
+// by Cholesky with diagonal pivoting, see small/pivoted_cholesky_qr.hpp. Where a shifted Cholesky would carry an
 // ill-conditioned panel through, the pivoting stops at a relative pivot of 1e-10 instead; rows beyond it are kept as
 // explicit residuals, whose own norms the next round measures. So dependent rows are told from small ones by a measured
 // norm, not by a difference of squares.

@@ -10,7 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "dispatch.hpp"
+#include "dispatch/dispatch.hpp"
+#include "small/pivoted_cholesky_qr.hpp"
 
 using hesd::Panel;
 using hesd::Precision;
@@ -368,19 +369,19 @@ void panel_project(const hesd::Kernels& kernels) {
                         fill(w, random);
                         const Rows old = w;
                         const std::vector<double> values = v.values();
-                        const std::int64_t idle = n % (k + 1);
-                        const std::vector<double> c = numbers((k - idle) * b, random);
+                        const std::int64_t gram_only = n % (k + 1);
+                        const std::vector<double> c = numbers((k - gram_only) * b, random);
                         std::vector<double> gram(static_cast<std::size_t>(k * b), NAN);
                         std::vector<double> self(static_cast<std::size_t>(b * b), NAN);
                         const bool wants_gram = n % 4 != 3;
                         const bool wants_self = n % 5 != 4;
-                        kernels.panel_project(w.panel(), v.panel(), idle, c.data(), wants_gram ? gram.data() : nullptr,
-                                              wants_self ? self.data() : nullptr);
+                        kernels.panel_project(w.panel(), v.panel(), gram_only, c.data(),
+                                              wants_gram ? gram.data() : nullptr, wants_self ? self.data() : nullptr);
                         const double eps = epsilon(arithmetic(storage, working));
                         for (std::int64_t j = 0; j < b; ++j) {
                             for (std::int64_t x = 0; x < n; ++x) {
                                 const Combination terms =
-                                    combination(c.data() + j, b, values.data() + idle * n + x, n, k - idle);
+                                    combination(c.data() + j, b, values.data() + gram_only * n + x, n, k - gram_only);
                                 const double before = old.get(j, x);
                                 const double allowed = static_cast<double>(k + 2) * eps * terms.size +
                                                        epsilon(working) * (std::fabs(before) + terms.size);

@@ -1,4 +1,4 @@
-#include "small_matrix.hpp"
+#include "small/small_matrix.hpp"
 
 #include <algorithm>
 #include <cmath>

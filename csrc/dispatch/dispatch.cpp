@@ -1,9 +1,10 @@
-#include "dispatch.hpp"
+#include "dispatch/dispatch.hpp"
 
 #include <atomic>
 #include <cstdlib>
 
 #include "cpu/targets.hpp"
+#include "small/step_tasks.hpp"
 #if defined(HESD_HAS_CUDA) || defined(HESD_EMULATION)
 #include "cuda/kernels.hpp"
 #endif
@@ -25,11 +26,7 @@ struct Target {
      target::panel_orthonormalize,  \
      target::panel_combine,         \
      add,                           \
-     lanczos_task,                  \
-     nullptr,                       \
-     nullptr,                       \
-     nullptr,                       \
-     nullptr}
+     lanczos_task}
 
 bool always() { return true; }
 
@@ -51,9 +48,8 @@ const Kernels kCuda = {
 #else
     "cuda",
 #endif
-    cuda::accumulate_hvp, cuda::fill_probes,  cuda::panel_gram,   cuda::panel_project,  cuda::panel_orthonormalize,
-    cuda::panel_combine,  cuda::add,          cuda::lanczos_task, &cuda::kMatrixCopies, cuda::workspace_bytes,
-    &cuda::kStaging,      cuda::staging_bytes};
+    cuda::accumulate_hvp, cuda::fill_probes, cuda::panel_gram,   cuda::panel_project, cuda::panel_orthonormalize,
+    cuda::panel_combine,  cuda::add,         cuda::lanczos_task, &cuda::kDeviceMemory};
 #endif
 
 // Best first.
@@ -74,31 +70,6 @@ const Target kTargets[] = {
 std::atomic<const Kernels*> selected{nullptr};
 
 }  // namespace
-
-void reduce(const Kernels& kernels, const Reduction& reduction, double* values, std::int64_t count) {
-    if (reduction.sum == nullptr || kernels.copies == nullptr || count == 0) {
-        reduction(values, count);
-        return;
-    }
-    const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(double));
-    std::vector<double> here(static_cast<std::size_t>(count));
-    kernels.copies->download(here.data(), values, bytes);
-    reduction(here.data(), count);
-    kernels.copies->upload(values, here.data(), bytes);
-}
-
-OrthonormalizeFacts orthonormalize(const Kernels& kernels, const Panel& w, const Panel& out,
-                                   const Orthonormalization& state, const Reduction& reduction) {
-    OrthonormalizeFacts facts{};
-    bool first = true;
-    do {
-        kernels.panel_orthonormalize(w, out, state, first, reduction);
-        download(kernels, &facts, state.facts, 1);
-        first = false;
-    } while (facts.stage == OrthonormalizeStage::more);
-    orthonormalize_require(facts);
-    return facts;
-}
 
 std::vector<std::string> available_targets() {
     std::vector<std::string> names;

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "hesd/panel_orthonormalize.hpp"
-#include "team.hpp"
+#include "small/thread_team.hpp"
 
 namespace hesd {
 
@@ -78,7 +78,7 @@ template <typename Team>
 HESD_TEAM_WORK void begin_orthonormalization(const Team& team, const Orthonormalization& o, double tolerance,
                                              std::int64_t max_rank) {
     const std::int64_t b = o.rows;
-    share(team, 0, b * b, [&](std::int64_t e) { o.factor[e] = e / b == e % b ? 1.0 : 0.0; });
+    for_each_in_team(team, 0, b * b, [&](std::int64_t e) { o.factor[e] = e / b == e % b ? 1.0 : 0.0; });
     if (team.thread == 0) {
         *o.facts = {
             OrthonormalizeStage::more, tolerance, larger<std::int64_t>(0, smaller(b, max_rank)), 0, 0, b, kInfinity};
@@ -134,24 +134,28 @@ HESD_TEAM_WORK inline bool bring_longest(const OrthonormalizeFacts& facts, const
     return true;
 }
 
-// Takes the Gram matrix of the rows as they are and prepares the transform to be applied to them.
+// Ends what is ended: false where no transform is wanted. `facts` are those of the round before.
 template <typename Team>
-HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o, Transforms transforms) {
-    const std::int64_t b = o.rows;
-    const Round round = round_in(o.scratch, b);
-    const OrthonormalizeFacts facts = *o.facts;
-    team.sync();
+HESD_TEAM_WORK bool wants_round(const Team& team, const Orthonormalization& o, const OrthonormalizeFacts& facts) {
     // Two rounds are enough for a well-conditioned panel, and each further dependent direction takes at most two more.
-    const bool too_many = facts.rounds >= 2 * b + 8;
-    if (facts.stage != OrthonormalizeStage::more || too_many) {
-        if (team.thread == 0 && facts.stage == OrthonormalizeStage::last) {
-            o.facts->stage = OrthonormalizeStage::finished;
-        } else if (team.thread == 0 && facts.stage == OrthonormalizeStage::more) {
-            o.facts->stage = OrthonormalizeStage::no_convergence;
-        }
-        return;
+    const bool too_many = facts.rounds >= 2 * o.rows + 8;
+    if (facts.stage == OrthonormalizeStage::more && !too_many) {
+        return true;
     }
-    share(team, 0, facts.live, [&](std::int64_t i) {
+    if (team.thread == 0 && facts.stage == OrthonormalizeStage::last) {
+        o.facts->stage = OrthonormalizeStage::finished;
+    } else if (team.thread == 0 && facts.stage == OrthonormalizeStage::more) {
+        o.facts->stage = OrthonormalizeStage::no_convergence;
+    }
+    return false;
+}
+
+// Sets norms, pivots and candidates from the Gram matrix, and the factor to zeros; false where that is not finite.
+template <typename Team>
+HESD_TEAM_WORK bool measure_rows(const Team& team, const Orthonormalization& o, const OrthonormalizeFacts& facts,
+                                 const Round& round) {
+    const std::int64_t b = o.rows;
+    for_each_in_team(team, 0, facts.live, [&](std::int64_t i) {
         bool finite = true;
         for (std::int64_t j = 0; j < b; ++j) {
             finite = finite && is_finite(o.gram[i * b + j]);
@@ -159,8 +163,8 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
         const double square = o.gram[i * b + i];
         round.norm[i] = finite ? std::sqrt(larger(square, 0.0)) : kInfinity;
     });
-    share(team, 0, b, [&](std::int64_t p) { round.pivot[p] = 1.0; });
-    share(team, 0, b * b, [&](std::int64_t e) { round.cholesky[e] = 0.0; });
+    for_each_in_team(team, 0, b, [&](std::int64_t p) { round.pivot[p] = 1.0; });
+    for_each_in_team(team, 0, b * b, [&](std::int64_t e) { round.cholesky[e] = 0.0; });
     team.sync();
     if (team.thread == 0) {
         *round.goes_on = choose_candidates(facts, round) ? 1 : 0;
@@ -169,18 +173,23 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
         }
     }
     team.sync();
-    if (*round.goes_on == 0) {
-        return;
-    }
-    const std::int64_t candidates = *round.candidates;
-    const auto scaled = [&](std::int64_t p, std::int64_t q) {
-        const std::int64_t i = round.order[p];
-        const std::int64_t j = round.order[q];
-        return o.gram[i * b + j] / (round.norm[i] * round.norm[j]);
-    };
+    return *round.goes_on != 0;
+}
 
-    // Cholesky factorization. Resolved rows keep their places; among the residual rows the longest remainder comes
-    // next.
+// Entry of the Gram matrix scaled to a unit diagonal, by position.
+HESD_TEAM_WORK inline double scaled(const Orthonormalization& o, const Round& round, std::int64_t p, std::int64_t q) {
+    const std::int64_t i = round.order[p];
+    const std::int64_t j = round.order[q];
+    return o.gram[i * o.rows + j] / (round.norm[i] * round.norm[j]);
+}
+
+// Cholesky factorization of the scaled matrix; returns how many rows it takes. Resolved rows keep their places; among
+// the residual rows the longest remainder comes next.
+template <typename Team>
+HESD_TEAM_WORK std::int64_t factor_with_pivoting(const Team& team, const Orthonormalization& o,
+                                                 const OrthonormalizeFacts& facts, const Round& round,
+                                                 std::int64_t candidates) {
+    const std::int64_t b = o.rows;
     std::int64_t accepted = 0;
     double least_pivot = 1.0;
     team.sync();
@@ -200,8 +209,8 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
         if (team.thread == 0) {
             round.cholesky[accepted * b + accepted] = diagonal;
         }
-        share(team, accepted + 1, candidates, [&](std::int64_t p) {
-            double sum = scaled(p, accepted);
+        for_each_in_team(team, accepted + 1, candidates, [&](std::int64_t p) {
+            double sum = scaled(o, round, p, accepted);
             for (std::int64_t q = 0; q < accepted; ++q) {
                 sum -= round.cholesky[p * b + q] * round.cholesky[accepted * b + q];
             }
@@ -212,23 +221,18 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
         team.sync();
         ++accepted;
     }
-    // Rows beyond the largest rank are let go only after a round of their own against the rows that stay, so that their
-    // coefficients are as good as those of any other row.
-    const bool full = accepted == facts.max_rank && facts.rank == facts.max_rank;
-    const std::int64_t kept = full ? accepted : candidates;
+    return accepted;
+}
 
-    share(team, 0, candidates, [&](std::int64_t p) {
-        double sum = 0.0;
-        for (std::int64_t q = 0; q < candidates; ++q) {
-            sum += q != p && smaller(p, q) < accepted ? std::fabs(scaled(p, q)) : 0.0;
-        }
-        round.row_sum[p] = sum;
-    });
-    // accepted rows:  Y_a = C^-1 D_a^-1 X_a;    residual rows:  Y_r = X_r - D_r C_r Y_a;    by columns
-    share(team, 0, b, [&](std::int64_t i) {
+// accepted rows:  Y_a = C^-1 D_a^-1 X_a;    residual rows:  Y_r = X_r - D_r C_r Y_a;    by columns
+template <typename Team>
+HESD_TEAM_WORK void write_transform(const Team& team, const Orthonormalization& o, std::int64_t live,
+                                    const Round& round, std::int64_t accepted, std::int64_t kept) {
+    const std::int64_t b = o.rows;
+    for_each_in_team(team, 0, b, [&](std::int64_t i) {
         for (std::int64_t p = 0; p < b; ++p) {
             double entry = 0.0;
-            if (p < kept && i < facts.live) {
+            if (p < kept && i < live) {
                 const std::int64_t row = round.order[p];
                 const bool residual = p >= accepted;
                 const double length = round.norm[row];
@@ -241,8 +245,14 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
             o.transform[p * b + i] = entry;
         }
     });
-    // rows at first = factor X with X_a = D_a C Y_a, X_r = Y_r + D_r C_r Y_a
-    share(team, 0, b * b, [&](std::int64_t e) {
+}
+
+// rows at first = factor X with X_a = D_a C Y_a, X_r = Y_r + D_r C_r Y_a
+template <typename Team>
+HESD_TEAM_WORK void update_factor(const Team& team, const Orthonormalization& o, const Round& round,
+                                  std::int64_t candidates, std::int64_t accepted, std::int64_t kept) {
+    const std::int64_t b = o.rows;
+    for_each_in_team(team, 0, b * b, [&](std::int64_t e) {
         const std::int64_t i = e / b;
         const std::int64_t q = e % b;
         double entry = 0.0;
@@ -257,34 +267,55 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
         round.other[e] = entry;
     });
     team.sync();
-    share(team, 0, b * b, [&](std::int64_t e) { o.factor[e] = round.other[e]; });
+    for_each_in_team(team, 0, b * b, [&](std::int64_t e) { o.factor[e] = round.other[e]; });
+}
 
-    if (team.thread == 0) {
-        double distance = 0.0;
-        double weakest = facts.weakest;
-        for (std::int64_t p = 0; p < candidates; ++p) {
-            const double length = round.norm[round.order[p]];
-            distance = larger(distance, round.row_sum[p]);
-            if (p < facts.rank) {
-                distance = larger(distance, std::fabs(length * length - 1.0));
-            } else if (p < accepted) {
-                weakest = smaller(weakest, length * round.cholesky[p * b + p]);
-            }
+// Off-diagonal row sums of the scaled matrix, as far as it was factored.
+template <typename Team>
+HESD_TEAM_WORK void sum_rows(const Team& team, const Orthonormalization& o, const Round& round, std::int64_t candidates,
+                             std::int64_t accepted) {
+    for_each_in_team(team, 0, candidates, [&](std::int64_t p) {
+        double sum = 0.0;
+        for (std::int64_t q = 0; q < candidates; ++q) {
+            sum += q != p && smaller(p, q) < accepted ? std::fabs(scaled(o, round, p, q)) : 0.0;
         }
-        const bool last = kept == accepted && distance <= kNearIdentity;
-        *o.facts = {last ? OrthonormalizeStage::last : OrthonormalizeStage::more,
-                    facts.tolerance,
-                    facts.max_rank,
-                    facts.rounds + 1,
-                    accepted,
-                    kept,
-                    weakest};
+        round.row_sum[p] = sum;
+    });
+}
+
+// The facts after this round: it is the last one where the Gram matrix was near the identity. By one thread.
+HESD_TEAM_WORK inline OrthonormalizeFacts facts_after(const OrthonormalizeFacts& facts, const Round& round,
+                                                      std::int64_t b, std::int64_t accepted, std::int64_t kept) {
+    double distance = 0.0;
+    double weakest = facts.weakest;
+    for (std::int64_t p = 0; p < *round.candidates; ++p) {
+        const double length = round.norm[round.order[p]];
+        distance = larger(distance, round.row_sum[p]);
+        if (p < facts.rank) {
+            distance = larger(distance, std::fabs(length * length - 1.0));
+        } else if (p < accepted) {
+            weakest = smaller(weakest, length * round.cholesky[p * b + p]);
+        }
     }
-    team.sync();
+    const bool last = kept == accepted && distance <= kNearIdentity;
+    return {last ? OrthonormalizeStage::last : OrthonormalizeStage::more,
+            facts.tolerance,
+            facts.max_rank,
+            facts.rounds + 1,
+            accepted,
+            kept,
+            weakest};
+}
+
+// Keeps the transform for the next round, or puts it behind the one that was kept.
+template <typename Team>
+HESD_TEAM_WORK void keep_or_join(const Team& team, const Orthonormalization& o, const Round& round,
+                                 Transforms transforms) {
+    const std::int64_t b = o.rows;
     if (transforms == Transforms::keep) {
-        share(team, 0, b * b, [&](std::int64_t e) { round.first[e] = o.transform[e]; });
+        for_each_in_team(team, 0, b * b, [&](std::int64_t e) { round.first[e] = o.transform[e]; });
     } else if (transforms == Transforms::join) {
-        share(team, 0, b * b, [&](std::int64_t e) {
+        for_each_in_team(team, 0, b * b, [&](std::int64_t e) {
             double entry = 0.0;
             for (std::int64_t k = 0; k < b; ++k) {
                 entry += o.transform[e / b * b + k] * round.first[k * b + e % b];
@@ -292,8 +323,33 @@ HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o
             round.other[e] = entry;
         });
         team.sync();
-        share(team, 0, b * b, [&](std::int64_t e) { o.transform[e] = round.other[e]; });
+        for_each_in_team(team, 0, b * b, [&](std::int64_t e) { o.transform[e] = round.other[e]; });
     }
+}
+
+// Takes the Gram matrix of the rows as they are and prepares the transform to be applied to them.
+template <typename Team>
+HESD_TEAM_WORK void next_transform(const Team& team, const Orthonormalization& o, Transforms transforms) {
+    const Round round = round_in(o.scratch, o.rows);
+    const OrthonormalizeFacts facts = *o.facts;
+    team.sync();
+    if (!wants_round(team, o, facts) || !measure_rows(team, o, facts, round)) {
+        return;
+    }
+    const std::int64_t candidates = *round.candidates;
+    const std::int64_t accepted = factor_with_pivoting(team, o, facts, round, candidates);
+    // Rows beyond the largest rank are let go only after a round of their own against the rows that stay, so that their
+    // coefficients are as good as those of any other row.
+    const bool full = accepted == facts.max_rank && facts.rank == facts.max_rank;
+    const std::int64_t kept = full ? accepted : candidates;
+    sum_rows(team, o, round, candidates, accepted);
+    write_transform(team, o, facts.live, round, accepted, kept);
+    update_factor(team, o, round, candidates, accepted, kept);
+    if (team.thread == 0) {
+        *o.facts = facts_after(facts, round, o.rows, accepted, kept);
+    }
+    team.sync();
+    keep_or_join(team, o, round, transforms);
 }
 
 }  // namespace team_work

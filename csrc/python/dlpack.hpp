@@ -1,5 +1,5 @@
 // DLPack's C interface (dmlc/dlpack, version 0 capsules named "dltensor"): the memory layout through which NumPy,
-// PyTorch and others lend tensors without knowing each other.
+// PyTorch and others share tensors without knowing each other.
 #pragma once
 
 #include <cstdint>

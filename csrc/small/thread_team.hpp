@@ -1,5 +1,5 @@
-// Work on small matrices, written once for whoever does it: a CPU thread alone, or the threads of one block on a
-// device. Such a function is called by all of a team; a value that one thread writes is another's after the next
+// Work on small matrices, written once for both teams that do it: a single CPU thread, and the threads of one block on
+// a device. Such a function is called by all of a team; a value that one thread writes is another's after the next
 // sync().
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace hesd {
 
-struct Alone {
+struct SingleThread {
     static constexpr std::int64_t thread = 0;
     static constexpr std::int64_t threads = 1;
     void sync() const {}
@@ -24,7 +24,7 @@ struct Alone {
 
 // Calls body(i) for i in [first, last), shared out among the team.
 template <typename Team, typename Body>
-HESD_TEAM_WORK void share(const Team& team, std::int64_t first, std::int64_t last, Body body) {
+HESD_TEAM_WORK void for_each_in_team(const Team& team, std::int64_t first, std::int64_t last, Body body) {
     for (std::int64_t i = first + team.thread; i < last; i += team.threads) {
         body(i);
     }

@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "small_matrix.hpp"
+#include "small/small_matrix.hpp"
 
 namespace hesd {
 
@@ -23,10 +23,11 @@ class OrthogonalityEstimate {
     // The estimate for Q_0.
     void start(std::int64_t width);
 
-    // From Q_j to Q_{j+1}, j = steps so far; `diagonal` holds A_0 ... A_j, `offdiagonal` C_0 ... C_j.
+    // From Q_j to Q_{j+1}, j = steps so far; `diagonal` holds A_0 ... A_j, `offdiagonal` C_0 ... C_{j-1}, and
+    // `c` is C_j.
     // `noise`: size of an entry of N, in the units of H. `fresh`: size of an overlap that was just removed.
-    void advance(const std::vector<SmallMatrix>& diagonal, const std::vector<SmallMatrix>& offdiagonal, double noise,
-                 double fresh);
+    void advance(const std::vector<SmallMatrix>& diagonal, const std::vector<SmallMatrix>& offdiagonal,
+                 const SmallMatrix& c, double noise, double fresh);
 
     // Largest estimated overlap of the newest block with block i.
     [[nodiscard]] double with(std::int64_t i) const;

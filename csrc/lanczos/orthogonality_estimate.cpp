@@ -1,4 +1,4 @@
-#include "orthogonality_estimate.hpp"
+#include "lanczos/orthogonality_estimate.hpp"
 
 #include <algorithm>
 #include <utility>
@@ -19,9 +19,9 @@ double OrthogonalityEstimate::sign() {
 }
 
 void OrthogonalityEstimate::advance(const std::vector<SmallMatrix>& diagonal,
-                                    const std::vector<SmallMatrix>& offdiagonal, double noise, double fresh) {
+                                    const std::vector<SmallMatrix>& offdiagonal, const SmallMatrix& c, double noise,
+                                    double fresh) {
     const std::size_t j = diagonal.size() - 1;
-    const SmallMatrix& c = offdiagonal[j];
     std::vector<SmallMatrix> next;
     for (std::size_t i = 0; i <= j; ++i) {
         const std::int64_t other = diagonal[i].rows;
