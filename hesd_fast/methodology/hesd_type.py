@@ -155,7 +155,7 @@ def decide_type(
     ``scale`` is the loss and the squared parameter norm. The same numbers give the same type and words everywhere.
     """
     balance = criteria.balance
-    negated = Estimate(-smallest.value, -smallest.high, -smallest.low, smallest.method)
+    negated = -smallest
     curvature = Estimate(
         max(largest.value, negated.value, 0.0),
         max(largest.low, negated.low, 0.0),
