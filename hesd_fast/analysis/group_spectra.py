@@ -142,7 +142,7 @@ def analyze_groups(
     for name, block in blocks.items():
         tridiagonal = runs.pop(name).result()
         options = run_options("hessian", chosen_for[name], tridiagonal, hvp, protocol, seed)
-        reports[name] = report_of(block.problem, tridiagonal, block, found[name], {**options, "group": name}, started)
+        reports[name] = report_of(block.problem, tridiagonal, block, found[name], replace(options, group=name), started)
     return reports
 
 

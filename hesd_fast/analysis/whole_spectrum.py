@@ -30,7 +30,8 @@ from hesd_fast.operators.linearity_check import CheckedOperator, Deviations
 from hesd_fast.problem.parameters import Selection, as_real
 from hesd_fast.problem.problem import Loss, Problem
 from hesd_fast.problem.term_counts import Count
-from hesd_fast.report.report import Cost, ProblemFacts, Report
+from hesd_fast.report.facts import Cost, ProblemFacts, RunSettings
+from hesd_fast.report.report import Report
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 from hesd_fast.terminal import printable
 
@@ -150,19 +151,19 @@ def analyze(
 
 def run_options(
     operator: str, chosen: LanczosSettings, tridiagonal: BlockTridiagonal, hvp: str, protocol: str | None, seed: int
-) -> dict[str, Any]:
+) -> RunSettings:
     """Return the settings of a run as reports keep them."""
-    return {
-        "operator": operator,
-        "block_size": int(chosen.block_size),
-        "max_steps": int(chosen.max_steps),
-        "reorthogonalization": chosen.reorthogonalization,
-        "basis": tridiagonal.basis_place,
-        "basis_dtype": tridiagonal.basis_dtype,
-        "hvp": hvp,
-        "protocol": protocol,
-        "seed": int(seed),
-    }
+    return RunSettings(
+        operator=operator,
+        block_size=int(chosen.block_size),
+        max_steps=int(chosen.max_steps),
+        reorthogonalization=chosen.reorthogonalization,
+        basis=tridiagonal.basis_place,
+        basis_dtype=tridiagonal.basis_dtype,
+        hvp=hvp,
+        protocol=protocol,
+        seed=int(seed),
+    )
 
 
 def report_of(
@@ -170,7 +171,7 @@ def report_of(
     tridiagonal: BlockTridiagonal,
     matrix: ProblemOperator,
     deviations: Deviations,
-    options: dict[str, Any],
+    options: RunSettings,
     started: float,
 ) -> Report:
     """Return what a run has found: measure, criteria, type and checks; a HESDWarning for each check that failed."""
@@ -198,7 +199,7 @@ def report_of(
     checks = checks_of_run(tridiagonal, measure, deviations, matrix, problem)
     for check in checks:
         if not check.passed and check.name != "derivatives":  # of which the operator has warned
-            group = f" of group {options['group']!r}" if "group" in options else ""
+            group = "" if options.group is None else f" of group {options.group!r}"
             text = printable(f"the check of {check.name}{group} failed: {check.detail}")
             warnings.warn(text, HESDWarning, stacklevel=3)
     cost = Cost(
