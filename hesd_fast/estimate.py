@@ -18,6 +18,15 @@ class Estimate:
         The ends of the interval; either may be infinite.
     method : str
         One phrase saying what the interval accounts for.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd
+    >>> estimate = hesd.Estimate(3.0, 2.5, 3.25, "two standard errors")
+    >>> print(estimate)
+    3 [2.5, 3.25]
+    >>> print(f"{-estimate:.2f}")
+    -3.00 [-3.25, -2.50]
     """
 
     value: float
@@ -32,6 +41,9 @@ class Estimate:
                 f"an Estimate needs low <= value <= high, got low={self.low!r}, "
                 f"value={self.value!r}, high={self.high!r}"
             )
+
+    def __neg__(self) -> Estimate:
+        return Estimate(-self.value, -self.high, -self.low, self.method)
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".4g"

@@ -38,8 +38,7 @@ from hesd_fast.operators import (
 from hesd_fast.problem import losses
 from hesd_fast.problem.problem import Problem
 from hesd_fast.report.density_plot import plot_densities
-from hesd_fast.report.json_files import load_report
-from hesd_fast.report.report import Report, summary
+from hesd_fast.report.report import Report, load_report, summary
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 

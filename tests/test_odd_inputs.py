@@ -120,7 +120,7 @@ class Spectrum:
     """A report, its truth, and how far they may be apart."""
 
     def __init__(self, truth: Truth, report: hesd.Report, share: float) -> None:
-        dtype = report.options["basis_dtype"]
+        dtype = report.settings.basis_dtype
         basis = 0.0 if dtype is None else torch.finfo(getattr(torch, dtype)).eps
         coarse = basis if basis > truth.epsilon else 0.0
         self.tolerance = ROUNDING * truth.epsilon * (truth.largest + abs(truth.loss)) + (share + coarse) * truth.largest
@@ -149,10 +149,10 @@ class Spectrum:
 
         A few signs may be an eigenvector themselves, so for a few parameters only as many probes count.
         """
-        options = self.report.options
-        has_room = options["max_steps"] * options["block_size"] >= self.size
-        is_orthogonal = options["reorthogonalization"] in ("full", "partial")
-        return has_room and is_orthogonal and (self.size > 8 or options["block_size"] == self.size)
+        settings = self.report.settings
+        has_room = settings.max_steps * settings.block_size >= self.size
+        is_orthogonal = settings.reorthogonalization in ("full", "partial")
+        return has_room and is_orthogonal and (self.size > 8 or settings.block_size == self.size)
 
     @property
     def is_found(self) -> bool:

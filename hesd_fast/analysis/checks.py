@@ -13,7 +13,7 @@ from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.linearity_check import Deviations
 from hesd_fast.problem.problem import Problem
-from hesd_fast.report.report import Check
+from hesd_fast.report.facts import Check
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 ORTHOGONALITY_MULTIPLE = 1024.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.linearity_check import Deviations, LinearityCheck
 from hesd_fast.problem.parameters import as_real
 from hesd_fast.problem.problem import Problem
-from hesd_fast.report.report import Cost, ProblemFacts, Report
+from hesd_fast.report.facts import Cost, ProblemFacts, RunSettings
+from hesd_fast.report.report import Report
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 from hesd_fast.terminal import printable
 
@@ -86,27 +87,27 @@ def _probes_of_all(operator: ProblemOperator, block_size: int) -> Tensor | None:
     return torch.eye(operator.size, dtype=operator.dtype, device=operator.device).mul_(operator.size**0.5)
 
 
-def _settings_of(plan: RunPlan, tridiagonal: BlockTridiagonal, names: Names, group: str) -> dict[str, Any]:
+def _settings_of(plan: RunPlan, tridiagonal: BlockTridiagonal, names: Names, group: str) -> RunSettings:
     """Return the settings of a run as reports keep them."""
-    return {
-        "operator": names.operator,
-        "block_size": tridiagonal.probes,
-        "max_steps": plan.settings.max_steps,
-        "reorthogonalization": plan.settings.reorthogonalization,
-        "basis": tridiagonal.basis_place,
-        "basis_dtype": tridiagonal.basis_dtype,
-        "hvp": names.hvp,
-        "protocol": names.protocol,
-        "seed": plan.settings.seed,
-        **({"group": group} if group != WHOLE else {}),
-    }
+    return RunSettings(
+        operator=names.operator,
+        block_size=tridiagonal.probes,
+        max_steps=plan.settings.max_steps,
+        reorthogonalization=plan.settings.reorthogonalization,
+        basis=tridiagonal.basis_place,
+        basis_dtype=tridiagonal.basis_dtype,
+        hvp=names.hvp,
+        protocol=names.protocol,
+        seed=plan.settings.seed,
+        group=None if group == WHOLE else group,
+    )
 
 
 def _report_of(
     operator: ProblemOperator,
     tridiagonal: BlockTridiagonal,
     deviations: Deviations,
-    settings: dict[str, Any],
+    settings: RunSettings,
     started: float,
 ) -> Report:
     """Return what a run has found: measure, criteria, type and checks."""

@@ -6,11 +6,11 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
-from hesd_fast.methodology.comparability import check_comparable, notes
+from hesd_fast.methodology.comparability import check_comparable, check_reports, notes
 from hesd_fast.methodology.generalization_criteria import Criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence
 from hesd_fast.terminal import printable
@@ -34,7 +34,14 @@ class TypedReport(Protocol):
 
 
 class Verdict(enum.Enum):
-    """What the criteria say about generalization from the reference to another data set."""
+    """What the criteria say about generalization from the reference to another data set.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd
+    >>> [str(verdict) for verdict in hesd.Verdict]
+    ['holds', 'degrades', 'inconclusive', 'not applicable']
+    """
 
     HOLDS = "holds"
     DEGRADES = "degrades"
@@ -130,6 +137,17 @@ class Assessment:
         The numbers of the rule, with its version.
     notes : tuple of str
         Differences between the reports that do not forbid the comparison and that a reader has to know.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd, torch
+    >>> model, loss = torch.nn.Linear(2, 1), lambda m, b: m(b).square().mean()
+    >>> one, two = (hesd.analyze(model, loss, x, progress=False) for x in (torch.eye(2), torch.ones(3, 2)))
+    >>> assessment = hesd.compare({"train": one, "test": two})
+    >>> assessment.reference, assessment.entries[0].name
+    ('train', 'test')
+    >>> print(assessment.notes[0].partition(", and")[0])
+    'test' has 3 loss terms, the reference 'train' has 2 loss terms
     """
 
     reference: str
@@ -194,29 +212,23 @@ def compare(
     References
     ----------
     Type first, criteria second: Gabdullin, arXiv 2504.17618. The verdict rule is ours.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd, torch
+    >>> model, loss = torch.nn.Linear(2, 1), lambda m, b: m(b).square().mean()
+    >>> one, two = (hesd.analyze(model, loss, x, progress=False) for x in (torch.eye(2), 2 * torch.eye(2)))
+    >>> print(hesd.compare({"train": one, "test": two}).entries[0].verdict)
+    holds
     """
-    _check_reports(reports)
+    check_reports(reports, "compare", TypedReport, "the reference first, as in {'train': report, 'test': other}")
+    if len(reports) < 2:
+        raise ProblemError(f"compare needs a reference and at least one other report, got {len(reports)}; add one")
     thresholds = ComparisonThresholds() if thresholds is None else thresholds
     (reference_name, reference), *others = reports.items()
     check_comparable(reports, weights_may_differ)
     entries = tuple(_compare_one(reference_name, reference, name, report, thresholds) for name, report in others)
     return Assessment(reference_name, reference.hesd_type, entries, thresholds, tuple(notes(reports)))
-
-
-def _check_reports(reports: Any) -> None:
-    if not isinstance(reports, Mapping):
-        raise ProblemError(
-            f"compare got a {type(reports).__name__}; give reports by name, the reference first, "
-            "as in {'train': report, 'test': other}"
-        )
-    for name, report in reports.items():
-        if not isinstance(report, TypedReport):
-            raise ProblemError(
-                f"compare got a {type(report).__name__} under {name!r}; give a Report, "
-                "as analyze and load_report return"
-            )
-    if len(reports) < 2:
-        raise ProblemError(f"compare needs a reference and at least one other report, got {len(reports)}; add one")
 
 
 def _compare_one(

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from hesd_fast.errors import ProblemError
 from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
-from hesd_fast.report.report import ProblemFacts
 
 UNKNOWN = object()
 """What a report says of a property that it does not have; a measure made by hand has hardly any."""
@@ -31,29 +30,18 @@ class Property(NamedTuple):
     remedy: str
 
 
-def _fact(name: str) -> Callable[[Any], Any]:
+def _attribute(path: str) -> Callable[[Any], Any]:
     def value(report: Any) -> Any:
-        facts = getattr(report, "problem", None)
-        return getattr(facts, name) if isinstance(facts, ProblemFacts) else UNKNOWN
+        for name in path.split("."):
+            report = getattr(report, name, UNKNOWN)
+        return report
 
     return value
-
-
-def _option(name: str) -> Callable[[Any], Any]:
-    def value(report: Any) -> Any:
-        options = getattr(report, "options", None)
-        return options.get(name) if isinstance(options, Mapping) else UNKNOWN
-
-    return value
-
-
-def _attribute(name: str) -> Callable[[Any], Any]:
-    return lambda report: getattr(report, name, UNKNOWN)
 
 
 def _selection(report: Any) -> Any:
-    facts = getattr(report, "problem", None)
-    return dict(zip(facts.parameters, facts.shapes, strict=True)) if isinstance(facts, ProblemFacts) else UNKNOWN
+    names, shapes = _attribute("problem.parameters")(report), _attribute("problem.shapes")(report)
+    return UNKNOWN if UNKNOWN in (names, shapes) else dict(zip(names, shapes, strict=True))
 
 
 def _selection_words(selection: Any, other: Any) -> str:
@@ -66,7 +54,7 @@ def _exponents(report: Any) -> Any:
 
 
 WEIGHTS = Property(
-    _fact("weights"),
+    _attribute("problem.weights"),
     lambda value, _: f"is of weights with the digest {value!r}",
     "what is compared are data sets, so analyse the same weights on both; to compare checkpoints of one network say "
     "weights_may_differ=True (hesd compare --weights-may-differ)",
@@ -77,17 +65,21 @@ PROPERTIES = (
         _attribute("operator"), lambda value, _: f"is of the operator {value!r}", "compare spectra of the same operator"
     ),
     Property(
-        _fact("model"), lambda value, _: f"is of a model of the class {value!r}", "compare reports of one architecture"
+        _attribute("problem.model"),
+        lambda value, _: f"is of a model of the class {value!r}",
+        "compare reports of one architecture",
     ),
     Property(_selection, _selection_words, "select the same parameters of the same architecture in both"),
-    Property(_fact("mode"), lambda value, _: f"is of mode {value!r}", "analyse both in the same module mode"),
     Property(
-        _fact("precision"),
+        _attribute("problem.mode"), lambda value, _: f"is of mode {value!r}", "analyse both in the same module mode"
+    ),
+    Property(
+        _attribute("problem.precision"),
         lambda value, _: f"was computed in {value}",
         "convert the model to one precision and analyse both in it",
     ),
     Property(
-        _option("protocol"),
+        _attribute("settings.protocol"),
         lambda value, _: f"has the protocol {value!r}",
         "numbers of a published protocol compare with others of it only, so run both with the same protocol",
     ),
@@ -95,6 +87,18 @@ PROPERTIES = (
         _exponents, lambda value, _: f"has the criterion exponents {value}", "compute both with the same exponents"
     ),
 )
+
+
+def check_reports(reports: Any, function: str, kind: type, example: str = "as in {'train': report}") -> None:
+    """Raise a ProblemError unless the function of that name was given reports by name, all of a class or protocol."""
+    if not isinstance(reports, Mapping):
+        raise ProblemError(f"{function} got a {type(reports).__name__}; give reports by name, {example}")
+    for name, report in reports.items():
+        if not isinstance(report, kind):
+            raise ProblemError(
+                f"{function} got a {type(report).__name__} under {name!r}; give a Report, "
+                "as analyze and load_report return"
+            )
 
 
 def check_comparable(reports: Mapping[str, Any], weights_may_differ: bool) -> None:
@@ -115,11 +119,11 @@ def notes(reports: Mapping[str, Any]) -> Iterator[str]:
     for one, text in (
         (WEIGHTS, "so this compares checkpoints of a network, not data sets"),
         (
-            Property(_fact("terms"), lambda value, _: f"has {value:,.10g} loss terms", ""),
+            Property(_attribute("problem.terms"), lambda value, _: f"has {value:,.10g} loss terms", ""),
             "and k_mass tends to fall as their number grows, so take as many of both",
         ),
         (
-            Property(_settings, lambda value, _: f"has {value}", ""),
+            Property(_run_length, lambda value, _: f"has {value}", ""),
             "and K_Hn depends on how many Ritz values there are and whether some are copies, so see r_e and k_mass",
         ),
     ):
@@ -129,8 +133,8 @@ def notes(reports: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _settings(report: Any) -> Any:
-    tridiagonal = getattr(getattr(report, "measure", None), "tridiagonal", None)
+def _run_length(report: Any) -> Any:
+    tridiagonal = _attribute("measure.tridiagonal")(report)
     if not isinstance(tridiagonal, BlockTridiagonal):
         return UNKNOWN
     copies = "" if tridiagonal.reorthogonalization in ORTHOGONAL_MODES else ", and copies among them"

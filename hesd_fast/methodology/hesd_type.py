@@ -23,7 +23,14 @@ COARSE = 0.01
 
 
 class HESDType(enum.Enum):
-    """The type of a spectral density."""
+    """The type of a spectral density.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd
+    >>> [f"{one.name}: {one}" for one in hesd.HESDType][:3]
+    ['MP: mainly positive', 'MN: mainly negative', 'QS: quasi-singular']
+    """
 
     MP = "mainly positive"
     MN = "mainly negative"
@@ -48,6 +55,12 @@ class TypeThresholds:
         Least ``|balance|`` of a mainly positive or mainly negative spectrum.
     version : int
         Version of the rule and its numbers.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd
+    >>> hesd.TypeThresholds(delta=0.25)
+    TypeThresholds(kappa=0.01, delta=0.25, version=1)
     """
 
     kappa: float = 1e-2
@@ -81,6 +94,16 @@ class TypeEvidence:
         Why this type.
     advice : tuple of str
         What would decide an undetermined type, most useful first.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd
+    >>> measure = hesd.SpectralMeasure([-2.0, 2.0], [0.5, 0.5])
+    >>> hesd_type, evidence = hesd.classify(measure, hesd.criteria(measure))
+    >>> print(hesd_type.name, "of curvature", evidence.curvature)
+    UNDETERMINED of curvature 2 [2, 2]
+    >>> evidence.reason.split("; ")[0]
+    'the balance 0 [0, 0] is neither at least 0.1 nor at most -0.1'
     """
 
     lambda_max: Estimate
@@ -133,6 +156,14 @@ def classify(
     References
     ----------
     The types are those of Gabdullin, arXiv 2504.17618; this rule and its thresholds are ours.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd
+    >>> measure = hesd.SpectralMeasure([-1.0, 4.0], [0.5, 0.5])
+    >>> hesd_type, evidence = hesd.classify(measure, hesd.criteria(measure))
+    >>> print(hesd_type, evidence.balance)
+    mainly positive 0.6 [0.6, 0.6]
     """
     thresholds = TypeThresholds() if thresholds is None else thresholds
     noise = criteria.resolution if noise is None else noise
@@ -155,7 +186,7 @@ def decide_type(
     ``scale`` is the loss and the squared parameter norm. The same numbers give the same type and words everywhere.
     """
     balance = criteria.balance
-    negated = Estimate(-smallest.value, -smallest.high, -smallest.low, smallest.method)
+    negated = -smallest
     curvature = Estimate(
         max(largest.value, negated.value, 0.0),
         max(largest.low, negated.low, 0.0),

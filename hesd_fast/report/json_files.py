@@ -8,13 +8,13 @@ import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hesd_fast.choices import REORTHOGONALIZATIONS
+from hesd_fast.choices import OPERATORS, REORTHOGONALIZATIONS
 from hesd_fast.engine.memory import available_memory
 from hesd_fast.errors import CheckpointError, HESDError
 from hesd_fast.estimate import Estimate
@@ -23,8 +23,8 @@ from hesd_fast.lanczos.options import PROTOCOLS
 from hesd_fast.methodology.generalization_criteria import Criteria, criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence, decide_type
 from hesd_fast.problem.problem import MODES
-from hesd_fast.records import MAY_BE_MISSING, read_record, shown
-from hesd_fast.report.report import OPERATOR_TITLES, Check, Cost, ProblemFacts, Report
+from hesd_fast.records import read_record, shown
+from hesd_fast.report.facts import Check, Cost, ProblemFacts, RunSettings
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 FORMAT = "hesd-fast report"
@@ -59,24 +59,8 @@ WORKING_MATRICES = 10
 CRITERIA = tuple(one.name for one in fields(Criteria) if one.type == "Estimate")
 
 
-@dataclass(frozen=True)
-class _Options:
-    """The settings of a run, as :func:`~hesd_fast.analysis.whole_spectrum.run_options` lists them."""
-
-    operator: str
-    block_size: int
-    max_steps: int
-    reorthogonalization: str
-    basis: str | None
-    basis_dtype: str | None
-    hvp: str
-    protocol: str | None
-    seed: int
-    group: str | None = field(default=None, metadata=MAY_BE_MISSING)
-
-
 @dataclass(frozen=True, eq=False)
-class _Content:
+class SavedReport:
     """All that a file holds, but for the name and the version of its format."""
 
     hesd_type: HESDType
@@ -86,15 +70,22 @@ class _Content:
     problem: ProblemFacts
     cost: Cost
     checks: tuple[Check, ...]
-    options: _Options
+    options: RunSettings
     versions: dict[str, str]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same as values of JSON; numbers come back bit for bit."""
+        content = {**asdict(self), "hesd_type": self.hesd_type.name, "tridiagonal": self.tridiagonal.to_dict()}
+        if self.options.group is None:
+            del content["options"]["group"]
+        return {name: _plain(value) for name, value in content.items()}
 
-def write_report(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write a report as JSON; see :meth:`Report.save`."""
-    target, content = _path(path), content_of(report)
+
+def write_file(report: SavedReport, path: str | os.PathLike[str]) -> None:
+    """Write a report as JSON, whole or not at all; a CheckpointError if it cannot be, or could not be read back."""
+    target, content = _path(path), report.to_dict()
     try:
-        _check_content(read_record(_Content, content))
+        _check_content(read_record(SavedReport, content))
     except CheckpointError as error:
         raise CheckpointError(f"the report cannot be saved, as it could not be read back: {error}") from error
     header = {"format": FORMAT, "format_version": FORMAT_VERSION}
@@ -106,52 +97,8 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def content_of(report: Report) -> dict[str, Any]:
-    """Return what a report holds as values of JSON, without the name and the version of the format."""
-    tridiagonal = report.measure.tridiagonal
-    if tridiagonal is None:
-        raise CheckpointError(
-            "the report's measure has no block tridiagonal matrix; only reports of a run can be saved"
-        )
-    content: dict[str, Any] = _plain(
-        {
-            "hesd_type": report.hesd_type.name,
-            "type_evidence": asdict(report.type_evidence),
-            "criteria": asdict(report.criteria),
-            "tridiagonal": tridiagonal.to_dict(),
-            "problem": asdict(report.problem),
-            "cost": asdict(report.cost),
-            "checks": [asdict(check) for check in report.checks],
-            "options": report.options,
-            "versions": report.versions,
-        }
-    )
-    return content
-
-
-def load_report(path: str | os.PathLike[str]) -> Report:
-    """Read a report that :meth:`Report.save` wrote.
-
-    What follows from the block tridiagonal matrix in the file, and from what was chosen (exponents, resolution,
-    thresholds, the noise that the type was judged with), is computed again: criteria and extreme eigenvalues agree with
-    it to four digits, or as far as rounding determines them; type and reason exactly with them. The report has the
-    numbers of the file, bit for bit. Costs what :func:`~hesd_fast.criteria` does, 0.9 s for 4 probes of 100 steps and
-    2 s for one of 300 (a core of a server; ``python -m timeit -n 1 -s "import hesd_fast as hesd"
-    "hesd.load_report('report.hesd.json')"``), and about nine times that before a number is refused that is near to
-    the right one, or taken that rounding does not determine. Time grows with the cube of the number of Ritz values
-    where there are thousands, and memory with the square: files that ask for more than there is are refused.
-
-    Parameters
-    ----------
-    path : str or path
-        The file, of at most 1 GiB.
-
-    Raises
-    ------
-    CheckpointError
-        If the file cannot be read, is not a report, is of another format, or if a field is missing, unknown, of the
-        wrong kind, out of range, or contradicts another; the field is named.
-    """
+def read_file(path: str | os.PathLike[str]) -> tuple[SavedReport, SpectralMeasure]:
+    """Return what a file holds and the measure of its matrix; a CheckpointError unless all of it is right."""
     source = _path(path)
     name = repr(str(source))
     content = _read_json(source)
@@ -165,28 +112,17 @@ def load_report(path: str | os.PathLike[str]) -> Report:
         )
     entries = {key: value for key, value in content.items() if key not in ("format", "format_version")}
     try:
-        record = read_record(_Content, entries)
-        check_symmetric(record.tridiagonal, entries["tridiagonal"]["diagonal"], "tridiagonal.diagonal")
-        _check_content(record)
-        _check_memory(record.tridiagonal)
-        measure = _checked_measure(record)
+        report = read_record(SavedReport, entries)
+        check_symmetric(report.tridiagonal, entries["tridiagonal"]["diagonal"], "tridiagonal.diagonal")
+        _check_content(report)
+        _check_memory(report.tridiagonal)
+        return report, _checked_measure(report)
     except CheckpointError as error:
         raise CheckpointError(f"{name} is damaged: {error}; run the analysis again") from error
     except MemoryError as error:
         raise CheckpointError(
             f"{name} takes more memory to be read than there is: {error}; free some, or read it on another machine"
         ) from error
-    return Report(
-        hesd_type=record.hesd_type,
-        type_evidence=record.type_evidence,
-        criteria=record.criteria,
-        measure=measure,
-        problem=record.problem,
-        cost=record.cost,
-        checks=record.checks,
-        options=entries["options"],
-        versions=record.versions,
-    )
 
 
 def _check_memory(matrix: BlockTridiagonal) -> None:
@@ -199,14 +135,14 @@ def _check_memory(matrix: BlockTridiagonal) -> None:
         )
 
 
-def _check_content(content: _Content) -> None:
+def _check_content(content: SavedReport) -> None:
     """Raise a CheckpointError for the first contradiction that shows without computing the spectrum."""
     for sources in (_wrong_facts, _wrong_matrix, _wrong_settings, _wrong_type):
         for text in sources(content):
             raise CheckpointError(text)
 
 
-def _wrong_facts(content: _Content) -> Iterator[str]:
+def _wrong_facts(content: SavedReport) -> Iterator[str]:
     facts, cost, matrix = content.problem, content.cost, content.tridiagonal
     for name, value, least in (
         ("problem.size", facts.size, 1),
@@ -251,7 +187,7 @@ def _elements(shape: tuple[int, ...]) -> int:
     return product
 
 
-def _wrong_matrix(content: _Content) -> Iterator[str]:
+def _wrong_matrix(content: SavedReport) -> Iterator[str]:
     matrix = content.tridiagonal
     vectors = sum(matrix.block_sizes)
     if matrix.products < vectors:
@@ -261,10 +197,10 @@ def _wrong_matrix(content: _Content) -> Iterator[str]:
         yield f"tridiagonal.reorthogonalization is {shown(matrix.reorthogonalization)}; wanted one of {wanted}"
 
 
-def _wrong_settings(content: _Content) -> Iterator[str]:
+def _wrong_settings(content: SavedReport) -> Iterator[str]:
     options, matrix = content.options, content.tridiagonal
-    if options.operator not in OPERATOR_TITLES:
-        yield f"options.operator is {shown(options.operator)}; wanted one of {', '.join(OPERATOR_TITLES)}"
+    if options.operator not in OPERATORS:
+        yield f"options.operator is {shown(options.operator)}; wanted one of {', '.join(OPERATORS)}"
     for name, option, found in (
         ("block_size", options.block_size, matrix.probes),
         ("reorthogonalization", options.reorthogonalization, matrix.reorthogonalization),
@@ -291,7 +227,7 @@ def _wrong_settings(content: _Content) -> Iterator[str]:
         yield f"options.protocol is {options.protocol!r}, which has other settings than block_size, max_steps and so on"
 
 
-def _wrong_type(content: _Content) -> Iterator[str]:
+def _wrong_type(content: SavedReport) -> Iterator[str]:
     evidence, facts = content.type_evidence, content.problem
     try:
         hesd_type, derived = decide_type(
@@ -316,7 +252,7 @@ def _wrong_type(content: _Content) -> Iterator[str]:
             yield f"type_evidence.{one.name} is {shown(given)}; its numbers, criteria and problem give {wanted}"
 
 
-def _checked_measure(content: _Content) -> SpectralMeasure:
+def _checked_measure(content: SavedReport) -> SpectralMeasure:
     """Return the measure of the file's matrix; a CheckpointError if criteria or extreme eigenvalues are others.
 
     Some numbers are not determined to any digit: the weights of copies, or of one multiple eigenvalue, are shared out
@@ -336,7 +272,7 @@ def _checked_measure(content: _Content) -> SpectralMeasure:
     return measure
 
 
-def _computed(content: _Content, matrix: BlockTridiagonal) -> tuple[SpectralMeasure, dict[str, Estimate | float]]:
+def _computed(content: SavedReport, matrix: BlockTridiagonal) -> tuple[SpectralMeasure, dict[str, Estimate | float]]:
     """Return the measure of a matrix and, by name, what files hold of what follows from it."""
     given = content.criteria
     try:
@@ -360,7 +296,7 @@ def _rounded(matrix: BlockTridiagonal, scale: float, rng: np.random.Generator) -
 
 
 def _mismatches(
-    content: _Content, measure: SpectralMeasure, alike: list[dict[str, Estimate | float]], least: float = 0.0
+    content: SavedReport, measure: SpectralMeasure, alike: list[dict[str, Estimate | float]], least: float = 0.0
 ) -> Iterator[str]:
     """Yield what is wrong with numbers of the file that are none of what was computed, nor between, nor near.
 

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, Array, BlockTridiagonal
+from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, Array
+from hesd_fast.spectrum.ritz_pairs import RitzPairs
 
 LARGEST_ANGLE = 1e-3
-"""Residual norm over gap, a bound of the sine of a Ritz vector's angle, up to which an eigenpair counts as known."""
+"""Residual norm over gap, a bound of the sine of a Ritz vector's angle, up to which an eigenpair has converged."""
 
 FEWEST_PROBES = 2
 """With a single probe an eigenvalue of any multiplicity looks like a simple one."""
 
 
 @dataclass(frozen=True, eq=False)
-class Settled:
+class ConvergedEigenvalues:
     """The eigenvalues whose eigenvectors are known.
 
     Probes estimate ``trace f(H) / n`` with a variance of ``2 ||f(H)||_F^2 / (n^2 b)``, most of which comes from a few
@@ -30,7 +31,7 @@ class Settled:
     Attributes
     ----------
     mask : ndarray of bool, shape (k,)
-        Which Ritz values are settled.
+        Which Ritz values have converged.
     eigenvalues : ndarray, shape (q,)
         Those Ritz values.
     seen : ndarray, shape (q,)
@@ -56,20 +57,21 @@ class Settled:
         return float(np.abs(function(self.eigenvalues)) @ (2.0 * self.angle * (self.seen + self.share)))
 
 
-def settle(tridiagonal: BlockTridiagonal, values: Array, residuals: Array, shares: Array) -> Settled:
+def find_converged(ritz: RitzPairs) -> ConvergedEigenvalues:
     """Return the Ritz values that are simple eigenvalues with known eigenvectors.
 
-    A Ritz value settles when its residual norm is at most ``LARGEST_ANGLE`` of the distance to its neighbours (Parlett,
-    *The Symmetric Eigenvalue Problem*, 1998, theorem 11.7.1). A multiple eigenvalue shows up as several Ritz values
-    without a gap, as long as there are two probes whose projections onto its eigenspace differ. Nothing settles where
-    copies of converged Ritz values share their weight, without full or partial reorthogonalization, or for probes that
-    are not random.
+    A Ritz value has converged when its residual norm is at most ``LARGEST_ANGLE`` of the distance to its neighbours
+    (Parlett, *The Symmetric Eigenvalue Problem*, 1998, theorem 11.7.1). A multiple eigenvalue shows up as several Ritz
+    values without a gap, as long as there are two probes whose projections onto its eigenspace differ. None counts
+    where copies of converged Ritz values share their weight, without full or partial reorthogonalization, or for probes
+    that are not random.
     """
-    full = tridiagonal.reorthogonalization in ORTHOGONAL_MODES
-    random = tridiagonal.probe_kind in ("rademacher", "gaussian")
+    values, tridiagonal = ritz.values, ritz.tridiagonal
+    orthogonal = tridiagonal.reorthogonalization in ORTHOGONAL_MODES
     padded = np.concatenate(([-np.inf], values, [np.inf]))
     gap = np.minimum(values - padded[:-2], padded[2:] - values)
-    mask = (gap > 0.0) & (residuals <= LARGEST_ANGLE * gap)
-    if not (full and random and tridiagonal.probes >= FEWEST_PROBES) or values.size == 1:
+    mask = (gap > 0.0) & (ritz.residuals <= LARGEST_ANGLE * gap)
+    if not (orthogonal and ritz.random and tridiagonal.probes >= FEWEST_PROBES) or values.size == 1:
         mask = np.zeros(values.size, dtype=np.bool_)
-    return Settled(mask, values[mask], shares[mask], residuals[mask] / gap[mask], 1.0 / tridiagonal.size)
+    seen, angle = ritz.weights.mean(axis=0)[mask], ritz.residuals[mask] / gap[mask]
+    return ConvergedEigenvalues(mask, values[mask], seen, angle, 1.0 / tridiagonal.size)

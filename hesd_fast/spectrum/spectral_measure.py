@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
@@ -13,17 +14,20 @@ import numpy.typing as npt
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import RITZ_ROUNDING, Array, BlockTridiagonal
-from hesd_fast.spectrum.converged_eigenvalues import Settled, settle
-from hesd_fast.spectrum.extreme_eigenvalues import reach_beyond
-from hesd_fast.spectrum.jacobi_matrix import Jacobi, cdf_bounds, jacobi_of_probe
+from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, find_converged
+from hesd_fast.spectrum.extreme_eigenvalues import missed_eigenvalue_distance
+from hesd_fast.spectrum.jacobi_matrix import Jacobi, jacobi_of_probe
+from hesd_fast.spectrum.moment_bounds import cdf_bounds
+from hesd_fast.spectrum.ritz_pairs import RitzPairs
+from hesd_fast.spectrum.sampling_error import SamplingError, standard_error_of_mean
 
 ArrayFunction: TypeAlias = Callable[[Array], npt.ArrayLike]
 
 WEIGHT_SUM_TOLERANCE = 1e-6
-RANDOM_PROBES = ("rademacher", "gaussian")
 CHUNK_ENTRIES = 1 << 22
 
 
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class SpectralMeasure:
     """A discrete measure on the eigenvalue axis: the mean of one discrete measure per probe.
 
@@ -45,17 +49,32 @@ class SpectralMeasure:
         What the weights of each probe summed to before they were normalized; 1 for Rademacher probes.
     size : int or None
         Order of the matrix.
-    tridiagonal : BlockTridiagonal or None
-        Where the measure comes from.
-    settled : Settled or None
-        Which nodes are known eigenpairs, whose share is 1/n exactly.
+    ritz : RitzPairs or None
+        What the measure of a run knows of its Ritz pairs; None for a bare measure.
 
     Raises
     ------
     ProblemError
         If there are no nodes, lengths differ, a number is not finite, a weight is below ``-1e-6``, or the weights of a
         probe miss a sum of 1 by more than ``1e-6``.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd
+    >>> measure = hesd.SpectralMeasure([-1.0, 0.0, 3.0], [0.25, 0.5, 0.25], size=4)
+    >>> measure.mean(), measure.moment(2)
+    (0.5, 2.5)
+    >>> print(measure.trace, measure.lambda_max)
+    2 [2, 2] 3 [3, 3]
+    >>> measure.cdf([-2.0, 0.0, 1.0]).tolist()
+    [0.0, 0.75, 0.75]
     """
+
+    nodes: tuple[Array, ...]
+    weights: tuple[Array, ...]
+    weight_sums: Array
+    size: int | None
+    ritz: RitzPairs | None
 
     def __init__(
         self,
@@ -64,33 +83,7 @@ class SpectralMeasure:
         *,
         size: int | None = None,
     ) -> None:
-        node_arrays, weight_arrays = _per_probe(nodes, "nodes"), _per_probe(weights, "weights")
-        if len(node_arrays) != len(weight_arrays) or any(
-            x.shape != w.shape for x, w in zip(node_arrays, weight_arrays, strict=False)
-        ):
-            raise ProblemError(
-                f"nodes of lengths {[x.size for x in node_arrays]} do not match weights of lengths "
-                f"{[w.size for w in weight_arrays]}; pass one weight per node for each probe"
-            )
-        if size is not None and size < 1:
-            raise ProblemError(f"size must be the order of a matrix, at least 1, got {size}")
-        for probe, w in enumerate(weight_arrays):
-            if w.min() < -WEIGHT_SUM_TOLERANCE or abs(w.sum() - 1.0) > WEIGHT_SUM_TOLERANCE:
-                raise ProblemError(
-                    f"the weights of probe {probe} have the least value {w.min():.3g} and the sum {w.sum():.9g}, "
-                    f"wanted no negative weight and a sum of 1 within {WEIGHT_SUM_TOLERANCE:g}; normalize them"
-                )
-        orders = [np.argsort(x, kind="stable") for x in node_arrays]
-        self.nodes = tuple(_readonly(x[order]) for x, order in zip(node_arrays, orders, strict=True))
-        self.weights = tuple(
-            _readonly(np.clip(w, 0.0, None)[order]) for w, order in zip(weight_arrays, orders, strict=True)
-        )
-        self.weight_sums = _readonly(np.array([w.sum() for w in weight_arrays]))
-        self.size = size
-        self.tridiagonal: BlockTridiagonal | None = None
-        self.settled: Settled | None = None
-        self._ritz: tuple[Array, Array, Array] | None = None
-        self._reaches: dict[float, float] = {}
+        self._set(nodes, weights, size, None)
 
     @classmethod
     def from_tridiagonal(cls, tridiagonal: BlockTridiagonal) -> SpectralMeasure:
@@ -108,18 +101,41 @@ class SpectralMeasure:
         ----------
         Ubaru, Chen, Saad, SIMAX 38(4), 2017; Golub and Meurant, 2010, section 6.6.
         """
-        values, vectors, residuals = tridiagonal.ritz()
-        start = tridiagonal.start
-        weights = (start @ vectors[: start.shape[1]]) ** 2 / tridiagonal.size
-        sums = (start**2).sum(axis=1) / tridiagonal.size
-        if not (sums > 0.0).all():
-            raise ProblemError(f"probe {int(np.argmin(sums))} is the zero vector; every probe must have a direction")
-        measure = cls([values] * tridiagonal.probes, list(weights / sums[:, None]), size=tridiagonal.size)
-        measure.weight_sums = _readonly(sums)
-        measure.tridiagonal = tridiagonal
-        measure.settled = settle(tridiagonal, values, residuals, (weights / sums[:, None]).mean(axis=0))
-        measure._ritz = values, vectors, residuals
+        ritz = RitzPairs.of(tridiagonal)
+        measure = cls.__new__(cls)
+        measure._set([ritz.values] * tridiagonal.probes, list(ritz.weights), tridiagonal.size, ritz)
         return measure
+
+    def _set(
+        self,
+        nodes: Sequence[npt.ArrayLike] | npt.ArrayLike,
+        weights: Sequence[npt.ArrayLike] | npt.ArrayLike,
+        size: int | None,
+        ritz: RitzPairs | None,
+    ) -> None:
+        """Check and set all attributes; what was given stays the caller's own."""
+        given, masses = _per_probe(nodes, "nodes"), _per_probe(weights, "weights")
+        _check_measure(given, masses, size)
+        orders = [np.argsort(x, kind="stable") for x in given]
+        sums = np.array([w.sum() for w in masses]) if ritz is None else ritz.weight_sums
+        for name, value in {
+            "nodes": tuple(_readonly(x[order]) for x, order in zip(given, orders, strict=True)),
+            "weights": tuple(_readonly(w.clip(0.0)[order]) for w, order in zip(masses, orders, strict=True)),
+            "weight_sums": _readonly(sums),
+            "size": size,
+            "ritz": ritz,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def tridiagonal(self) -> BlockTridiagonal | None:
+        """Where the measure comes from; None for a bare one."""
+        return None if self.ritz is None else self.ritz.tridiagonal
+
+    @cached_property
+    def converged(self) -> ConvergedEigenvalues | None:
+        """Which nodes are eigenvalues with known eigenvectors, whose share is 1/n exactly; None for a bare measure."""
+        return None if self.ritz is None else find_converged(self.ritz)
 
     @property
     def probes(self) -> int:
@@ -176,8 +192,8 @@ class SpectralMeasure:
         """Return ``(low, high)`` with ``low <= mu((-inf, x)) <= mu((-inf, x]) <= high`` for the probes' measure ``mu``.
 
         ``mu`` is the exact measure ``(1/b) sum_j sum_i (z_j^T u_i)^2 / ||z_j||^2`` of this run's probes; how far it is
-        from the density of ``H`` is the sampling error, see `variance_bound`. The bounds are the tightest that the
-        moments of each probe allow, widened by a rounding allowance. They are rigorous with full or partial
+        from the density of ``H`` is the sampling error, see `standard_error_bound`. The bounds are the tightest that
+        the moments of each probe allow, widened by a rounding allowance. They are rigorous with full or partial
         reorthogonalization, and approximate with a window or with none. Of a bare measure both are its step function.
 
         Shapes are that of ``x``. Costs one symmetric eigenproblem of order ``m + 1`` per point and probe.
@@ -240,10 +256,10 @@ class SpectralMeasure:
         """The largest eigenvalue: the largest Ritz value, and how far beyond it an eigenvalue can hide.
 
         The largest eigenvalue is not below the Ritz value. It is above the interval only if the probes see so little
-        of its eigenvector as happens with probability 0.025; see `extreme_eigenvalues.reach_beyond`. Both ends include
-        an allowance for rounding and for the measured noise of the products. For probes that are not random the upper
-        end is the residual norm: some eigenvalue lies within it, not certainly the largest. For a bare measure: the
-        range of the largest nodes of its probes.
+        of its eigenvector as happens with probability 0.025; see `extreme_eigenvalues.missed_eigenvalue_distance`. Both
+        ends include an allowance for rounding and for the measured noise of the products. For probes that are not
+        random the upper end is the residual norm: some eigenvalue lies within it, not certainly the largest. For a bare
+        measure: the range of the largest nodes of its probes.
         """
         return self._extreme(1.0)
 
@@ -253,36 +269,34 @@ class SpectralMeasure:
 
         The mirror image of `lambda_max`.
         """
-        mirrored = self._extreme(-1.0)
-        return Estimate(-mirrored.value, -mirrored.high, -mirrored.low, mirrored.method)
+        return -self._extreme(-1.0)
 
     def _extreme(self, sign: float) -> Estimate:
         """Return the estimate of the largest eigenvalue of ``sign * H``."""
         extremes = [float((sign * x).max()) for x in self.nodes]
         value = max(extremes)
-        if self.tridiagonal is None:
+        if self.ritz is None:
             return Estimate(value, min(extremes), value, "the nodes of the measure, range over its probes")
         method = (
             "room that the moments leave for an eigenvalue the probes have missed" if self.random else "residual norm"
         )
-        return Estimate(value, value - self.noise, value + self._reach(sign) + self.noise, f"{method}, and noise")
+        beyond = self._beyond[0 if sign < 0.0 else 1]
+        return Estimate(value, value - self.noise, value + beyond + self.noise, f"{method}, and noise")
 
-    def _reach(self, sign: float) -> float:
-        """Return how far beyond the extreme Ritz value an eigenvalue may lie, 0 for a bare measure."""
-        if self.tridiagonal is not None and self._ritz is not None:
-            values, vectors, residuals = self._ritz
-            for side, residual in ((-1.0, float(residuals[0])), (1.0, float(residuals[-1]))):
-                found = reach_beyond(self.tridiagonal, values, vectors, side) if self.random else residual
-                self._reaches[side] = found
-            self._ritz = None  # the vectors may be large
-        return self._reaches.get(sign, 0.0)
+    @cached_property
+    def _beyond(self) -> tuple[float, float]:
+        """How far below the smallest and above the largest Ritz value an eigenvalue may lie."""
+        if self.ritz is None:
+            return 0.0, 0.0
+        if not self.random:
+            return float(self.ritz.residuals[0]), float(self.ritz.residuals[-1])
+        return missed_eigenvalue_distance(self.ritz, -1.0), missed_eigenvalue_distance(self.ritz, 1.0)
 
     @property
     def trace(self) -> Estimate:
-        """The trace of ``H``: settled eigenvalues, and ``n`` times the mean of the others with two standard errors.
+        """The trace of ``H``: converged eigenvalues, and ``n`` times the mean of the others with two standard errors.
 
-        A Rademacher quadratic form ``z^T H z`` has a variance of at most ``2 ||H||_F^2``, and the probes are
-        independent. Of a bare measure: two standard errors of the mean over its probes.
+        Of a bare measure: two standard errors of the mean over its probes.
 
         Raises
         ------
@@ -292,12 +306,11 @@ class SpectralMeasure:
         if self.size is None:
             raise ProblemError("the trace needs the order of the matrix, got size=None; pass size=n to SpectralMeasure")
         mean = self.mean()
-        if self.settled is None:
-            margin = 2.0 * standard_error([float(w @ x) for x, w in zip(self.nodes, self.weights, strict=True)])
-            method = "two standard errors over the measure's probes"
+        if self.converged is None:
+            means = [float(w @ x) for x, w in zip(self.nodes, self.weights, strict=True)]
+            margin, method = 2.0 * standard_error_of_mean(means), "two standard errors over the measure's probes"
         else:
-            mean += self.settled.correction(np.positive)
-            margin = self.mean_error
+            mean, margin = mean + self.converged.correction(np.positive), self.mean_error
             method = "two standard errors of the random probes" if self.random else "rounding; the probes were given"
         return Estimate(self.size * mean, self.size * (mean - margin), self.size * (mean + margin), method)
 
@@ -309,53 +322,59 @@ class SpectralMeasure:
         such a product.
         """
         noise = 0.0 if self.tridiagonal is None else self.tridiagonal.recurrence_error or 0.0
-        return 2.0 * self.rounding * math.sqrt(self._second_moment()) + noise
+        return 2.0 * self.rounding * math.sqrt(self._second_moment) + noise
 
     @property
     def mean_error(self) -> float:
-        """Two standard errors of the mean eigenvalue, with settled eigenvalues exact, and the allowances."""
-        settled = 0.0 if self.settled is None else self.settled.uncertainty(np.positive)
-        return 2.0 * self.sampling_error(self.unsettled_square_bound()) + self.mean_rounding + settled
+        """Two standard errors of the mean eigenvalue, with converged eigenvalues exact, and the allowances."""
+        if self.converged is None:
+            return self.mean_rounding
+        sampled = 2.0 * self.sampling.bound(self.unconverged_square_bound)
+        return sampled + self.mean_rounding + self.converged.uncertainty(np.positive)
 
     @property
     def random(self) -> bool:
         """Whether the probes are random, so that a sampling error is known."""
-        return self.tridiagonal is not None and self.tridiagonal.probe_kind in RANDOM_PROBES
+        return self.ritz is not None and self.ritz.random
 
-    def variance_bound(self, function: ArrayFunction) -> float:
-        """Return the standard error of the integral of ``function`` that the random probes cause.
+    @property
+    def sampling(self) -> SamplingError:
+        """How far the probes' means are from those of the matrix; nothing for those that are not random."""
+        return SamplingError((self.size or 0) * self.probes if self.random else 0)
 
-        It is ``sqrt(2 * integral of f^2 / (n b))``: for Rademacher probes the variance of ``z^T f(H) z / n`` is at most
-        ``2 ||f(H)||_F^2 / n^2``. The integral of ``f^2`` is itself taken by quadrature. Zero for a bare measure and for
-        probes that are not random: those are taken as they are.
+    def standard_error_bound(self, function: ArrayFunction) -> float:
+        """Return a bound of the standard error that random probes give the integral of ``function``.
+
+        It is ``sqrt(2 * integral of f^2 / (n b))``, see `SamplingError.bound`; the integral of ``f^2`` is itself taken
+        by quadrature. Zero for a bare measure and for probes that are not random: those are taken as they are.
         """
-        return self.sampling_error(self.integrate(lambda x: np.asarray(function(x), dtype=np.float64) ** 2))
+        return self.sampling.bound(self.integrate(lambda x: np.asarray(function(x), dtype=np.float64) ** 2))
 
-    def sampling_error(self, square_integral: float) -> float:
-        """Return ``sqrt(2 * square_integral / (n b))``, see `variance_bound`; zero when the probes are not random."""
-        if not self.random or self.size is None:
-            return 0.0
-        return math.sqrt(2.0 * square_integral / (self.size * self.probes))
-
-    def unsettled_square_bound(self) -> float:
-        """Return an upper estimate of the sum of squares, over n, of the eigenvalues that are not settled.
-
-        The probes' second moment without the settled nodes, and two of its own standard errors.
-        """
-        square = self._second_moment()
-        if self.settled is None:
+    @property
+    def unconverged_square_bound(self) -> float:
+        """An upper estimate of the sum of squares, over n, of the eigenvalues that have not converged."""
+        square = self._second_moment
+        if self.ritz is None or self.converged is None:
             return square
-        square -= float(self.settled.eigenvalues**2 @ self.settled.seen)
-        rest = ~self.settled.mask
-        weights = np.mean(self.weights, axis=0)[rest]
-        fourth = float(weights @ self.nodes[0][rest] ** 4)
-        if self.tridiagonal is not None and self.tridiagonal.steps < 3:  # too few for the quadrature of a fourth power
-            most = self.largest_magnitude + max(self._reach(-1.0), self._reach(1.0))
-            fourth = max(fourth, most**2 * max(square, 0.0))
-        return max(square, 0.0) + 2.0 * self.sampling_error(fourth) + self.rounding * self._second_moment()
+        largest = self.largest_magnitude + max(self._beyond)
+        rest = self.sampling.unconverged_square(self.ritz, self.converged, square, largest)
+        return rest + self.rounding * square
 
+    @property
+    def largest_unconverged(self) -> float:
+        """The largest magnitude of an eigenvalue that has not converged, hidden ones included."""
+        if self.converged is None:
+            return max(self.lambda_max.high, -self.lambda_min.low)
+        mask = self.converged.mask
+        candidates = [0.0, *np.abs(self.nodes[0][~mask])]
+        for end, extreme in ((0, -self.lambda_min.low), (-1, self.lambda_max.high)):
+            if not mask[end]:
+                candidates.append(extreme)
+        return float(max(candidates))
+
+    @cached_property
     def _second_moment(self) -> float:
-        """Return ``||H z||^2 / ||z||^2`` averaged over the probes, exact also after one step."""
+        """``||H z||^2 / ||z||^2`` averaged over the probes, exact also after one step."""
         if self.tridiagonal is None:
             return self.moment(2)
         # alpha_1^2 + beta_1^2 is the second moment of a Jacobi matrix, beta_1 known even if no second step was taken.
@@ -369,11 +388,21 @@ class SpectralMeasure:
         return nodes[order], weights[order]
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean of independent values; zero for a single one."""
-    if len(values) < 2:
-        return 0.0
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+def _check_measure(nodes: list[Array], weights: list[Array], size: int | None) -> None:
+    """Raise a ProblemError unless nodes and weights are those of a measure."""
+    if len(nodes) != len(weights) or any(x.shape != w.shape for x, w in zip(nodes, weights, strict=False)):
+        raise ProblemError(
+            f"nodes of lengths {[x.size for x in nodes]} do not match weights of lengths "
+            f"{[w.size for w in weights]}; pass one weight per node for each probe"
+        )
+    if size is not None and size < 1:
+        raise ProblemError(f"size must be the order of a matrix, at least 1, got {size}")
+    for probe, w in enumerate(weights):
+        if w.min() < -WEIGHT_SUM_TOLERANCE or abs(w.sum() - 1.0) > WEIGHT_SUM_TOLERANCE:
+            raise ProblemError(
+                f"the weights of probe {probe} have the least value {w.min():.3g} and the sum {w.sum():.9g}, "
+                f"wanted no negative weight and a sum of 1 within {WEIGHT_SUM_TOLERANCE:g}; normalize them"
+            )
 
 
 def _per_probe(values: Sequence[npt.ArrayLike] | npt.ArrayLike, name: str) -> list[Array]:

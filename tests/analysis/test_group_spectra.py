@@ -250,7 +250,7 @@ def test_disk_holds_the_bases_of_large_groups_only(tmp_path):
     reports = hesd.analyze_groups(
         model, CROSS_ENTROPY, data, groups="modules", max_steps=5, basis=tmp_path, progress=False
     )
-    assert [report.options["basis"] for report in reports.values()] == ["disk", "memory"]
+    assert [report.settings.basis for report in reports.values()] == ["disk", "memory"]
     in_memory = hesd.analyze_groups(model, CROSS_ENTROPY, data, groups="modules", max_steps=5, progress=False)
     for name, report in reports.items():
         scale = float(np.abs(report.measure.nodes[0]).max())

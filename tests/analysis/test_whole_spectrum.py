@@ -14,6 +14,7 @@ import hesd_fast as hesd
 from hesd_fast import HESDType
 from hesd_fast.analysis import checks, whole_spectrum
 from hesd_fast.engine import memory
+from hesd_fast.report.facts import RunSettings
 
 
 def trained(dtype=torch.float64, seed=0):
@@ -136,17 +137,17 @@ def test_published_protocol_is_what_it_says(case):
     model, loss, batches, _ = case
     report = hesd.analyze(model, loss, batches, protocol="lla", seed=3, progress=False)
     tridiagonal = report.measure.tridiagonal
-    assert report.options == {
-        "operator": "hessian",
-        "block_size": 1,
-        "max_steps": 100,
-        "reorthogonalization": "window",
-        "basis": "memory",
-        "basis_dtype": "float64",
-        "hvp": "auto",
-        "protocol": "lla",
-        "seed": 3,
-    }
+    assert report.settings == RunSettings(
+        operator="hessian",
+        block_size=1,
+        max_steps=100,
+        reorthogonalization="window",
+        basis="memory",
+        basis_dtype="float64",
+        hvp="auto",
+        protocol="lla",
+        seed=3,
+    )
     assert tridiagonal.probes == 1
     assert tridiagonal.steps == 100
     # r_e and K_Hn by the published formulas, from the nodes and weights of the tridiagonal matrix
@@ -171,7 +172,7 @@ def test_numpy_integers_are_integers(case, tmp_path):
     steps, block, seed = np.int64(3), np.int32(2), np.int64(1)
     report = hesd.analyze(model, loss, batches, max_steps=steps, block_size=block, seed=seed, progress=False)
     report.save(tmp_path / "run.hesd.json")
-    assert hesd.load_report(tmp_path / "run.hesd.json").options == report.options
+    assert hesd.load_report(tmp_path / "run.hesd.json").settings == report.settings
 
 
 @pytest.mark.parametrize("mode", ["window", "none"])
@@ -301,7 +302,7 @@ def test_spectra_of_other_operators_are_theirs(case, name, tmp_path):
         seen = np.einsum("ij,jk,ik->i", z, np.linalg.matrix_power(dense, order), z).mean() / problem.size
         np.testing.assert_allclose(report.measure.moment(order), seen, rtol=1e-9)
     assert report.lambda_min.low >= -1e-9
-    assert report.operator == report.options["operator"] == name
+    assert report.operator == report.settings.operator == name
     assert report.cost.strategy == "jvp in forward mode, vjp"
     assert all(check.passed for check in report.checks)
     assert "Spectral density of the" in str(report)

@@ -51,9 +51,9 @@ def test_analyze_writes_report_and_picture(folder, target):
     assert result.exit_code == 0, result.output
     assert "mainly positive" in result.output
     report = hesd.load_report(folder / "results" / "report.hesd.json")
-    assert report.options["max_steps"] == 3
-    assert report.options["block_size"] == 2
-    assert report.options["seed"] == 5
+    assert report.settings.max_steps == 3
+    assert report.settings.block_size == 2
+    assert report.settings.seed == 5
     assert (folder / "results" / "report.png").stat().st_size > 0
 
 
@@ -128,12 +128,12 @@ def test_plan_says_what_a_run_takes(folder):
 
 def test_analyze_passes_mode_and_protocol_on(folder):
     assert run("analyze", "cli_problem:build", "--reorthogonalization", "none", "--out", "a").exit_code == 0
-    assert hesd.load_report(folder / "a" / "report.hesd.json").options["reorthogonalization"] == "none"
+    assert hesd.load_report(folder / "a" / "report.hesd.json").settings.reorthogonalization == "none"
     assert run("analyze", "cli_problem:build", "--protocol", "lla", "--out", "b").exit_code == 0
     result = run("analyze", "cli_problem:build", "--operator", "gauss_newton", "--max-steps", "2", "--out", "c")
     assert result.exit_code == 0
     assert "of the Gauss-Newton matrix" in result.output
-    assert hesd.load_report(folder / "b" / "report.hesd.json").options["protocol"] == "lla"
+    assert hesd.load_report(folder / "b" / "report.hesd.json").settings.protocol == "lla"
 
 
 def test_compare_reads_saved_reports(folder):

@@ -269,7 +269,7 @@ def test_analyze_with_every_strategy_finds_the_same_spectrum(name):
     plain = hesd.analyze(small_problem(), max_steps=8, block_size=2, hvp="double_backward", progress=False)
     assert report.cost.strategy == ("kept_graph" if name == "auto" else name)
     assert bool(report.cost.plan) == (name == "auto")
-    assert report.options["hvp"] == name
+    assert report.settings.hvp == name
     np.testing.assert_allclose(report.lambda_max.value, plain.lambda_max.value, rtol=1e-10)
     assert all(check.passed for check in report.checks)
 

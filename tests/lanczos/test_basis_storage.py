@@ -326,7 +326,7 @@ def test_analyze_passes_basis_on_and_records_it(scratch):
     reports = {}
     for basis, dtype in (("auto", "auto"), ("disk", torch.bfloat16), (scratch, "float16")):
         report = hesd.analyze(problem(), max_steps=6, block_size=2, basis=basis, basis_dtype=dtype, progress=False)
-        reports[str(dtype)] = report.options["basis"], report.options["basis_dtype"]
+        reports[str(dtype)] = report.settings.basis, report.settings.basis_dtype
     assert list(reports.values()) == [("memory", "float32"), ("disk", "bfloat16"), ("disk", "float16")]
 
 
@@ -342,7 +342,7 @@ def test_analyze_goes_to_the_disk_by_itself_when_memory_is_short(scratch, monkey
     short = 3 * 2 * problem().size * 4 + 100
     monkeypatch.setattr(budget_module, "available_memory", lambda device: short)
     report = hesd.analyze(problem(), max_steps=6, block_size=2, progress=False)
-    assert report.options["basis"] == "disk"
+    assert report.settings.basis == "disk"
 
 
 PROBLEM = """
@@ -363,8 +363,8 @@ def test_the_command_line_takes_and_records_them(scratch, tmp_path, monkeypatch)
     start = ["analyze", "basis_problem.py:build", "--out", "out", "--max-steps", "6", "--block-size", "2"]
     result = CliRunner().invoke(main, [*start, "--basis", str(scratch), "--basis-dtype", "bfloat16"])
     assert result.exit_code == 0, result.output
-    options = hesd.load_report(tmp_path / "out" / "report.hesd.json").options
-    assert (options["basis"], options["basis_dtype"]) == ("disk", "bfloat16")
+    settings = hesd.load_report(tmp_path / "out" / "report.hesd.json").settings
+    assert (settings.basis, settings.basis_dtype) == ("disk", "bfloat16")
     result = CliRunner().invoke(main, [*start, "--basis", "nowhere"])
     assert result.exit_code == 1
     assert "'nowhere', which is no directory" in result.output

@@ -13,7 +13,8 @@ from numpy_block_lanczos import EPSILON, Array, block_lanczos, rademacher, rotat
 
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
-from hesd_fast.methodology.generalization_criteria import Criteria, _signed_moments, criteria, signed_moments
+from hesd_fast.methodology.generalization_criteria import Criteria, criteria
+from hesd_fast.methodology.signed_moments import Interval, signed_moments
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 PUBLISHED = json.loads((Path(__file__).parent / "lla_criteria.json").read_text())["cases"]
@@ -31,7 +32,7 @@ def rotated(spectrum: Array, seed: int = 1) -> tuple[Array, Array]:
     return (basis * spectrum) @ basis.T, basis
 
 
-def contains(estimate: Estimate, truth: float) -> bool:
+def contains(estimate: Estimate | Interval, truth: float) -> bool:
     slack = 1e3 * EPSILON * max(1.0, abs(truth))
     return estimate.low - slack <= truth <= estimate.high + slack
 
@@ -100,7 +101,8 @@ def test_intervals_contain_the_probes_truth(steps: int, probes: int) -> None:
         for resolution in (None, 0.03):
             result = criteria(measure, resolution=resolution)
             plus, minus = signed(spectrum, weights, 1.0, result.resolution)
-            _, of_probes, _, _ = _signed_moments(measure, 1.0, result.resolution)
+            moments = signed_moments(measure, 1.0, result.resolution)
+            of_probes, of_matrix = moments.of_probes, moments.of_matrix
             slack = 1e3 * EPSILON
             assert of_probes.plus.low - slack <= plus <= of_probes.plus.high + slack
             assert of_probes.minus.low - slack <= minus <= of_probes.minus.high + slack
@@ -108,9 +110,8 @@ def test_intervals_contain_the_probes_truth(steps: int, probes: int) -> None:
             assert contains(result.unresolved_mass, float(weights @ (np.abs(spectrum) <= result.resolution)))
             # the matrix's own values, as far as two standard errors go; these seeds are within them
             plus, minus = signed(spectrum, np.full(SIZE, 1.0 / SIZE), 1.0, result.resolution)
-            estimates = signed_moments(measure, 1.0, result.resolution)
-            assert contains(estimates[0], plus)
-            assert contains(estimates[1], minus)
+            assert contains(of_matrix.plus, plus)
+            assert contains(of_matrix.minus, minus)
             assert contains(result.balance, (plus - minus) / (plus + minus))
             assert contains(result.k_mass, minus / plus)
 
@@ -139,9 +140,9 @@ def test_intervals_contain_the_truth_of_the_matrix(exponent: float) -> None:
         measure = SpectralMeasure.from_tridiagonal(block_lanczos(matrix, rademacher(2, size, seed), 25))
         result = criteria(measure, mass_exponent=exponent, resolution=0.01)
         plus, minus = signed(spectrum, uniform, exponent, result.resolution)
-        estimates = signed_moments(measure, exponent, result.resolution)
-        hits["plus"] += contains(estimates[0], plus)
-        hits["minus"] += contains(estimates[1], minus)
+        of_matrix = signed_moments(measure, exponent, result.resolution).of_matrix
+        hits["plus"] += contains(of_matrix.plus, plus)
+        hits["minus"] += contains(of_matrix.minus, minus)
         hits["balance"] += contains(result.balance, (plus - minus) / (plus + minus))
         hits["k_mass"] += contains(result.k_mass, minus / plus)
         hits["unresolved"] += contains(result.unresolved_mass, float(uniform @ (np.abs(spectrum) <= 0.01)))

@@ -16,6 +16,7 @@ from torch import nn
 
 import hesd_fast as hesd
 from hesd_fast.report import json_files as report_file
+from hesd_fast.report.facts import RunSettings
 from hesd_fast.report.report import summary
 
 FORMAT_FIELDS = ("format", "format_version")
@@ -369,7 +370,10 @@ def test_what_was_chosen_is_taken_as_given(report, path):
     ("changes", "message"),
     [
         ({"hesd_type": hesd.HESDType.MN}, "hesd_type is MN; type_evidence, criteria and problem make it MP"),
-        ({"options": {"operator": "hessian"}}, "options.block_size is missing"),
+        (
+            {"settings": RunSettings("hessian", 2, 6, "full", "memory", "float32", "auto", None, "0")},
+            "options.seed is '0'; wanted an integer",
+        ),
         ({"versions": {"torch": object()}}, "versions.'torch' is <object"),
     ],
 )
@@ -446,7 +450,7 @@ def check_loaded(loaded, report, content):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3 * report.measure.largest_magnitude)
     for name in FORMAT_FIELDS:
         del content[name]
-    again = report_file.content_of(loaded)
+    again = loaded.to_saved().to_dict()
     assert json.dumps(again, sort_keys=True) == json.dumps(as_read(content, again), sort_keys=True)
 
 

@@ -17,7 +17,8 @@ from torch import nn
 
 import hesd_fast as hesd
 from hesd_fast.report.density_plot import plot_densities
-from hesd_fast.report.report import Check, summary
+from hesd_fast.report.facts import Check
+from hesd_fast.report.report import summary
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_save_and_load_keep_every_number(report, tmp_path):
     report.save(path)
     loaded = hesd.load_report(path)
     assert str(loaded) == str(report)
-    for name in ("hesd_type", "type_evidence", "criteria", "problem", "cost", "checks", "options", "versions"):
+    for name in ("hesd_type", "type_evidence", "criteria", "problem", "cost", "checks", "settings", "versions"):
         assert getattr(loaded, name) == getattr(report, name), name
     assert loaded.measure.tridiagonal.to_dict() == report.measure.tridiagonal.to_dict()
     for ours, theirs in zip(loaded.measure.nodes, report.measure.nodes, strict=True):
@@ -216,7 +217,7 @@ def named_dangerously(report):
         cost=dataclasses.replace(report.cost, strategy=ESCAPE),
         type_evidence=dataclasses.replace(report.type_evidence, reason=ESCAPE, advice=(ESCAPE,)),
         checks=(Check("symmetry", True, ESCAPE),),
-        options={**report.options, "group": ESCAPE},
+        settings=dataclasses.replace(report.settings, group=ESCAPE),
     )
 
 

@@ -23,12 +23,12 @@ def measure_of(eigenvalues, steps, block, seed=0, **options):
     return hesd.SpectralMeasure.from_tridiagonal(run)
 
 
-def test_only_converged_isolated_eigenvalues_settle():
+def test_only_isolated_eigenvalues_converge():
     eigenvalues = network_like()
-    settled = measure_of(eigenvalues, 15, 4).settled
+    converged = measure_of(eigenvalues, 15, 4).converged
     for outlier in (-0.5, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0):
-        assert np.abs(settled.eigenvalues - outlier).min() <= 1e-9
-    for value in settled.eigenvalues:
+        assert np.abs(converged.eigenvalues - outlier).min() <= 1e-9
+    for value in converged.eigenvalues:
         assert np.abs(eigenvalues - value).min() <= 1e-3 * np.abs(value)
 
 
@@ -47,7 +47,7 @@ def test_trace_and_balance_are_much_sharper_and_still_true(steps):
         for name, estimate in estimates.items():
             hits[name] += estimate.low <= truth[name] <= estimate.high
         widths.append(measure.trace.high - measure.trace.low)
-        plain.append(4.0 * N * measure.variance_bound(lambda x: x))
+        plain.append(4.0 * N * measure.standard_error_bound(lambda x: x))
     assert all(count >= 0.95 * seeds - 2 for count in hits.values()), hits
     assert np.median(widths) < 0.3 * np.median(plain)
 
@@ -65,7 +65,7 @@ def test_multiple_eigenvalues_do_not_lose_their_share(multiplicity):
 def test_an_exhausted_space_is_known_exactly():
     eigenvalues = np.random.default_rng(2).normal(0.0, 1.0, 40)
     measure = measure_of(eigenvalues, 40, 4)
-    assert measure.settled.mask.all()
+    assert measure.converged.mask.all()
     assert measure.trace.high - measure.trace.low <= 1e-5  # the square root of rounding
     assert measure.trace.value == pytest.approx(eigenvalues.sum(), abs=1e-12)
     found = hesd.criteria(measure)
@@ -75,11 +75,11 @@ def test_an_exhausted_space_is_known_exactly():
 
 
 @pytest.mark.parametrize("options", [{"reorthogonalization": "none"}, {"reorthogonalization": "window"}])
-def test_nothing_settles_among_ghosts(options):
-    assert not measure_of(network_like(), 30, 4, **options).settled.mask.any()
+def test_nothing_counts_as_converged_among_ghosts(options):
+    assert not measure_of(network_like(), 30, 4, **options).converged.mask.any()
 
 
-def test_nothing_settles_with_one_probe_or_given_probes():
-    assert not measure_of(network_like(), 30, 1).settled.mask.any()
+def test_nothing_counts_as_converged_with_one_probe_or_given_probes():
+    assert not measure_of(network_like(), 30, 1).converged.mask.any()
     given = torch.randn(4, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert not measure_of(network_like(), 30, 4, probes=given).settled.mask.any()
+    assert not measure_of(network_like(), 30, 4, probes=given).converged.mask.any()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import hesd_fast as hesd
-from hesd_fast.spectrum.extreme_eigenvalues import HIDING_RISK, reach_beyond
+from hesd_fast.spectrum.extreme_eigenvalues import HIDING_RISK, missed_eigenvalue_distance
+from hesd_fast.spectrum.ritz_pairs import RitzPairs
 
 SEEDS = 60
 N = 300
@@ -47,7 +48,7 @@ def test_coverage_before_during_and_after_convergence(name, block, mode):
         assert SEEDS - sum(smallest) <= misses_allowed, steps
 
 
-def test_the_reach_closes_with_convergence():
+def test_the_distance_closes_with_convergence():
     eigenvalues = spectra()["network"]
     run = hesd.block_lanczos(operator_of(eigenvalues), 20, 4)
     widths = []
@@ -58,22 +59,21 @@ def test_the_reach_closes_with_convergence():
     assert widths[-1] <= 64 * 2.0**-52 * 8.0
 
 
-def test_no_reach_when_the_space_is_invariant():
+def test_nothing_is_missed_when_the_space_is_invariant():
     run = hesd.block_lanczos(torch.diag(torch.arange(1.0, 7.0, dtype=torch.float64)), 6, 2)
     assert run.breakdown
-    values, vectors, _ = run.ritz()
-    assert reach_beyond(run, values, vectors, 1.0) == reach_beyond(run, values, vectors, -1.0) == 0.0
+    ritz = RitzPairs.of(run)
+    assert missed_eigenvalue_distance(ritz, 1.0) == missed_eigenvalue_distance(ritz, -1.0) == 0.0
 
 
 def test_one_probe_of_one_step_is_the_classical_bound():
     # b = m = 1: an eigenvalue of mass c / n at distance d from the mean needs c / n <= 1 / (1 + (d / deviation)^2).
     eigenvalues = spectra()["network"]
     run = hesd.block_lanczos(operator_of(eigenvalues), 1, 1)
-    values, vectors, _ = run.ritz()
     deviation = abs(run.offdiagonal[0].item())
     needed = 0.0009820691171752583  # the 0.025 quantile of chi-square with one degree of freedom
     expected = deviation * np.sqrt(N / needed - 1.0)
-    assert reach_beyond(run, values, vectors, 1.0) == pytest.approx(expected, rel=1e-4)
+    assert missed_eigenvalue_distance(RitzPairs.of(run), 1.0) == pytest.approx(expected, rel=1e-4)
 
 
 def test_scale_and_sign_do_not_matter():
@@ -98,10 +98,10 @@ def test_a_probe_whose_quadratic_form_cancels_still_gives_finite_bounds():
     # z^T H z = 0 for this probe: the only Ritz value is 0, and all that is known is the coupling
     probe = torch.ones(1, 4, dtype=torch.float64)
     tridiagonal = hesd.block_lanczos(torch.diag(torch.tensor([1.0, 1.0, -1.0, -1.0]).double()), 1, probes=probe)
-    values, vectors, _ = tridiagonal.ritz()
-    np.testing.assert_allclose(values, 0.0, atol=1e-15)
+    ritz = RitzPairs.of(tridiagonal)
+    np.testing.assert_allclose(ritz.values, 0.0, atol=1e-15)
     for side in (-1, 1):
-        assert 0.0 < reach_beyond(tridiagonal, values, vectors, side) < np.inf
+        assert 0.0 < missed_eigenvalue_distance(ritz, side) < np.inf
 
 
 def test_the_trace_of_one_step_misses_no_more_often_than_it_says():

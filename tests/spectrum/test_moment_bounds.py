@@ -11,7 +11,8 @@ from numpy_block_lanczos import EPSILON, Array, block_lanczos, rademacher, rotat
 from scipy.optimize import linprog
 from spectra import SIZE, SPECTRA, dense, scale_of
 
-from hesd_fast.spectrum.jacobi_matrix import CDFBand, Jacobi, cdf_band, hinge_bounds, jacobi_of_probe
+from hesd_fast.spectrum.jacobi_matrix import Jacobi, jacobi_of_probe
+from hesd_fast.spectrum.moment_bounds import CDFBand, cdf_band, hinge_bounds
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 

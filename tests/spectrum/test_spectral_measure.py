@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -104,14 +105,14 @@ def test_trace_and_its_interval(kind: str) -> None:
         norms = (z**2).sum(axis=1) / SIZE
         np.testing.assert_allclose(measure.weight_sums, norms, rtol=100 * EPSILON)
         quotient = np.mean(np.einsum("ji,ik,jk->j", z, matrix, z) / norms)
-        probes_trace = measure.trace.value - SIZE * measure.settled.correction(np.positive)
+        probes_trace = measure.trace.value - SIZE * measure.converged.correction(np.positive)
         assert abs(probes_trace - SIZE * measure.mean()) <= 1e4 * EPSILON * SIZE * scale_of("bulk and outliers")
         assert abs(SIZE * measure.mean() - quotient) <= 1e4 * EPSILON * SIZE * scale_of("bulk and outliers")
         inside += measure.trace.low <= spectrum.sum() <= measure.trace.high
     assert 93 <= inside <= 100
 
 
-def test_variance_bound_covers_the_spread_of_the_probes() -> None:
+def test_standard_error_bound_covers_the_spread_of_the_probes() -> None:
     matrix = dense("indefinite")
     means = []
     for seed in range(200):
@@ -121,13 +122,13 @@ def test_variance_bound_covers_the_spread_of_the_probes() -> None:
     # A standard deviation of 200 samples errs by 5 %; 15 % are three of those.
     assert np.std(means) <= 1.15 * bound
     assert np.std(means) >= 0.5 * bound
-    assert measure.variance_bound(lambda x: x) == pytest.approx(bound, rel=0.3)
+    assert measure.standard_error_bound(lambda x: x) == pytest.approx(bound, rel=0.3)
 
 
 def test_chosen_probes_have_no_sampling_error() -> None:
     probe = np.eye(SIZE)[:1]
     measure = SpectralMeasure.from_tridiagonal(block_lanczos(dense("indefinite"), probe, 5, probe_kind="given"))
-    assert measure.variance_bound(lambda x: x) == 0.0
+    assert measure.standard_error_bound(lambda x: x) == 0.0
     assert measure.mean() == pytest.approx(dense("indefinite")[0, 0], abs=1e3 * EPSILON * scale_of("indefinite"))
     assert measure.weight_sums[0] == pytest.approx(1.0 / SIZE, rel=10 * EPSILON)
 
@@ -232,6 +233,27 @@ def test_bad_measures_are_refused() -> None:
         measure.cdf([np.nan])
     with pytest.raises(ProblemError, match="order of at least 0"):
         measure.moment(-1)
+
+
+def test_measures_are_values() -> None:
+    run = SpectralMeasure.from_tridiagonal(block_lanczos(dense("indefinite"), rademacher(2, SIZE, 0), 4))
+    bare = SpectralMeasure([1.0, 2.0], [0.5, 0.5])
+    for measure in (run, bare):
+        for name in ("nodes", "weights", "weight_sums", "size", "ritz", "tridiagonal", "converged", "jacobi"):
+            with pytest.raises(AttributeError):
+                setattr(measure, name, None)
+        for array in (*measure.nodes, *measure.weights, measure.weight_sums):
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 7.0
+    again = pickle.loads(pickle.dumps(run))
+    assert (again.lambda_max, again.lambda_min, again.trace) == (run.lambda_max, run.lambda_min, run.trace)
+
+
+def test_a_measure_keeps_no_ritz_vectors() -> None:
+    run = SpectralMeasure.from_tridiagonal(block_lanczos(dense("indefinite"), rademacher(2, SIZE, 0), 30))
+    _ = run.lambda_max, run.trace
+    held = [array.size for array in vars(run.ritz).values() if isinstance(array, np.ndarray)]
+    assert max(held) == 2 * 60  # of 60 vectors, what two probes see of each
 
 
 def test_bare_measure_is_taken_as_it_is() -> None:
