@@ -28,9 +28,10 @@ from hesd_fast.lanczos.lanczos_run import LanczosProgress, LanczosRun
 from hesd_fast.lanczos.options import check_options
 from hesd_fast.operators.hessian_blocks import GroupedHessianOperator, Groups
 from hesd_fast.operators.linearity_check import Deviations, combination_of, deviations
+from hesd_fast.problem.description import Loss
 from hesd_fast.problem.model_state import alone
 from hesd_fast.problem.parameters import select_parameters
-from hesd_fast.problem.problem import Loss, Problem
+from hesd_fast.problem.problem import Problem
 from hesd_fast.problem.term_counts import Count
 from hesd_fast.report.report import Report
 

@@ -85,7 +85,7 @@ def plan(
     block = int(chosen.block_size)
     where = basis_for(problem, problem.size, chosen, basis, basis_dtype)
     strategy, products = choose(
-        problem,
+        problem.prepare(),
         block,
         most_panels(problem.size, chosen),
         memory_limit=memory_for_products(problem, where, block),

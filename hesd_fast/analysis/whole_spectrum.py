@@ -27,8 +27,9 @@ from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, He
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.hessian import check_hvp
 from hesd_fast.operators.linearity_check import CheckedOperator, Deviations
+from hesd_fast.problem.description import Loss
 from hesd_fast.problem.parameters import Selection, as_real
-from hesd_fast.problem.problem import Loss, Problem
+from hesd_fast.problem.problem import Problem
 from hesd_fast.problem.term_counts import Count
 from hesd_fast.report.report import Cost, ProblemFacts, Report
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure

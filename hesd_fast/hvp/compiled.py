@@ -21,8 +21,8 @@ from hesd_fast.errors import HESDWarning, OperatorError, first_line
 from hesd_fast.hvp.base import Parts, Vectors, agrees, vectors_of, with_row
 from hesd_fast.hvp.reverse_over_reverse import ReverseOverReverse, gradient_to_keep
 from hesd_fast.hvp.second_derivatives import Gradient, naming_operations
+from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.parameters import norm_of
-from hesd_fast.problem.problem import LossTerm
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hesd_fast.hvp.base import Strategy, Vectors, vectors_of
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph
 from hesd_fast.hvp.second_derivatives import Gradient
 from hesd_fast.problem.autograd_graph import graph_nodes
-from hesd_fast.problem.problem import Problem
+from hesd_fast.problem.prepared_problem import PreparedProblem
 
 SHARE = 0.05
 """Part of the predicted run that trials may take."""
@@ -122,7 +122,7 @@ class ProductPlan:
 
 
 def choose(
-    problem: Problem,
+    problem: PreparedProblem,
     block_size: int,
     panels: int,
     *,
@@ -152,7 +152,6 @@ def choose(
         If the problem cannot be used at all.
     """
     started = time.perf_counter()
-    problem.prepare()
     plain = DoubleBackward(compensated, memory_limit)
     with problem.session(), MemoryWatch() as watch:
         before = time.perf_counter()
@@ -191,7 +190,7 @@ class _Trials:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: PreparedProblem,
         plain: Strategy,
         block_size: int,
         panels: int,

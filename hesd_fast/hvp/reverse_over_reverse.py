@@ -14,7 +14,7 @@ from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.base import BlockVectors, Parts, Strategy, Vectors, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import Gradient, naming_operations
 from hesd_fast.problem.autograd_graph import graph_nodes
-from hesd_fast.problem.problem import LossTerm
+from hesd_fast.problem.loss_term import LossTerm
 
 
 class ReverseOverReverse(Strategy):
@@ -101,9 +101,8 @@ class KeptGraph(ReverseOverReverse):
         panel = kernels.empty_panel(1, self.problem.size, self.problem.dtype, self.problem.device)
         kernels.fill_probes(panel, 0)
         rows = vectors_of(self.problem, panel)
-        first = torch.zeros_like(panel)
         term = self.problem.first_term()
-        self._accumulate(term, self.attempt(term, rows), first)
+        first = self.products_alone(term, rows)
         if term.index in self._kept:
             self.compare(rows, first)
 

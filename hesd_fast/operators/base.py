@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hesd_fast.errors import OperatorError
 from hesd_fast.operators.not_finite import cause_of_nan
+from hesd_fast.problem.prepared_problem import PreparedProblem
 from hesd_fast.problem.problem import Problem
 
 if TYPE_CHECKING:
@@ -185,7 +186,10 @@ class OperatorBase(ABC):
 
 
 class ProblemOperator(OperatorBase):
-    """An operator on the selected parameters of a problem, one column per parameter element."""
+    """An operator on the selected parameters of a problem, one column per parameter element.
+
+    The problem is prepared when it is needed first, at the first product.
+    """
 
     def __init__(self, problem: Problem) -> None:
         if not isinstance(problem, Problem):
@@ -194,6 +198,11 @@ class ProblemOperator(OperatorBase):
             )
         super().__init__(problem.size, problem.dtype, problem.device)
         self.problem = problem
+
+    @property
+    def prepared(self) -> PreparedProblem:
+        """The problem, its data read."""
+        return self.problem.prepare()
 
     @property
     def epsilon(self) -> float:

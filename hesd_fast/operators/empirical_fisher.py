@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hesd_fast.errors import OperatorError, ProblemError
-from hesd_fast.operators.gauss_newton import JacobianOperator, _loss_of
-from hesd_fast.problem.problem import LossTerm, Problem
+from hesd_fast.operators.jacobian import JacobianOperator, loss_of
+from hesd_fast.problem.loss_term import LossTerm
+from hesd_fast.problem.problem import Problem
 
 
 class EmpiricalFisherOperator(JacobianOperator):
@@ -62,7 +63,7 @@ class EmpiricalFisherOperator(JacobianOperator):
     def _middle(self, term: LossTerm, outputs: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
         _check_independent(self.problem.model)
         with torch.no_grad():
-            term.note(_loss_of(self.problem.loss, outputs.detach(), term.batch))
+            term.note(loss_of(self.problem.loss, outputs.detach(), term.batch))
             sums, counts = self._terms(outputs.detach(), term.batch)
         if term.index not in self._added_up:  # once: data and losses are the same at every pass
             _check_terms(sums, counts, term)
@@ -71,7 +72,7 @@ class EmpiricalFisherOperator(JacobianOperator):
         def divided(tangent: Tensor) -> Tensor:
             return torch.where(counts > 0, tangent / counts, 0)
 
-        return divided, 1.0 / self.problem.total_count
+        return divided, 1.0 / self.prepared.total_count
 
     def _terms(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         sums, counts = self.problem.loss.terms_of_outputs(outputs, batch)  # type: ignore[attr-defined]
