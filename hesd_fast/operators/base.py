@@ -27,6 +27,19 @@ class CurvatureOperator(Protocol):
     """A symmetric n x n matrix, known by its products with panels.
 
     An operator may also have ``describe(column) -> str``, which names a column in error messages.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> class Diagonal:
+    ...     size, dtype, device, products = 3, torch.float64, torch.device("cpu"), 0
+    ...     def matmat(self, panel, out=None):
+    ...         self.products += len(panel)
+    ...         return torch.mul(panel, torch.tensor([1.0, 2.0, 4.0], dtype=self.dtype), out=out)
+    >>> tridiagonal = hesd.block_lanczos(Diagonal(), steps=3, block_size=1)
+    >>> hesd.SpectralMeasure.from_tridiagonal(tridiagonal).nodes[0].round(6)
+    array([1., 2., 4.])
     """
 
     @property
@@ -55,7 +68,7 @@ class CurvatureOperator(Protocol):
 
 
 class OperatorBase(ABC):
-    """A curvature operator whose panels are checked at the door; a subclass multiplies in ``_multiply``.
+    """A curvature operator whose panels are checked on entry; a subclass multiplies in ``_multiply``.
 
     Parameters
     ----------

@@ -49,6 +49,17 @@ class EmpiricalFisherOperator(JacobianOperator):
     -----
     F v = (1/W) J^T D^-1 (J v), with J the Jacobian of the sums w_i l_i and D = diag(w): no gradient of a single term is
     ever stored. Cost of a panel of b vectors: 2 F + 4 F b, with F a forward pass, and F more in reverse mode.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = torch.nn.init.ones_(model.weight)  # so that the gradients of the terms are (2, 0) and (0, 8)
+    >>> problem = hesd.Problem(model, hesd.losses.supervised(torch.nn.MSELoss()), data)
+    >>> hesd.EmpiricalFisherOperator(problem, jvp="reverse").matvec(torch.ones(2))
+    tensor([ 2., 32.])
     """
 
     needed = ("outputs", "of_outputs", "terms_of_outputs")

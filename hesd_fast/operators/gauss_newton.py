@@ -44,6 +44,16 @@ class GaussNewtonOperator(JacobianOperator):
     -----
     Cost of a panel of b vectors: 2 F + 4 F b and b products with H, where F is a forward pass, and F more in reverse
     mode. Memory: the graph of one batch's forward pass; in reverse mode that of its first backward pass, too.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> loss = hesd.losses.supervised(torch.nn.MSELoss())
+    >>> problem = hesd.Problem(torch.nn.Linear(2, 1, bias=False), loss, data)
+    >>> hesd.GaussNewtonOperator(problem, jvp="reverse").matvec(torch.ones(2))
+    tensor([1., 4.])
     """
 
     needed = ("outputs", "of_outputs")

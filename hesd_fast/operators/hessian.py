@@ -20,7 +20,7 @@ from hesd_fast.problem.problem import Problem
 S = TypeVar("S", bound=Strategy)
 
 PANELS = 100
-"""Panels that "auto" plans for when nobody says how many there will be."""
+"""Panels that "auto" plans for by default."""
 
 
 class HessianOperator(ProblemOperator):
@@ -49,6 +49,16 @@ class HessianOperator(ProblemOperator):
         What makes the products; for "auto" set at the first one.
     plan : ProductPlan or None
         What "auto" found.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> loss = hesd.losses.supervised(torch.nn.MSELoss())
+    >>> problem = hesd.Problem(torch.nn.Linear(2, 1, bias=False), loss, data)
+    >>> hesd.HessianOperator(problem).matvec(torch.ones(2))
+    tensor([1., 4.])
     """
 
     def __init__(

@@ -98,6 +98,16 @@ class GroupedHessianOperator:
         If a group selects nothing, or something outside of the problem.
     OperatorError
         For another ``hvp``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> problem = hesd.Problem(torch.nn.Linear(2, 1), hesd.losses.supervised(torch.nn.MSELoss()), data)
+    >>> operator = hesd.GroupedHessianOperator(problem, "parameters")
+    >>> operator.matmats({"weight": torch.ones(1, 2), "bias": torch.ones(1, 1)})
+    {'weight': tensor([[1., 4.]]), 'bias': tensor([[2.]])}
     """
 
     def __init__(

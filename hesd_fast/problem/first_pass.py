@@ -17,7 +17,8 @@ from hesd_fast.problem.evaluation import ProblemEvaluation
 from hesd_fast.problem.exact_operations import operations_in
 from hesd_fast.problem.losses import is_ready_made
 from hesd_fast.problem.parameters import check_hooks
-from hesd_fast.problem.term_counts import ReadingCheck, TermCounter, warn_of_fraction
+from hesd_fast.problem.reading_check import ReadingCheck
+from hesd_fast.problem.term_counts import TermCounter, warn_of_fraction
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,16 @@ class Problem(ProblemDescription):
     ------
     ProblemError
         If the model, the loss, the data or an option cannot be used.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> batches = [(torch.ones(4, 3), torch.zeros(4, 1)), (torch.ones(2, 3), torch.zeros(2, 1))]
+    >>> loss = hesd.losses.supervised(torch.nn.MSELoss())
+    >>> problem = hesd.Problem(torch.nn.Linear(3, 1), loss, batches, parameters="weight")
+    >>> problem.size, problem.batch_count, problem.total_count
+    (3, 2, 6.0)
     """
 
     @alone
