@@ -100,10 +100,8 @@ class Strategy(ABC):
 
     def check(self) -> None:
         """Raise an OperatorError unless the strategy multiplies as plain double backward does."""
-        panel = kernels.empty_panel(self.checked_vectors, self.problem.size, self.problem.dtype, self.problem.device)
-        kernels.fill_probes(panel, 0)
-        rows = vectors_of(self.problem, panel)
-        wanted = ProductSum(self.problem, torch.empty_like(panel))
+        rows = probe_vectors(self.problem, self.checked_vectors)
+        wanted = ProductSum(self.problem, empty_panel(self.problem, len(rows)))
         term = self.problem.first_term()
         gradient = Gradient.of(self.problem, term.evaluate())
         for j, row in enumerate(rows):
@@ -127,8 +125,7 @@ class Strategy(ABC):
 
     def products_alone(self, term: LossTerm, rows: Vectors) -> Tensor:
         """Return the products (b, n) of one batch."""
-        shape = len(rows), self.problem.size
-        total = ProductSum(self.problem, torch.empty(shape, dtype=self.problem.dtype, device=self.problem.device))
+        total = ProductSum(self.problem, empty_panel(self.problem, len(rows)))
         self._add_products(total, term, rows)
         return total.out
 
@@ -205,6 +202,18 @@ def vectors_of(problem: PreparedProblem, panel: Tensor) -> Vectors:
     """Return views of the panel's rows, one per parameter, copied only where a parameter has another dtype."""
     parameters = list(problem.parameters.values())
     return [[view.to(p.dtype) for view, p in zip(problem.unflatten(row), parameters, strict=True)] for row in panel]
+
+
+def empty_panel(problem: PreparedProblem, count: int) -> Tensor:
+    """Return a panel (count, n) for vectors or products."""
+    return kernels.empty_panel(count, problem.size, problem.dtype, problem.device)
+
+
+def probe_vectors(problem: PreparedProblem, count: int, seed: int = 0) -> Vectors:
+    """Return random vectors of signs."""
+    panel = empty_panel(problem, count)
+    kernels.fill_probes(panel, seed)
+    return vectors_of(problem, panel)
 
 
 class ProductSum:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hesd_fast.errors import OperatorError
 from hesd_fast.operators.not_finite import cause_of_nan
+from hesd_fast.problem.parameters import memory_ends
 from hesd_fast.problem.prepared_problem import PreparedProblem
 from hesd_fast.problem.problem import Problem
 
@@ -255,8 +256,5 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     """Whether the memory from the first to the last element of two panels overlaps."""
     if not (one.numel() and other.numel()):
         return False
-    ends = []
-    for panel in (one, other):
-        last = sum((count - 1) * stride for count, stride in zip(panel.shape, panel.stride(), strict=True))
-        ends.append((panel.data_ptr(), panel.data_ptr() + (last + 1) * panel.itemsize))
-    return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
+    (start, end), (other_start, other_end) = memory_ends(one), memory_ends(other)
+    return start < other_end and other_start < end

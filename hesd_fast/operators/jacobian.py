@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from hesd_fast.engine import cuda, kernels
+from hesd_fast.engine import cuda
 from hesd_fast.errors import OperatorError, ProblemError, first_line, raised_outside_of_libraries
-from hesd_fast.hvp.base import ProductSum, Vectors, agrees, quiet, stacked, vectors_of, with_row
+from hesd_fast.hvp.base import ProductSum, Vectors, agrees, probe_vectors, quiet, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import differentiate, refuse_dead_ends
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.problem.differentiation import filled, naming_refusals
@@ -184,9 +184,7 @@ class JacobianOperator(ProblemOperator):
 
         They differ where PyTorch defines a derivative in one way only, as that of an embedding at ``padding_idx``.
         """
-        probe = kernels.empty_panel(1, self.problem.size, self.problem.dtype, self.problem.device)
-        kernels.fill_probes(probe, 0)
-        (row,) = vectors_of(self.prepared, probe)
+        (row,) = probe_vectors(self.prepared, 1)
         found = self._forward(term, [row])[0]
         wanted = Jacobian(values, list(self.problem.parameters.values())).times(row)
         difference, norm = norm_of([found - wanted]), norm_of([wanted])

@@ -176,7 +176,7 @@ def _check_memory(selected: Mapping[str, nn.Parameter], everything: Mapping[str,
 
 def _neighbours(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, str]]:
     """Yield the pairs of parameters the memory of which lies, from first to last element, one in the other."""
-    ends = sorted((*_ends(parameter), name) for name, parameter in parameters.items() if parameter.numel())
+    ends = sorted((*memory_ends(parameter), name) for name, parameter in parameters.items() if parameter.numel())
     for position, (_, end, name) in enumerate(ends):
         for start, _, other in itertools.islice(ends, position + 1, None):
             if start >= end:
@@ -185,7 +185,8 @@ def _neighbours(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, s
                 yield name, other
 
 
-def _ends(tensor: Tensor) -> tuple[int, int]:
+def memory_ends(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses where the first element of a tensor begins and the last one ends."""
     last = sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
 
