@@ -16,16 +16,15 @@ import workloads
 
 import hesd_fast as hesd
 from hesd_fast.hvp import derivative_check
-from hesd_fast.problem import model_state, term_counts
-from hesd_fast.problem.problem import Problem
+from hesd_fast.problem import first_pass, model_state, reading_check, term_counts
 
 CHECKS: dict[str, tuple[Any, str]] = {
     "products against differences of gradients": (derivative_check._Comparison, "run"),
     "digests of the weights": (model_state, "digests_of"),
     "copies of the weights": (model_state, "_copies_that_fit"),
-    "mean or sum": (term_counts.ReadingCheck, "_read"),
+    "mean or sum": (reading_check.ReadingCheck, "_read"),
     "shapes of batches": (term_counts, "BatchShape"),
-    "other selection": (Problem, "_check_selection"),
+    "other selection": (first_pass, "_check_selection"),
 }
 """What each check is called, and the function that it is."""
 

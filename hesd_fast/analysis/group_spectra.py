@@ -15,9 +15,10 @@ from hesd_fast.analysis.spectra import Names, spectra_of
 from hesd_fast.engine.memory import one_look
 from hesd_fast.errors import ProblemError
 from hesd_fast.operators.hessian_blocks import GroupedHessianOperator, Groups
+from hesd_fast.problem.description import Loss
 from hesd_fast.problem.model_state import alone
 from hesd_fast.problem.parameters import select_parameters
-from hesd_fast.problem.problem import Loss, Problem
+from hesd_fast.problem.problem import Problem
 from hesd_fast.problem.term_counts import Count
 from hesd_fast.report.report import Report
 

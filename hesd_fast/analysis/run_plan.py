@@ -133,7 +133,7 @@ def plan(
     settings = RunOptions(block_size, max_steps, reorthogonalization, protocol).settings(problem.size)
     untried = plan_run(problem, settings, [problem.size], basis, basis_dtype)
     strategy, products = choose(
-        problem, settings.block_size, untried.panels, memory_limit=untried.memory.products_bytes
+        problem.prepare(), settings.block_size, untried.panels, memory_limit=untried.memory.products_bytes
     )
     strategy.release()
     return replace(untried, products=products, peak_bytes=_peak_bytes(products, untried.memory, problem))

@@ -10,8 +10,9 @@ from torch import nn
 from hesd_fast.choices import is_one_of
 from hesd_fast.errors import ProblemError
 from hesd_fast.lanczos.options import PROTOCOLS, LanczosSettings
+from hesd_fast.problem.description import Loss
 from hesd_fast.problem.parameters import Selection
-from hesd_fast.problem.problem import Loss, Problem
+from hesd_fast.problem.problem import Problem
 from hesd_fast.problem.term_counts import Count
 
 DEFAULT_BLOCK_SIZE = 4

@@ -18,8 +18,9 @@ from hesd_fast.lanczos.drive import multiply_by
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.hessian import check_hvp
+from hesd_fast.problem.description import Loss
 from hesd_fast.problem.parameters import Selection
-from hesd_fast.problem.problem import Loss, Problem
+from hesd_fast.problem.problem import Problem
 from hesd_fast.problem.term_counts import Count
 from hesd_fast.report.report import Report
 

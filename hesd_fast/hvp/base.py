@@ -17,8 +17,10 @@ from hesd_fast.errors import OperatorError, first_line, raised_outside_of_librar
 from hesd_fast.hvp.derivative_check import check_derivatives
 from hesd_fast.hvp.second_derivatives import Gradient
 from hesd_fast.problem.batches import leaves
+from hesd_fast.problem.differentiation import dense
+from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.parameters import as_real, norm_of
-from hesd_fast.problem.problem import LossTerm, Problem
+from hesd_fast.problem.prepared_problem import PreparedProblem
 
 Vectors = list[list[Tensor]]
 """One list per vector: a view of its elements for each parameter, in the parameter's shape and dtype."""
@@ -82,18 +84,15 @@ class Strategy(ABC):
         # What is kept is of graphs, which no copy has.
         return {**vars(self), "_kept": {}, "kept_bytes": 0, "is_full": False}
 
-    def prepare(self, problem: Problem) -> None:
-        """Prepare the problem, and multiply on its first batch to see that the strategy can serve it.
+    def prepare(self, problem: PreparedProblem) -> None:
+        """Take a problem, and multiply on its first batch to see that the strategy can serve it.
 
         Raises
         ------
-        ProblemError
-            If the problem cannot be used.
         OperatorError
             If an operation of model or loss has no second derivative, or one that this strategy cannot take or gets
             wrong; the message names it.
         """
-        problem.prepare()
         self.problem = problem
         with problem.session():
             check_derivatives(problem)
@@ -101,32 +100,34 @@ class Strategy(ABC):
 
     def check(self) -> None:
         """Raise an OperatorError unless the strategy multiplies as plain double backward does."""
-        panel = kernels.empty_panel(self.checked_vectors, self.problem.size, self.problem.dtype, self.problem.device)
-        kernels.fill_probes(panel, 0)
-        rows = vectors_of(self.problem, panel)
-        wanted = torch.zeros_like(panel)
+        rows = probe_vectors(self.problem, self.checked_vectors)
+        wanted = ProductSum(self.problem, empty_panel(self.problem, len(rows)))
         term = self.problem.first_term()
         gradient = Gradient.of(self.problem, term.evaluate())
         for j, row in enumerate(rows):
-            self._accumulate(term, [(j, with_row(gradient.multiply(row, keep_graph=j + 1 < len(rows))))], wanted)
+            wanted.add(j, with_row(gradient.multiply(row, keep_graph=j + 1 < len(rows))), term.weight)
         for _ in range(2 if self.family else 1):  # the second time with what is kept
-            self.compare(rows, wanted)
+            self.compare(rows, wanted.out)
 
     def compare(self, rows: Vectors, wanted: Tensor) -> None:
         """Raise an OperatorError unless products on the first batch are those of plain double backward."""
         norm = norm_of([wanted])
         if not math.isfinite(norm):
             return  # the operator names the parameter
-        found = torch.zeros_like(wanted)
         term = self.problem.first_term()
-        self._accumulate(term, self.attempt(term, rows), found)
-        difference = norm_of([found.sub_(wanted)])
+        difference = norm_of([self.products_alone(term, rows).sub_(wanted)])
         if not agrees(difference, norm, self.problem.epsilon):
             raise OperatorError(
                 f"hvp={self.name!r} gets the product of batch {term.index} wrong: it is {difference:.2g} away from "
                 f"that of plain double backward, of norm {norm:.2g}, as some operation of model or loss has a "
                 "derivative that PyTorch gets wrong there; use hvp='double_backward'"
             )
+
+    def products_alone(self, term: LossTerm, rows: Vectors) -> Tensor:
+        """Return the products (b, n) of one batch."""
+        total = ProductSum(self.problem, empty_panel(self.problem, len(rows)))
+        self._add_products(total, term, rows)
+        return total.out
 
     def attempt(self, term: LossTerm, rows: Vectors) -> Iterator[tuple[int, Parts]]:
         """Yield the products of one batch; an OperatorError names the strategy where PyTorch cannot transform it."""
@@ -152,24 +153,16 @@ class Strategy(ABC):
 
     def apply(self, panel: Tensor, out: Tensor) -> None:
         """Overwrite row j of ``out`` (b, n) by H times row j of ``panel`` (b, n)."""
-        out.zero_()
-        compensation = torch.zeros_like(out) if self.compensated else None
+        total = ProductSum(self.problem, out, self.compensated)
         rows = vectors_of(self.problem, panel)
         with self.problem.session():
             for term in self.problem.terms():
-                self._accumulate(term, self.attempt(term, rows), out, compensation)
-        if compensation is not None:
-            out += compensation
+                self._add_products(total, term, rows)
+        total.finish()
 
-    def _accumulate(
-        self,
-        term: LossTerm,
-        products: Iterator[tuple[int, Parts]] | Sequence[tuple[int, Parts]],
-        out: Tensor,
-        compensation: Tensor | None = None,
-    ) -> None:
-        for first, parts in products:
-            accumulate(self.problem, parts, first, term.weight, out, compensation)
+    def _add_products(self, total: ProductSum, term: LossTerm, rows: Vectors) -> None:
+        for first, parts in self.attempt(term, rows):
+            total.add(first, parts, term.weight)
             del parts
 
     def may_keep(self, term: LossTerm, tensors: Iterable[Tensor]) -> bool:
@@ -205,26 +198,59 @@ class Strategy(ABC):
         self.is_full = False
 
 
-def vectors_of(problem: Problem, panel: Tensor) -> Vectors:
+def vectors_of(problem: PreparedProblem, panel: Tensor) -> Vectors:
     """Return views of the panel's rows, one per parameter, copied only where a parameter has another dtype."""
     parameters = list(problem.parameters.values())
     return [[view.to(p.dtype) for view, p in zip(problem.unflatten(row), parameters, strict=True)] for row in panel]
 
 
-def accumulate(
-    problem: Problem, parts: Parts, first: int, alpha: float, out: Tensor, compensation: Tensor | None
-) -> None:
-    """Add alpha times the parts of some products to the rows of ``out`` from ``first`` on."""
-    if not parts:
-        return
-    count = len(parts[0][1])
-    kernels.accumulate_hvp(
-        out[first : first + count],
-        [dense(part).reshape(count, -1) for _, part in parts],
-        [problem.offsets[position] for position, _ in parts],
-        alpha=alpha,
-        compensation=None if compensation is None else compensation[first : first + count],
-    )
+def empty_panel(problem: PreparedProblem, count: int) -> Tensor:
+    """Return a panel (count, n) for vectors or products."""
+    return kernels.empty_panel(count, problem.size, problem.dtype, problem.device)
+
+
+def probe_vectors(problem: PreparedProblem, count: int, seed: int = 0) -> Vectors:
+    """Return random vectors of signs."""
+    panel = empty_panel(problem, count)
+    kernels.fill_probes(panel, seed)
+    return vectors_of(problem, panel)
+
+
+class ProductSum:
+    """Adds up products batch by batch.
+
+    Parameters
+    ----------
+    problem : PreparedProblem
+        Whose parameters the products have parts for.
+    out : tensor (b, n)
+        Overwritten by zeros, and added to.
+    compensated : bool
+        Carry the rounding errors in a second panel, to be added by :meth:`finish`.
+    """
+
+    def __init__(self, problem: PreparedProblem, out: Tensor, compensated: bool = False) -> None:
+        self._offsets = problem.offsets
+        self.out = out.zero_()
+        self._compensation = torch.zeros_like(out) if compensated else None
+
+    def add(self, first: int, parts: Parts, alpha: float) -> None:
+        """Add alpha times the parts of some products to the rows from ``first`` on."""
+        if not parts:
+            return
+        rows = slice(first, first + len(parts[0][1]))
+        kernels.accumulate_hvp(
+            self.out[rows],
+            [dense_reals(part).reshape(len(part), -1) for _, part in parts],
+            [self._offsets[position] for position, _ in parts],
+            alpha=alpha,
+            compensation=None if self._compensation is None else self._compensation[rows],
+        )
+
+    def finish(self) -> None:
+        """Add what has been carried."""
+        if self._compensation is not None:
+            self.out += self._compensation
 
 
 def agrees(difference: float, norm: float, epsilon: float) -> bool:
@@ -232,12 +258,12 @@ def agrees(difference: float, norm: float, epsilon: float) -> bool:
     return difference <= min(16.0 * math.sqrt(epsilon), LARGEST_DISAGREEMENT) * norm
 
 
-def dense(part: Tensor) -> Tensor:
-    """Return a contiguous strided tensor of reals without a graph; embeddings with sparse=True have sparse derivatives.
+def dense_reals(part: Tensor) -> Tensor:
+    """Return a contiguous dense tensor of reals without a graph.
 
     PyTorch's derivative by a complex parameter a + i b is that by a plus i times that by b.
     """
-    return as_real((part if part.layout is torch.strided else part.to_dense()).detach()).contiguous()
+    return as_real(dense(part).detach()).contiguous()
 
 
 def with_row(parts: Parts) -> Parts:

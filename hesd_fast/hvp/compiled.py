@@ -16,13 +16,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from hesd_fast.engine import kernels
 from hesd_fast.errors import HESDWarning, OperatorError, first_line
-from hesd_fast.hvp.base import Parts, Vectors, agrees, vectors_of, with_row
+from hesd_fast.hvp.base import Parts, Vectors, agrees, probe_vectors, with_row
 from hesd_fast.hvp.reverse_over_reverse import ReverseOverReverse, gradient_to_keep
 from hesd_fast.hvp.second_derivatives import Gradient, naming_operations
+from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.parameters import norm_of
-from hesd_fast.problem.problem import LossTerm
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,7 @@ class Compiled(ReverseOverReverse):
             if not gradient.entries:
                 nothing = self._kept[term.index] = _LinearMap(lambda: (), [], [], [])
                 return nothing
-            panel = kernels.empty_panel(2, self.problem.size, self.problem.dtype, self.problem.device)
-            kernels.fill_probes(panel, 1)
-            traced, other = vectors_of(self.problem, panel)
+            traced, other = probe_vectors(self.problem, 2, seed=1)
             graph, outputs = _trace(gradient, traced)
             constants, linear = _split(graph)
             if not self.may_keep(term, constants):

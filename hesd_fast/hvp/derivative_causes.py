@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from hesd_fast.hvp.placed_nodes import PlacedNodes
 from hesd_fast.problem.autograd_graph import graph_nodes, plain_name
-from hesd_fast.problem.problem import LossTerm, Problem
+from hesd_fast.problem.loss_term import LossTerm
+from hesd_fast.problem.prepared_problem import PreparedProblem
 
 # Their derivatives jump where the argument passes a point, so that steps over many such points find another curvature.
 _KINKS = re.compile(
@@ -44,67 +45,63 @@ def kinks_in(term: LossTerm) -> Kinks:
 
 
 def _is_foreign(node: Node) -> bool:
-    return hasattr(type(node), "_forward_cls") or "CppNode" in node.name() or "NotImplemented" in node.name()
+    return hasattr(type(node), "_forward_cls") or _is_operation_of_others(node)
 
 
-def causes_of_wrong_derivatives(problem: Problem, term: LossTerm) -> str:
+def _is_operation_of_others(node: Node) -> bool:
+    return "CppNode" in node.name() or "NotImplemented" in node.name()
+
+
+_FUNCTION = (
+    "Likely cause: the autograd Function {name} (in {places}); its backward is differentiated as it is written, so it "
+    "must compute from the inputs of forward that it saves (ctx.save_for_backward(input)), in operations of PyTorch "
+    "with gradients enabled, and keep no intermediate result, unless another derivative is what it means (a "
+    "straight-through, surrogate or reversed gradient)."
+)
+
+_HOOK = (
+    "Likely cause: the gradient hook that is registered (register_hook) in {places}; take it out for the analysis, "
+    "unless the changed gradient is what it means."
+)
+
+_OPERATION = (
+    "Likely cause: the operation {name} (in {places}), which is not PyTorch's own; its backward pass must be "
+    "differentiable itself."
+)
+
+_DETACHED = (
+    "Likely cause: .detach(), .data or torch.no_grad() in {places}, which makes a part of the loss a constant to the "
+    "gradient that moves with the weights (a stopped or straight-through gradient, the power iteration of "
+    "spectral_norm in train mode); the product then is that of the loss with this part held where it is."
+)
+
+
+def causes_of_wrong_derivatives(problem: PreparedProblem, term: LossTerm) -> str:
     """Return sentences that name what was found, and what to do about each; cost: one forward pass."""
     watched = _Watched(problem.model)
     functions: dict[str, list[str]] = {}
-    foreign: dict[str, list[str]] = {}
+    operations: dict[str, list[str]] = {}
     for place, node in watched.collect(term):
-        function, name = getattr(type(node), "_forward_cls", None), node.name()
-        if function is not None:
+        if (function := getattr(type(node), "_forward_cls", None)) is not None:
             functions.setdefault(function.__name__, []).append(place)
-        elif "CppNode" in name or "NotImplemented" in name:
-            foreign.setdefault(name, []).append(place)
+        elif _is_operation_of_others(node):
+            operations.setdefault(node.name(), []).append(place)
     sentences = [
-        *_about_functions(functions),
-        *_about_hooks(watched.hooks),
-        *_about_foreign(foreign),
+        *_sentences(_FUNCTION, functions),
+        *_sentences(_HOOK, {"": watched.hooks}),
+        *_sentences(_OPERATION, operations),
     ]
-    sentences = sentences or list(_about_detached(watched.detached))
+    sentences = sentences or _sentences(_DETACHED, {"": watched.detached})
     return " ".join(sentences) or "No Function, hook or stopped gradient was found that explains it."
 
 
-def _about_functions(found: dict[str, list[str]]) -> Iterator[str]:
-    for name, places in found.items():
-        yield (
-            f"Likely cause: the autograd Function {name} (in {_listed(places)}); its backward is differentiated as it "
-            "is written, so it must compute from the inputs of forward that it saves (ctx.save_for_backward(input)), "
-            "in operations of PyTorch with gradients enabled, and keep no intermediate result, unless another "
-            "derivative is what it means (a straight-through, surrogate or reversed gradient)."
-        )
+def _sentences(sentence: str, found: dict[str, list[str]]) -> list[str]:
+    return [sentence.format(name=name, places=listed(places)) for name, places in found.items() if places]
 
 
-def _about_hooks(places: list[str]) -> Iterator[str]:
-    if places:
-        yield (
-            f"Likely cause: the gradient hook that is registered (register_hook) in {_listed(places)}; take it out for "
-            "the analysis, unless the changed gradient is what it means."
-        )
-
-
-def _about_foreign(found: dict[str, list[str]]) -> Iterator[str]:
-    for name, places in found.items():
-        yield (
-            f"Likely cause: the operation {name} (in {_listed(places)}), which is not PyTorch's own; its backward pass "
-            "must be differentiable itself."
-        )
-
-
-def _about_detached(places: list[str]) -> Iterator[str]:
-    if places:
-        yield (
-            f"Likely cause: .detach(), .data or torch.no_grad() in {_listed(places)}, which makes a part of the loss a "
-            "constant to the gradient that moves with the weights (a stopped or straight-through gradient, the power "
-            "iteration of spectral_norm in train mode); the product then is that of the loss with this part held where "
-            "it is."
-        )
-
-
-def _listed(places: list[str]) -> str:
-    different = list(dict.fromkeys(places))
+def listed(names: Iterable[str]) -> str:
+    """Return the first three different names, and how many more there are."""
+    different = list(dict.fromkeys(names))
     return ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
 
 

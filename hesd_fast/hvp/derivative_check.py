@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_map
 from hesd_fast.engine import cuda
 from hesd_fast.engine.memory import MemoryWatch, available_memory, resident_memory
 from hesd_fast.errors import HESDWarning, OperatorError, first_line
-from hesd_fast.hvp.derivative_causes import Kinks, causes_of_wrong_derivatives, kinks_in
-from hesd_fast.hvp.differences import central_difference, unit_step
+from hesd_fast.hvp.derivative_causes import Kinks, causes_of_wrong_derivatives, kinks_in, listed
+from hesd_fast.hvp.differences import central_difference, lengths_of_weights, unit_step
 from hesd_fast.hvp.second_derivatives import product_along_gradient
+from hesd_fast.problem.differentiation import filled
+from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.parameters import norm_of
-from hesd_fast.problem.problem import LossTerm, Problem
+from hesd_fast.problem.prepared_problem import PreparedProblem
 
 STEPS_IN_FLOAT64 = (1e-9, 1e-8, 1e-7)
 """Lengths of steps in float64, relative to the norm of the weights.
@@ -75,11 +77,15 @@ class DerivativeCheck:
     detail: str
 
 
+class _WarningGiven:
+    """That a warning of wrong derivatives has been given."""
+
+
 Parts = list[Tensor]
 """One tensor for each selected parameter."""
 
 
-def check_derivatives(problem: Problem) -> DerivativeCheck:
+def check_derivatives(problem: PreparedProblem) -> DerivativeCheck:
     """Compare the product of the first batch's Hessian and one vector with differences of gradients, once a problem.
 
     Cost: a product and two to six gradients of one batch in float64.
@@ -89,33 +95,36 @@ def check_derivatives(problem: Problem) -> DerivativeCheck:
     OperatorError
         If an operation of model or loss has no second derivative.
     """
-    if problem.derivative_check is None:
+    found = problem.finding(DerivativeCheck)
+    if found is None:
         term = problem.first_term()
         with MemoryWatch() as watch:
             before = resident_memory() or 0
             direction, product = product_along_gradient(problem, term)
             graph_bytes = max((watch.peak() or before) - before, 0)
         with _without_warnings():
-            comparison = _Comparison(problem, term, direction, problem.unflatten(product), graph_bytes)
-            problem.derivative_check = comparison.run()
-    return problem.derivative_check
+            found = _Comparison(problem, term, direction, problem.unflatten(product), graph_bytes).run()
+        problem.keep_finding(found)
+    return found
 
 
-def warn_of_wrong_derivatives(problem: Problem) -> None:
+def warn_of_wrong_derivatives(problem: PreparedProblem) -> None:
     """Warn, once a problem, where second derivatives are not those of the first ones; the check must have been made."""
-    found = problem.derivative_check
-    if found is not None and found.agrees is False and not problem.derivative_warning_given:
-        problem.derivative_warning_given = True
+    found = problem.finding(DerivativeCheck)
+    if found is not None and found.agrees is False and problem.finding(_WarningGiven) is None:
+        problem.keep_finding(_WarningGiven())
         warnings.warn(found.detail, HESDWarning, stacklevel=2)
 
 
 class _Comparison:
     """Compares a product with differences of gradients, in float64 whatever the model's precision, if that can be."""
 
-    def __init__(self, problem: Problem, term: LossTerm, direction: Tensor, product: Parts, graph_bytes: int) -> None:
+    def __init__(
+        self, problem: PreparedProblem, term: LossTerm, direction: Tensor, product: Parts, graph_bytes: int
+    ) -> None:
         self.problem, self.term, self.direction, self.product = problem, term, direction, product
         self.graph_bytes = graph_bytes
-        self.unit = unit_step(problem, direction)
+        self.unit = unit_step(lengths_of_weights(problem), problem.unflatten(direction))
 
     def run(self) -> DerivativeCheck:
         """Return what is found; whatever fails where weights are moved or precision is another one says nothing."""
@@ -124,11 +133,11 @@ class _Comparison:
         if not all(bool(torch.isfinite(part).all()) for part in self.product):
             return DerivativeCheck(None, "the product is not finite")  # the operator names the place
         try:
-            settled = self._in_float64()
-            if isinstance(settled, DerivativeCheck):
-                return settled
+            found = self._in_float64()
+            if isinstance(found, DerivativeCheck):
+                return found
             cuda.runtime.release_unused()  # after the error, whose frames hold what was made
-            return self._with_long_steps(settled)
+            return self._with_long_steps(found)
         except Exception as error:
             return DerivativeCheck(
                 None, f"the loss cannot be computed where the weights are moved a little: {first_line(error)}"
@@ -140,7 +149,7 @@ class _Comparison:
 
     def _is_rounding(self, found: Parts) -> bool:
         """Whether a product and a difference are both so small that they may be nothing but rounding of the loss."""
-        loss = abs(self.problem.loss_of(self.term))
+        loss = abs(self.term.first_value)
         noise = ROUNDING * self.problem.epsilon * loss / (self.unit * self.unit * norm_of([self.direction]))
         return norm_of(self.product) + norm_of(found) <= noise
 
@@ -195,14 +204,13 @@ class _Comparison:
         return self._disagreement(self.product, found[1], found[0], suspects)
 
     def _disagreement(self, product: Parts, found: Parts, other: Parts, suspects: set[int]) -> DerivativeCheck:
-        names = [repr(name) for i, name in enumerate(self.problem.parameters) if i in suspects]
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        names = listed(repr(name) for i, name in enumerate(self.problem.parameters) if i in suspects)
         causes = causes_of_wrong_derivatives(self.problem, self.term)
         return DerivativeCheck(
             False,
             f"PyTorch's second derivative of this loss is not the derivative of its first: on batch {self.term.index} "
             f"a product is {_distance(found, product):.2g} of its norm away from differences of gradients, which agree "
-            f"with each other within {_distance(found, other):.1g} at two steps (in {listed}). {causes} "
+            f"with each other within {_distance(found, other):.1g} at two steps (in {names}). {causes} "
             "hvp='finite_differences' follows the first derivatives instead, where they are those of one function",
         )
 
@@ -248,7 +256,9 @@ class _LossInFloat64:
         If the memory does not suffice, or the loss or its product is another one then.
     """
 
-    def __init__(self, problem: Problem, term: LossTerm, direction: Tensor, unit: float, graph_bytes: int) -> None:
+    def __init__(
+        self, problem: PreparedProblem, term: LossTerm, direction: Tensor, unit: float, graph_bytes: int
+    ) -> None:
         available = available_memory(problem.device)
         needed = COPIES * 8 * problem.size + 8 * graph_bytes // min(p.itemsize for p in problem.parameters.values())
         if available is not None and needed > available // 2:
@@ -287,7 +297,7 @@ class _LossInFloat64:
             with self._elsewhere():
                 found = torch.autograd.grad(entries, self._leaves, parts, allow_unused=True)
         self._at_rest = [entry.detach() for entry in gradient]
-        product = self._filled(found)
+        product = filled(found, self._leaves)
         if _distance(product, [_widened(part) for part in coarse]) > 16 * self._coarse:
             raise OperatorError("the product is another one then")
         return product
@@ -300,10 +310,10 @@ class _LossInFloat64:
         with self._elsewhere():
             loss = self.term.evaluate_moved()
             found = torch.autograd.grad(loss, self._leaves, create_graph=create_graph, allow_unused=True)
-        value, wanted = float(loss.detach()), self.problem.loss_of(self.term)
+        value, wanted = float(loss.detach()), self.term.first_value
         if step == 0.0 and not abs(value - wanted) <= self._coarse * abs(wanted) + self._coarse**2:
             raise OperatorError(f"the loss of batch {self.term.index} is {value!r} then, and not {wanted!r}")
-        return self._filled(found)
+        return filled(found, self._leaves)
 
     @contextmanager
     def _elsewhere(self) -> Iterator[None]:
@@ -312,11 +322,6 @@ class _LossInFloat64:
         replacements = {id(parameter): leaf for parameter, leaf in zip(parameters, self._leaves, strict=True)}
         with self.problem.replaced(self._leaves), InFloat64(replacements):
             yield
-
-    def _filled(self, found: Sequence[Tensor | None]) -> Parts:
-        """Return derivatives by all parameters, zeros where there is none."""
-        pairs = zip(self._leaves, found, strict=True)
-        return [torch.zeros_like(leaf) if one is None else _strided(one) for leaf, one in pairs]
 
 
 class InFloat64(TorchFunctionMode):
@@ -364,10 +369,6 @@ _WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.floa
 _WIDE[torch.complex64] = torch.complex128
 
 _IN_FLOAT64 = {Tensor.float: Tensor.double, Tensor.half: Tensor.double, Tensor.bfloat16: Tensor.double}
-
-
-def _strided(tensor: Tensor) -> Tensor:
-    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 @contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hesd_fast.errors import OperatorError, first_line, raised_outside_of_libraries
 from hesd_fast.hvp.second_derivatives import Gradient
+from hesd_fast.problem.differentiation import naming_refusals
+from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.parameters import norm_of
-from hesd_fast.problem.problem import LossTerm, Problem
+from hesd_fast.problem.prepared_problem import PreparedProblem
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Moved:
     distance: float
 
 
-def gradient_at(problem: Problem, term: LossTerm, direction: Tensor, step: float) -> Moved:
+def gradient_at(problem: PreparedProblem, term: LossTerm, direction: Tensor, step: float) -> Moved:
     """Return one batch's gradient at the weights w + step v; ``direction`` is v, (n,).
 
     Raises
@@ -37,22 +39,20 @@ def gradient_at(problem: Problem, term: LossTerm, direction: Tensor, step: float
     OperatorError
         If PyTorch cannot compute the loss or differentiate it there.
     """
-    with problem.moved(problem.unflatten(direction), step) as distance:
-        try:
-            gradient = Gradient.first_order(problem, term.evaluate_moved())
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if raised_outside_of_libraries(error):
-                raise
-            raise OperatorError(
+    with (
+        problem.moved(problem.unflatten(direction), step) as distance,
+        naming_refusals(
+            lambda said: (
                 f"the gradient of batch {term.index} cannot be computed where the weights are moved a little, for a "
-                f"difference of gradients: {first_line(error)}"
-            ) from error
+                f"difference of gradients: {said}"
+            )
+        ),
+    ):
+        gradient = Gradient.first_order(problem, term.evaluate_moved())
     return Moved(gradient, distance)
 
 
-def central_difference(problem: Problem, term: LossTerm, direction: Tensor, step: float) -> Tensor:
+def central_difference(problem: PreparedProblem, term: LossTerm, direction: Tensor, step: float) -> Tensor:
     """Return (g(w + h v) - g(w - h v)) / 2 h, divided by the step that rounding has left; NaN where none is left."""
     behind, ahead = (gradient_at(problem, term, direction, sign * step) for sign in (-1.0, 1.0))
     return quotient(behind, ahead)
@@ -66,11 +66,22 @@ def quotient(behind: Moved, ahead: Moved) -> Tensor:
     return (ahead.gradient - behind.gradient) / distance
 
 
-def unit_step(problem: Problem, direction: Tensor) -> float:
-    """Return the multiple of a vector (n,) that is as long as the weights, or 1, in the parameter that it moves most.
+def lengths_of_weights(problem: PreparedProblem) -> list[float]:
+    """Return the norm of each parameter, or 1 if that is more."""
+    return [max(norm_of([weight.detach()]), 1.0) for weight in problem.parameters.values()]
+
+
+def unit_step(lengths: Sequence[float], direction: Sequence[Tensor]) -> float:
+    """Return the multiple of a vector that is as long as the weights in the parameter that it moves most.
 
     What steps are relative to; each parameter may have a scale of its own.
+
+    Parameters
+    ----------
+    lengths : list of float
+        Those of the weights, see :func:`lengths_of_weights`.
+    direction : list of tensor
+        The vector's part for each parameter.
     """
-    pairs = zip(problem.parameters.values(), problem.unflatten(direction), strict=True)
-    lengths = [(max(norm_of([weight.detach()]), 1.0), norm_of([part])) for weight, part in pairs]
-    return min((own / length for own, length in lengths if length), default=0.0)
+    pairs = [(own, norm_of([part])) for own, part in zip(lengths, direction, strict=True)]
+    return min((own / length for own, length in pairs if length), default=0.0)

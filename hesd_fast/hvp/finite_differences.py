@@ -11,17 +11,19 @@ from torch import Tensor
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.base import Parts, Strategy, Vectors, with_row
 from hesd_fast.hvp.derivative_check import check_derivatives
-from hesd_fast.hvp.differences import Moved, gradient_at, quotient, unit_step
+from hesd_fast.hvp.differences import Moved, gradient_at, lengths_of_weights, quotient, unit_step
 from hesd_fast.hvp.second_derivatives import (
     Gradient,
     clear_padding,
     direction_with,
+    padded_rows,
     padding_with_other_uses,
     product_along_gradient,
     product_with,
 )
+from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.parameters import norm_of
-from hesd_fast.problem.problem import LossTerm, Problem
+from hesd_fast.problem.prepared_problem import PreparedProblem
 
 TOLERANCE = 0.01
 """Largest measured error, relative to the norm of the product, at which finite differences are used."""
@@ -52,23 +54,21 @@ class FiniteDifferences(Strategy):
     name = "finite_differences"
     exact = False
 
-    def prepare(self, problem: Problem) -> None:
-        """Prepare the problem and choose the step.
+    def prepare(self, problem: PreparedProblem) -> None:
+        """Take a problem and choose the step.
 
         Raises
         ------
-        ProblemError
-            If the problem cannot be used.
         OperatorError
             If the smallest error is above the tolerance.
         """
-        problem.prepare()
         self.problem = problem
         if (tied := padding_with_other_uses(problem)) is not None:
             raise OperatorError(
                 f"finite differences cannot hold the row of padding of {tied!r} in the embedding and move it in the "
                 "other layer that has this weight; use hvp='double_backward', or leave it out of the selection"
             )
+        self._lengths, self._padded = lengths_of_weights(problem), padded_rows(problem)
         self.step, self.error = 0.0, float("inf")
         with problem.session():
             term = problem.first_term()
@@ -126,12 +126,12 @@ class FiniteDifferences(Strategy):
 
     def _difference(self, term: LossTerm, direction: Tensor, relative: float) -> Tensor:
         # To autograd a row of padding is a constant, which differences must not move.
-        direction = clear_padding(self.problem, direction.clone())
+        direction = clear_padding(self.problem, direction.clone(), self._padded)
         if not bool(direction.any()):
             return torch.zeros_like(direction)
         if not math.isfinite(norm_of([direction])):
             return torch.full_like(direction, torch.nan)  # the operator names the place
-        step = relative * unit_step(self.problem, direction)
+        step = relative * unit_step(self._lengths, self.problem.unflatten(direction))
         behind, ahead = (self._gradient(term, direction, sign * step) for sign in self._signs())
         return quotient(behind, ahead)
 

@@ -10,7 +10,7 @@ from torch.func import grad_and_value, jvp, vmap
 
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.base import Parts, Strategy, Vectors, stacked
-from hesd_fast.problem.problem import LossTerm
+from hesd_fast.problem.loss_term import LossTerm
 
 Gradient = Callable[..., tuple[Any, Any]]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from hesd_fast.problem.autograd_graph import graph_nodes
-from hesd_fast.problem.problem import LossTerm
+from hesd_fast.problem.loss_term import LossTerm
 
 
 class PlacedNodes:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from hesd_fast.engine import cuda, kernels
+from hesd_fast.engine import cuda
 from hesd_fast.engine.memory import MemoryWatch, resident_memory
 from hesd_fast.errors import HESDWarning, OperatorError, first_line
 from hesd_fast.hvp import STRATEGIES
-from hesd_fast.hvp.base import Strategy, Vectors, vectors_of
+from hesd_fast.hvp.base import Strategy, probe_vectors
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph
 from hesd_fast.hvp.second_derivatives import Gradient
 from hesd_fast.problem.autograd_graph import graph_nodes
-from hesd_fast.problem.problem import Problem
+from hesd_fast.problem.prepared_problem import PreparedProblem
 
 SHARE = 0.05
 """Part of the predicted run that trials may take."""
@@ -122,7 +122,7 @@ class ProductPlan:
 
 
 def choose(
-    problem: Problem,
+    problem: PreparedProblem,
     block_size: int,
     panels: int,
     *,
@@ -152,7 +152,6 @@ def choose(
         If the problem cannot be used at all.
     """
     started = time.perf_counter()
-    problem.prepare()
     plain = DoubleBackward(compensated, memory_limit)
     with problem.session(), MemoryWatch() as watch:
         before = time.perf_counter()
@@ -191,7 +190,7 @@ class _Trials:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: PreparedProblem,
         plain: Strategy,
         block_size: int,
         panels: int,
@@ -206,9 +205,7 @@ class _Trials:
         self.panels = panels
         self.block_size = block_size
         self.memory_limit = memory_limit
-        panel = kernels.empty_panel(block_size, problem.size, problem.dtype, problem.device)
-        kernels.fill_probes(panel, 0)
-        self.rows: Vectors = vectors_of(problem, panel)
+        self.rows = probe_vectors(problem, block_size)
         # A forward and two backward passes, the first of their kind, say at least what a panel takes.
         self.plain_seconds = one_product * (3.0 + 6.0 * block_size) / 9.0
         note = "estimated: the run is short"

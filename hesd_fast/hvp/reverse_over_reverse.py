@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from hesd_fast.engine import kernels
 from hesd_fast.errors import OperatorError
-from hesd_fast.hvp.base import BlockVectors, Parts, Strategy, Vectors, stacked, vectors_of, with_row
+from hesd_fast.hvp.base import BlockVectors, Parts, Strategy, Vectors, probe_vectors, stacked, with_row
 from hesd_fast.hvp.second_derivatives import Gradient, naming_operations
 from hesd_fast.problem.autograd_graph import graph_nodes
-from hesd_fast.problem.problem import LossTerm
+from hesd_fast.problem.loss_term import LossTerm
 
 
 class ReverseOverReverse(Strategy):
@@ -98,12 +97,9 @@ class KeptGraph(ReverseOverReverse):
 
     def check(self) -> None:
         """Raise an OperatorError unless a graph gives its first product, plain double backward's, a second time."""
-        panel = kernels.empty_panel(1, self.problem.size, self.problem.dtype, self.problem.device)
-        kernels.fill_probes(panel, 0)
-        rows = vectors_of(self.problem, panel)
-        first = torch.zeros_like(panel)
+        rows = probe_vectors(self.problem, self.checked_vectors)
         term = self.problem.first_term()
-        self._accumulate(term, self.attempt(term, rows), first)
+        first = self.products_alone(term, rows)
         if term.index in self._kept:
             self.compare(rows, first)
 

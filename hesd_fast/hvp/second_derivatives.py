@@ -15,9 +15,11 @@ from torch.autograd.graph import Node
 from hesd_fast.errors import OperatorError
 from hesd_fast.hvp.placed_nodes import PlacedNodes
 from hesd_fast.problem.autograd_graph import graph_nodes, plain_name
+from hesd_fast.problem.differentiation import filled
 from hesd_fast.problem.exact_operations import OPERATIONS, operations_in
+from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.parameters import norm_of
-from hesd_fast.problem.problem import LossTerm, Problem
+from hesd_fast.problem.prepared_problem import PreparedProblem
 
 # What PyTorch says of an operation without a second derivative.
 _NO_SECOND_DERIVATIVE = re.compile(
@@ -56,7 +58,7 @@ class Gradient:
     positions: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, problem: Problem, loss: Tensor, seed: Tensor | None = None) -> Gradient:
+    def of(cls, problem: PreparedProblem, loss: Tensor, seed: Tensor | None = None) -> Gradient:
         """Differentiate a loss; ``seed`` is the derivative to start from, 1 by default."""
         gradient = cls(list(problem.parameters.values()))
         for i, entry in enumerate(differentiate(loss, gradient.parameters, seed, create_graph=True)):
@@ -66,27 +68,23 @@ class Gradient:
         return gradient
 
     @classmethod
-    def with_second_derivative(cls, problem: Problem, loss: Tensor) -> Gradient:
+    def with_second_derivative(cls, problem: PreparedProblem, loss: Tensor) -> Gradient:
         """Differentiate a loss, and raise a RuntimeError where a function refuses to be differentiated again."""
         gradient = cls.of(problem, loss, torch.ones_like(loss, requires_grad=True))
         refuse_dead_ends(gradient.entries)
         return gradient
 
     @staticmethod
-    def first_order(problem: Problem, loss: Tensor) -> Tensor:
+    def first_order(problem: PreparedProblem, loss: Tensor) -> Tensor:
         """Return the gradient (n,) alone, without a graph."""
         parameters = list(problem.parameters.values())
-        found = differentiate(loss, parameters)
-        return problem.flatten(
-            [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
-        )
+        return problem.flatten(filled(differentiate(loss, parameters), parameters))
 
-    def times(self, problem: Problem, direction: Tensor) -> Tensor:
+    def times(self, problem: PreparedProblem, direction: Tensor) -> Tensor:
         """Return the product (n,) with a vector (n,), and free the graph."""
         pairs = zip(self.parameters, problem.unflatten(direction), strict=True)
         parts = dict(self.multiply([part.to(p.dtype) for p, part in pairs], keep_graph=False))
-        zeros = (torch.zeros_like(parameter) for parameter in self.parameters)
-        return problem.flatten([_dense(parts.get(i, zero)) for i, zero in enumerate(zeros)])
+        return problem.flatten(filled([parts.get(i) for i in range(len(self.parameters))], self.parameters))
 
     def multiply(
         self, vector: Sequence[Tensor | None], keep_graph: bool, batched: bool = False
@@ -110,7 +108,7 @@ class Gradient:
         return [(i, product) for i, product in zip(chosen, products, strict=True) if product is not None]
 
 
-def product_along_gradient(problem: Problem, term: LossTerm) -> tuple[Tensor, Tensor]:
+def product_along_gradient(problem: PreparedProblem, term: LossTerm) -> tuple[Tensor, Tensor]:
     """Return a vector (n,) that has much of the gradient in it, and the product of one batch's Hessian with it.
 
     An arbitrary direction has next to no curvature; that of the gradient has much, and differences see it. The row of
@@ -126,20 +124,19 @@ def product_along_gradient(problem: Problem, term: LossTerm) -> tuple[Tensor, Te
     with naming_operations(problem, term):
         gradient = Gradient.with_second_derivative(problem, loss)
         slopes = dict(zip(gradient.positions, gradient.entries, strict=True))
-        flat = problem.flatten(
-            [_dense(slopes.get(i, torch.zeros_like(p))) for i, p in enumerate(problem.parameters.values())]
-        )
+        parameters = gradient.parameters
+        flat = problem.flatten(filled([slopes.get(i) for i in range(len(parameters))], parameters))
         direction = direction_with(problem, flat)
         return direction, gradient.times(problem, direction)
 
 
-def product_with(problem: Problem, term: LossTerm, direction: Tensor) -> Tensor:
+def product_with(problem: PreparedProblem, term: LossTerm, direction: Tensor) -> Tensor:
     """Return the product (n,) of one batch's Hessian with a vector (n,), by a graph of its own."""
     with naming_operations(problem, term):
         return Gradient.of(problem, term.evaluate()).times(problem, direction)
 
 
-def direction_with(problem: Problem, gradient: Tensor) -> Tensor:
+def direction_with(problem: PreparedProblem, gradient: Tensor) -> Tensor:
     """Return the sum of a gradient and noise, of lengths 2 and 1 so that they never cancel, without rows of padding."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(problem.size, dtype=problem.dtype, generator=generator, device="cpu").to(problem.device)
@@ -147,19 +144,24 @@ def direction_with(problem: Problem, gradient: Tensor) -> Tensor:
     length = norm_of([gradient])
     if 0.0 < length < float("inf"):
         direction += (gradient.double() * (2.0 / length)).to(direction.dtype)
-    return clear_padding(problem, direction)
+    return clear_padding(problem, direction, padded_rows(problem))
 
 
-def clear_padding(problem: Problem, vector: Tensor) -> Tensor:
+def clear_padding(problem: PreparedProblem, vector: Tensor, padded: dict[int, int]) -> Tensor:
     """Overwrite the rows of an embedding's padding in a vector (n,) by zeros, and return it."""
-    padded = {id(weight): row for weight, row in _paddings(problem)}
-    for parameter, part in zip(problem.parameters.values(), problem.unflatten(vector), strict=True):
-        if id(parameter) in padded:
-            part[padded[id(parameter)]] = 0.0
+    parts = problem.unflatten(vector)
+    for position, row in padded.items():
+        parts[position][row] = 0.0
     return vector
 
 
-def padding_with_other_uses(problem: Problem) -> str | None:
+def padded_rows(problem: PreparedProblem) -> dict[int, int]:
+    """Return the row of padding of each embedding, by the position of its parameter."""
+    positions = {id(parameter): i for i, parameter in enumerate(problem.parameters.values())}
+    return {positions[id(weight)]: row for weight, row in _paddings(problem) if id(weight) in positions}
+
+
+def padding_with_other_uses(problem: PreparedProblem) -> str | None:
     """Return the name of a selected embedding with a row of padding that serves as another weight too, or None."""
     padded = {id(weight) for weight, _ in _paddings(problem)}
     others = {
@@ -171,7 +173,7 @@ def padding_with_other_uses(problem: Problem) -> str | None:
     return next((name for name, weight in problem.parameters.items() if id(weight) in padded & others), None)
 
 
-def _paddings(problem: Problem) -> Iterator[tuple[nn.Parameter, int]]:
+def _paddings(problem: PreparedProblem) -> Iterator[tuple[nn.Parameter, int]]:
     for module in problem.model.modules():
         if _has_padding(module):
             yield module.weight, module.padding_idx  # type: ignore[misc]
@@ -181,12 +183,7 @@ def _has_padding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    values: Tensor = tensor.detach()
-    return values if values.layout is torch.strided else values.to_dense()
-
-
-def _refuse_operations(problem: Problem, term: LossTerm, loss: Tensor) -> None:
+def _refuse_operations(problem: PreparedProblem, term: LossTerm, loss: Tensor) -> None:
     """Raise an OperatorError at operations that are known to hide something, or to be wrong."""
     operations = {node.name() for node in graph_nodes([loss.grad_fn])}
     if "CheckpointFunctionBackward" in operations:
@@ -205,7 +202,7 @@ def _refuse_operations(problem: Problem, term: LossTerm, loss: Tensor) -> None:
 
 
 @contextmanager
-def naming_operations(problem: Problem, term: LossTerm) -> Iterator[None]:
+def naming_operations(problem: PreparedProblem, term: LossTerm) -> Iterator[None]:
     """Turn what PyTorch says of an operation without a second derivative into an OperatorError that names the place."""
     try:
         yield
@@ -216,7 +213,7 @@ def naming_operations(problem: Problem, term: LossTerm) -> Iterator[None]:
         raise OperatorError(_no_second_derivative(problem, term, match["op"], str(error))) from error
 
 
-def _no_second_derivative(problem: Problem, term: LossTerm, operation: str | None, message: str) -> str:
+def _no_second_derivative(problem: PreparedProblem, term: LossTerm, operation: str | None, message: str) -> str:
     offending = _offending_places(problem, term, operation)
     names = operation or ", ".join(sorted(set(offending.values()))) or "an operation of the model or the loss"
     where = f"in {', '.join(offending)}, " if offending else ""
@@ -234,7 +231,7 @@ def _no_second_derivative(problem: Problem, term: LossTerm, operation: str | Non
     return f"{names} ({where}batch {term.index}) has no second derivative; {remedy}. PyTorch says: {said}"
 
 
-def _offending_places(problem: Problem, term: LossTerm, operation: str | None) -> dict[str, str]:
+def _offending_places(problem: PreparedProblem, term: LossTerm, operation: str | None) -> dict[str, str]:
     """Return the innermost places in model and loss that ran the operation, and the graph's name for it.
 
     Without an operation's name, the once_differentiable functions are looked for.

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hesd_fast.errors import OperatorError
 from hesd_fast.operators.not_finite import cause_of_nan
+from hesd_fast.problem.parameters import memory_ends
+from hesd_fast.problem.prepared_problem import PreparedProblem
 from hesd_fast.problem.problem import Problem
 
 if TYPE_CHECKING:
@@ -26,6 +28,19 @@ class CurvatureOperator(Protocol):
     """A symmetric n x n matrix, known by its products with panels.
 
     An operator may also have ``describe(column) -> str``, which names a column in error messages.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> class Diagonal:
+    ...     size, dtype, device, products = 3, torch.float64, torch.device("cpu"), 0
+    ...     def matmat(self, panel, out=None):
+    ...         self.products += len(panel)
+    ...         return torch.mul(panel, torch.tensor([1.0, 2.0, 4.0], dtype=self.dtype), out=out)
+    >>> tridiagonal = hesd.block_lanczos(Diagonal(), steps=3, block_size=1)
+    >>> hesd.SpectralMeasure.from_tridiagonal(tridiagonal).nodes[0].round(6)
+    array([1., 2., 4.])
     """
 
     @property
@@ -54,7 +69,7 @@ class CurvatureOperator(Protocol):
 
 
 class OperatorBase(ABC):
-    """A curvature operator whose panels are checked at the door; a subclass multiplies in ``_multiply``.
+    """A curvature operator whose panels are checked on entry; a subclass multiplies in ``_multiply``.
 
     Parameters
     ----------
@@ -185,7 +200,10 @@ class OperatorBase(ABC):
 
 
 class ProblemOperator(OperatorBase):
-    """An operator on the selected parameters of a problem, one column per parameter element."""
+    """An operator on the selected parameters of a problem, one column per parameter element.
+
+    The problem is prepared when it is needed first, at the first product.
+    """
 
     def __init__(self, problem: Problem) -> None:
         if not isinstance(problem, Problem):
@@ -194,6 +212,11 @@ class ProblemOperator(OperatorBase):
             )
         super().__init__(problem.size, problem.dtype, problem.device)
         self.problem = problem
+
+    @property
+    def prepared(self) -> PreparedProblem:
+        """The problem, its data read."""
+        return self.problem.prepare()
 
     @property
     def epsilon(self) -> float:
@@ -233,8 +256,5 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     """Whether the memory from the first to the last element of two panels overlaps."""
     if not (one.numel() and other.numel()):
         return False
-    ends = []
-    for panel in (one, other):
-        last = sum((count - 1) * stride for count, stride in zip(panel.shape, panel.stride(), strict=True))
-        ends.append((panel.data_ptr(), panel.data_ptr() + (last + 1) * panel.itemsize))
-    return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
+    (start, end), (other_start, other_end) = memory_ends(one), memory_ends(other)
+    return start < other_end and other_start < end

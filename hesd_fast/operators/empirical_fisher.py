@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hesd_fast.errors import OperatorError, ProblemError
-from hesd_fast.operators.gauss_newton import JacobianOperator, _loss_of
-from hesd_fast.problem.problem import LossTerm, Problem
+from hesd_fast.operators.jacobian import JacobianOperator, loss_of
+from hesd_fast.problem.loss_term import LossTerm
+from hesd_fast.problem.problem import Problem
 
 
 class EmpiricalFisherOperator(JacobianOperator):
@@ -48,6 +49,17 @@ class EmpiricalFisherOperator(JacobianOperator):
     -----
     F v = (1/W) J^T D^-1 (J v), with J the Jacobian of the sums w_i l_i and D = diag(w): no gradient of a single term is
     ever stored. Cost of a panel of b vectors: 2 F + 4 F b, with F a forward pass, and F more in reverse mode.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = torch.nn.init.ones_(model.weight)  # so that the gradients of the terms are (2, 0) and (0, 8)
+    >>> problem = hesd.Problem(model, hesd.losses.supervised(torch.nn.MSELoss()), data)
+    >>> hesd.EmpiricalFisherOperator(problem, jvp="reverse").matvec(torch.ones(2))
+    tensor([ 2., 32.])
     """
 
     needed = ("outputs", "of_outputs", "terms_of_outputs")
@@ -62,7 +74,7 @@ class EmpiricalFisherOperator(JacobianOperator):
     def _middle(self, term: LossTerm, outputs: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
         _check_independent(self.problem.model)
         with torch.no_grad():
-            term.note(_loss_of(self.problem.loss, outputs.detach(), term.batch))
+            term.note(loss_of(self.problem.loss, outputs.detach(), term.batch))
             sums, counts = self._terms(outputs.detach(), term.batch)
         if term.index not in self._added_up:  # once: data and losses are the same at every pass
             _check_terms(sums, counts, term)
@@ -71,7 +83,7 @@ class EmpiricalFisherOperator(JacobianOperator):
         def divided(tangent: Tensor) -> Tensor:
             return torch.where(counts > 0, tangent / counts, 0)
 
-        return divided, 1.0 / self.problem.total_count
+        return divided, 1.0 / self.prepared.total_count
 
     def _terms(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         sums, counts = self.problem.loss.terms_of_outputs(outputs, batch)  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from hesd_fast.problem.problem import Problem
 S = TypeVar("S", bound=Strategy)
 
 PANELS = 100
-"""Panels that "auto" plans for when nobody says how many there will be."""
+"""Panels that "auto" plans for by default."""
 
 
 class HessianOperator(ProblemOperator):
@@ -49,6 +49,16 @@ class HessianOperator(ProblemOperator):
         What makes the products; for "auto" set at the first one.
     plan : ProductPlan or None
         What "auto" found.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> loss = hesd.losses.supervised(torch.nn.MSELoss())
+    >>> problem = hesd.Problem(torch.nn.Linear(2, 1, bias=False), loss, data)
+    >>> hesd.HessianOperator(problem).matvec(torch.ones(2))
+    tensor([1., 4.])
     """
 
     def __init__(
@@ -75,43 +85,37 @@ class HessianOperator(ProblemOperator):
     @property
     def derivatives(self) -> DerivativeCheck | None:
         """Whether products are derivatives of gradients; None before the first one, and for finite differences."""
-        return self.problem.derivative_check if self.strategy.exact else None
+        return self.prepared.finding(DerivativeCheck) if self._is_prepared and self.strategy.exact else None
 
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
-        with self.problem.session():
+        with self.prepared.session():
             if not self._is_prepared:
                 self._prepare(len(panel))
-            if self.hvp == "auto":
-                plain = DoubleBackward(self.strategy.compensated)
-                self.strategy = multiply_or_fall_back(
-                    self.problem, self.strategy, plain, lambda by: by.apply(panel, out)
-                )
-            else:
-                self.strategy.apply(panel, out)
+            self.strategy = multiply_or_fall_back(self.strategy, self.hvp, lambda by: by.apply(panel, out))
 
     def _multiply_anew(self, panel: Tensor, out: Tensor) -> None:
         plain = DoubleBackward()
-        plain.problem = self.problem
+        plain.problem = self.prepared
         plain.apply(panel, out)
 
     def _prepare(self, block_size: int) -> None:
         if self.hvp == "auto":
             self.strategy, self.plan = choose(
-                self.problem,
+                self.prepared,
                 block_size,
                 self.panels,
                 compensated=self.strategy.compensated,
                 memory_limit=self.strategy.memory_limit,
             )
         else:
-            self.strategy.prepare(self.problem)
+            self.strategy.prepare(self.prepared)
         if self.strategy.exact:
-            warn_of_wrong_derivatives(self.problem)
+            warn_of_wrong_derivatives(self.prepared)
         self._is_prepared = True
 
 
-def multiply_or_fall_back(problem: Problem, strategy: S, fallback: S, multiply: Callable[[S], None]) -> S:
-    """Multiply by a strategy, or by plain double backward where it refuses a batch; return the one that served.
+def multiply_or_fall_back(strategy: S, hvp: str, multiply: Callable[[S | DoubleBackward], None]) -> S | DoubleBackward:
+    """Multiply by a strategy and return it; where "auto" chose it and it refuses a batch, by plain double backward.
 
     Trials see the first batch only. Whatever is wrong with the problem itself shows again.
     """
@@ -119,14 +123,15 @@ def multiply_or_fall_back(problem: Problem, strategy: S, fallback: S, multiply: 
         multiply(strategy)
         return strategy
     except (OperatorError, torch.cuda.OutOfMemoryError) as error:
-        if strategy.name == fallback.name:
+        if hvp != "auto" or strategy.name == DoubleBackward.name:
             raise
         reason = str(error)
     give_up(strategy)  # after the error, whose frames hold what the product had made
-    fallback.prepare(problem)
-    multiply(fallback)
-    warnings.warn(f"products are made by {fallback.name!r} from here on: {reason}", HESDWarning, stacklevel=5)
-    return fallback
+    plain = DoubleBackward(strategy.compensated)
+    plain.prepare(strategy.problem)
+    multiply(plain)
+    warnings.warn(f"products are made by {plain.name!r} from here on: {reason}", HESDWarning, stacklevel=5)
+    return plain
 
 
 def check_hvp(hvp: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hesd_fast.choices import GROUPINGS, is_one_of
 from hesd_fast.errors import OperatorError, ProblemError
-from hesd_fast.hvp.base import accumulate
+from hesd_fast.hvp.base import ProductSum
 from hesd_fast.hvp.derivative_check import DerivativeCheck, warn_of_wrong_derivatives
 from hesd_fast.hvp.planner import give_up
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph, ReverseOverReverse
@@ -55,25 +54,16 @@ class HessianBlock(ProblemOperator):
     @property
     def derivatives(self) -> DerivativeCheck | None:
         """Whether products of all groups together are derivatives of gradients; None before the first one."""
-        return self.whole.problem.derivative_check
+        return self.whole.prepared.finding(DerivativeCheck)
 
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
         self.whole._multiply([(self, panel, out)])
 
     def _multiply_anew(self, panel: Tensor, out: Tensor) -> None:
         plain = DoubleBackward()
-        plain.problem = self.whole.problem
-        with self.whole.problem.session():
+        plain.problem = self.whole.prepared
+        with plain.problem.session():
             self.whole._apply(plain, [(self, panel, out)])
-
-
-class _Row(NamedTuple):
-    """Where the product of one vector belongs."""
-
-    block: HessianBlock
-    out: Tensor
-    compensation: Tensor | None
-    number: int
 
 
 class GroupedHessianOperator:
@@ -108,6 +98,16 @@ class GroupedHessianOperator:
         If a group selects nothing, or something outside of the problem.
     OperatorError
         For another ``hvp``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> problem = hesd.Problem(torch.nn.Linear(2, 1), hesd.losses.supervised(torch.nn.MSELoss()), data)
+    >>> operator = hesd.GroupedHessianOperator(problem, "parameters")
+    >>> operator.matmats({"weight": torch.ones(1, 2), "bias": torch.ones(1, 1)})
+    {'weight': tensor([[1., 4.]]), 'bias': tensor([[2.]])}
     """
 
     def __init__(
@@ -127,6 +127,7 @@ class GroupedHessianOperator:
         kind = DoubleBackward if hvp == DoubleBackward.name else KeptGraph
         self.strategy: ReverseOverReverse = kind(compensated, memory_limit)
         self.blocks = {name: HessianBlock(self, name, self.problem.restricted(names)) for name, names in chosen.items()}
+        self.prepared = self.problem.prepare()
         self._is_prepared = False
 
     def matmats(self, panels: Mapping[str, Tensor], outs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -166,25 +167,19 @@ class GroupedHessianOperator:
         return found
 
     def _multiply(self, work: list[tuple[HessianBlock, Tensor, Tensor]]) -> None:
-        with self.problem.session():
+        with self.prepared.session():
             if not self._is_prepared:
                 self._prepare()
-            if self.hvp == "auto":
-                plain = DoubleBackward(self.strategy.compensated)
-                self.strategy = multiply_or_fall_back(
-                    self.problem, self.strategy, plain, lambda by: self._apply(by, work)
-                )
-            else:
-                self._apply(self.strategy, work)
+            self.strategy = multiply_or_fall_back(self.strategy, self.hvp, lambda by: self._apply(by, work))
 
     def _prepare(self) -> None:
         strategy = self.strategy
         if self.hvp != "auto":
-            strategy.prepare(self.problem)
+            strategy.prepare(self.prepared)
         else:
             plain = DoubleBackward(strategy.compensated)
-            plain.prepare(self.problem)
-            strategy.problem = self.problem
+            plain.prepare(self.prepared)
+            strategy.problem = self.prepared
             try:
                 strategy.check()
                 refused = False
@@ -194,38 +189,29 @@ class GroupedHessianOperator:
                 give_up(strategy)
             if not strategy._kept:  # refused, or the first batch does not fit
                 self.strategy = plain
-        warn_of_wrong_derivatives(self.problem)
+        warn_of_wrong_derivatives(self.prepared)
         self._is_prepared = True
 
     def _apply(self, strategy: ReverseOverReverse, work: list[tuple[HessianBlock, Tensor, Tensor]]) -> None:
         """Overwrite each out by the products of its block with the panel's rows."""
-        places: list[_Row] = []
+        sums = [ProductSum(block.prepared, out, strategy.compensated) for block, _, out in work]
+        rows: list[tuple[HessianBlock, ProductSum, int]] = []
         vectors: list[list[Tensor | None]] = []
         parameters = list(self.problem.parameters.values())
-        for block, panel, out in work:
-            compensation = torch.zeros_like(out) if strategy.compensated else None
-            out.zero_()
+        for (block, panel, _), total in zip(work, sums, strict=True):
             for number, row in enumerate(panel):
                 vector: list[Tensor | None] = [None] * len(parameters)
                 for position, view in zip(block.positions, block.problem.unflatten(row), strict=True):
                     vector[position] = view.to(parameters[position].dtype)
                 vectors.append(vector)
-                places.append(_Row(block, out, compensation, number))
-        for term in self.problem.terms():
+                rows.append((block, total, number))
+        for term in self.prepared.terms():
             for j, parts in strategy.block_products(term, vectors):
-                place = places[j]
-                accumulate(
-                    place.block.problem,
-                    [(place.block.positions[position], part) for position, part in parts],
-                    place.number,
-                    term.weight,
-                    place.out,
-                    place.compensation,
-                )
+                block, total, number = rows[j]
+                total.add(number, [(block.positions[position], part) for position, part in parts], term.weight)
                 del parts
-        for place in places:
-            if place.compensation is not None and place.number == 0:
-                place.out.add_(place.compensation)
+        for total in sums:
+            total.finish()
 
 
 @alone

@@ -45,6 +45,14 @@ class MatrixOperator(OperatorBase):
     ------
     OperatorError
         If the matrix is not square, real, finite and symmetric.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> operator = hesd.MatrixOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    >>> operator.matvec(torch.tensor([1.0, 3.0])), operator.products
+    (tensor([5., 7.]), 1)
     """
 
     epsilon = 0.0
@@ -118,7 +126,7 @@ def as_operator(operator: Any) -> CurvatureOperator:
     OperatorError
         If it is neither.
     """
-    operator = getattr(operator, WRAPPED, operator)  # of our own in SciPy's clothes
+    operator = getattr(operator, WRAPPED, operator)  # one that to_scipy has wrapped
     if isinstance(operator, CurvatureOperator):
         return operator
     if (

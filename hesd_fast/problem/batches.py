@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hesd_fast.errors import ProblemError
-from hesd_fast.problem.model_state import version_of
+from hesd_fast.problem.tensor_digests import version_of
 
 DEFAULT_BATCH_SIZE = 256
 

@@ -60,12 +60,7 @@ def _hardsigmoid_in_place(input: Tensor) -> Tensor:
     return input.copy_(ordinary.hardsigmoid(input.clone()))  # the derivative needs what was there
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return ordinary.weight_norm(v, g, dim)
-
-
 BAGS = ("sum", "mean", "max")
-REDUCTIONS = ("none", "mean", "sum")
 
 
 def _embedding_bag(
@@ -116,57 +111,6 @@ def _aten_embedding_bag(
             weight.detach(), indices, offsets, False, mode, sparse, None, include_last_offset, padding_idx
         )
     return bags, *others
-
-
-def _aten_ctc_loss(
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Any,
-    target_lengths: Any,
-    blank: int = 0,
-    reduction: int = 1,
-    zero_infinity: bool = False,
-) -> Tensor:
-    return ordinary.ctc_loss(
-        log_probs, targets, input_lengths, target_lengths, blank, REDUCTIONS[reduction], zero_infinity
-    )
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,  # noqa: ARG001
-) -> Tensor:
-    return ordinary.layer_norm(input, normalized_shape, weight, bias, eps)
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    return ordinary.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    return ordinary.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
 def _with_weight_first(norm: Function) -> Function:
@@ -222,17 +166,6 @@ def _multi_margin_loss(
     return ordinary.multi_margin_loss(input, target, p, margin, weight, _reduction(size_average, reduce, reduction))
 
 
-def _aten_multi_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    p: int = 1,
-    margin: float = 1.0,
-    weight: Tensor | None = None,
-    reduction: int = 1,
-) -> Tensor:
-    return ordinary.multi_margin_loss(input, target, p, margin, weight, REDUCTIONS[reduction])
-
-
 def _multilabel_margin_loss(
     input: Tensor,
     target: Tensor,
@@ -241,10 +174,6 @@ def _multilabel_margin_loss(
     reduction: str = "mean",
 ) -> Tensor:
     return ordinary.multilabel_margin_loss(input, target, _reduction(size_average, reduce, reduction))
-
-
-def _aten_multilabel_margin_loss(input: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
-    return ordinary.multilabel_margin_loss(input, target, REDUCTIONS[reduction])
 
 
 def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -273,26 +202,28 @@ _OPERATIONS = (
     Operation(
         "ctc_loss",
         ("CtcLossBackward", "CudnnCtcLossBackward"),
-        {functional.ctc_loss: ordinary.ctc_loss, **_aten("ctc_loss", _aten_ctc_loss)},
+        {functional.ctc_loss: ordinary.ctc_loss, **_aten("ctc_loss", ordinary.ctc_loss)},
     ),
     # The fused kernel's backward pass takes the norm of the forward pass for a constant.
-    Operation("weight_norm", ("WeightNormInterfaceBackward",), _aten("_weight_norm", _weight_norm), silent=True),
+    Operation(
+        "weight_norm", ("WeightNormInterfaceBackward",), _aten("_weight_norm", ordinary.weight_norm), silent=True
+    ),
     # The derivative of the backward pass of these takes mean and variance for constants; a loss without a gradient in
     # it has no need of it.
     Operation(
         "layer_norm",
         ("NativeLayerNormBackwardBackward",),
-        {functional.layer_norm: _layer_norm, **_aten("layer_norm", _layer_norm)},
+        {functional.layer_norm: ordinary.layer_norm, **_aten("layer_norm", ordinary.layer_norm)},
         silent=True,
     ),
     Operation(
         "batch_norm",
         ("NativeBatchNormBackwardBackward", "CudnnBatchNormBackwardBackward", "MiopenBatchNormBackwardBackward"),
         {
-            functional.batch_norm: _batch_norm,
-            functional.instance_norm: _instance_norm,
-            **_aten("batch_norm", _with_weight_first(_batch_norm)),
-            **_aten("instance_norm", _with_weight_first(_instance_norm)),
+            functional.batch_norm: ordinary.batch_norm,
+            functional.instance_norm: ordinary.instance_norm,
+            **_aten("batch_norm", _with_weight_first(ordinary.batch_norm)),
+            **_aten("instance_norm", _with_weight_first(ordinary.instance_norm)),
         },
         silent=True,
     ),
@@ -305,14 +236,14 @@ _OPERATIONS = (
     Operation(
         "multi_margin_loss",
         ("MultiMarginLossBackward",),
-        {functional.multi_margin_loss: _multi_margin_loss, **_aten("multi_margin_loss", _aten_multi_margin_loss)},
+        {functional.multi_margin_loss: _multi_margin_loss, **_aten("multi_margin_loss", ordinary.multi_margin_loss)},
     ),
     Operation(
         "multilabel_margin_loss",
         ("MultilabelMarginLossBackward",),
         {
             functional.multilabel_margin_loss: _multilabel_margin_loss,
-            **_aten("multilabel_margin_loss", _aten_multilabel_margin_loss),
+            **_aten("multilabel_margin_loss", ordinary.multilabel_margin_loss),
         },
     ),
     # In chunks, its gradient is computed by the forward pass, and comes without a graph.

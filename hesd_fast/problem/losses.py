@@ -75,7 +75,23 @@ IGNORED = -100
 
 
 class OutputLoss(ABC):
-    """A loss of a model's outputs: ``loss(model, batch)`` is ``of_outputs(outputs(model, batch), batch)``."""
+    """A loss of a model's outputs: ``loss(model, batch)`` is ``of_outputs(outputs(model, batch), batch)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> class SquaredError(hesd.losses.OutputLoss):
+    ...     def outputs(self, model, batch):
+    ...         return model(batch)
+    ...     def of_outputs(self, outputs, batch):
+    ...         return outputs.square().sum(), len(batch)
+    ...     def terms_of_outputs(self, outputs, batch):
+    ...         return outputs.square().sum(1), torch.ones(len(batch))
+    >>> problem = hesd.Problem(torch.nn.Linear(2, 1, bias=False), SquaredError(), torch.eye(2))
+    >>> hesd.GaussNewtonOperator(problem, jvp="reverse").matvec(torch.tensor([1.0, 3.0]))
+    tensor([1., 3.])
+    """
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
@@ -117,6 +133,16 @@ def supervised(criterion: Callable[[Any, Any], Tensor]) -> OutputLoss:
     ProblemError
         For reduction "none" and a criterion of other arguments than (output, targets); and at a batch or an output of
         unknown form, a batch with NumPy arrays, or a criterion that returns no scalar.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> model = torch.nn.Linear(3, 2)
+    >>> loss = hesd.losses.supervised(torch.nn.CrossEntropyLoss())
+    >>> total, count = loss(model, (torch.ones(3, 3), torch.tensor([0, 1, -100])))
+    >>> count.item()  # -100 is ignored
+    2
     """
     if not callable(criterion):
         raise ProblemError(
@@ -238,6 +264,15 @@ def causal_lm() -> OutputLoss:
     ------
     ProblemError
         At a batch or an output of unknown form, and at a batch with NumPy arrays.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> model = torch.nn.Embedding(5, 5)  # each token's logits of the next one
+    >>> total, count = hesd.losses.causal_lm()(model, torch.tensor([[0, 3, 1, 4]]))
+    >>> count.item()
+    3
     """
     return _CausalLM()
 
@@ -271,12 +306,27 @@ class _CausalLM(OutputLoss):
 
 
 def is_ready_made(loss: Callable[..., Any]) -> bool:
-    """Return whether a loss was built here and counts its terms; they are right however small class weights are."""
+    """Return whether a loss was built here and counts its terms; they are right however small class weights are.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd
+    >>> hesd.losses.is_ready_made(hesd.losses.causal_lm())
+    True
+    """
     return isinstance(loss, _CausalLM) or (isinstance(loss, _Supervised) and loss.is_torchs_own)
 
 
 def divides_a_sum(loss: Callable[..., Any]) -> bool:
-    """Return whether a loss is the sum of a criterion, which a Problem divides by the number of samples."""
+    """Return whether a loss is the sum of a criterion, which a Problem divides by the number of samples.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> hesd.losses.divides_a_sum(hesd.losses.supervised(torch.nn.MSELoss(reduction="sum")))
+    True
+    """
     return isinstance(loss, _Supervised) and loss.reduction == "sum"
 
 

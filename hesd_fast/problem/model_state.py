@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import os
-import random
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hesd_fast.engine import cuda
 from hesd_fast.engine.memory import available_memory
 from hesd_fast.errors import OperatorError
+from hesd_fast.problem.random_streams import RandomStreams
+from hesd_fast.problem.tensor_digests import digests_of, first_written, has_plain_memory, versions_of
 from hesd_fast.problem.torch_settings import full_float32, process_settings, without_autocast, without_cudnn
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-StreamState = tuple[list[tuple[torch.Generator, Tensor]], dict[str, Any], tuple[Any, ...]]
 
 _ABSENT = object()
 
@@ -60,53 +57,6 @@ _GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 COPY_SHARE = 0.125
 """Part of the available memory that copies of weights may take while it is not known yet that the loss leaves them."""
-
-_CHUNK = 1 << 17
-"""64-bit integers that are mixed at a time, so that they stay in a cache."""
-
-_ODD = -7046029254386353131  # 2^64 over the golden ratio
-_FACTORS = (-49064778989728563, -4265267296055464877)
-
-
-class RandomStreams:
-    """The random number streams a forward pass or a data loader may draw from.
-
-    These are the global streams of torch (CPU, and every CUDA device once CUDA is in use), NumPy and Python.
-
-    Parameters
-    ----------
-    generators
-        Further torch generators, for example those of a DataLoader.
-    """
-
-    def __init__(self, generators: Sequence[torch.Generator] = ()) -> None:
-        self._generators = list(generators)
-
-    def _torch_generators(self) -> list[torch.Generator]:
-        # torch.manual_seed would also reseed devices that are not in use yet, which could not be undone.
-        return [torch.default_generator, *cuda.runtime.generators(), *self._generators]
-
-    def state(self) -> StreamState:
-        """Return the state of every stream."""
-        torch_states = [(generator, generator.get_state()) for generator in self._torch_generators()]
-        # The legacy stream of NumPy is the one that is global, so the one to save.
-        numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
-        return torch_states, numpy_state, random.getstate()
-
-    def set_state(self, state: StreamState) -> None:
-        """Put every stream back to a state got from ``state()``."""
-        torch_states, numpy_state, python_state = state
-        for generator, value in torch_states:
-            generator.set_state(value)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(python_state)
-
-    def seed(self, seed: int) -> None:
-        """Start every stream from ``seed``."""
-        for generator in self._torch_generators():
-            generator.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        random.seed(seed)
 
 
 class ModelState:
@@ -150,8 +100,8 @@ class ModelState:
         ]
         self._requires_grad = [parameter.requires_grad for parameter in self._parameters.values()]
         self._gradients = [parameter.grad for parameter in self._parameters.values()]
-        self.versions = _versions_of([*model.named_parameters(), *model.named_buffers()])
-        self._attribute_versions = _versions_of(_tensor_attributes(model))
+        self.versions = versions_of([*model.named_parameters(), *model.named_buffers()])
+        self._attribute_versions = versions_of(_tensor_attributes(model))
         # What .data is now: forward may give a parameter other memory, as model.double() does.
         self._memory = [tensor.detach() for _, tensor, _ in self._watched]
         names = [name for name, _, _ in self._watched]
@@ -341,82 +291,6 @@ def _same_member(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -
     return before.get(name, _ABSENT) is now.get(name, _ABSENT)
 
 
-def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was written to in place; inference tensors do not count, so 0 for them."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def first_written(versions: Iterable[tuple[str, Tensor, int]]) -> str | None:
-    """Return the name of the first tensor that was written to since its version was noted, or None."""
-    return next((name for name, tensor, version in versions if version_of(tensor) != version), None)
-
-
-def digests_of(tensors: Sequence[Tensor]) -> list[int]:
-    """Return a number for each tensor that is another one, all but certainly, when a value or its place is.
-
-    Each 64 bits are mixed with their position, and these numbers added up. Cost: one reading at about a third of the
-    speed of memory; small tensors are mixed together; one wait for a device.
-    """
-    found = [0] * len(tensors)
-    places: dict[torch.device, list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        if has_plain_memory(tensor) and tensor.numel():
-            places.setdefault(tensor.device, []).append(position)
-    for positions in places.values():
-        words = [_words(tensors[position]) for position in positions]
-        for position, digest in zip(positions, _digests(words).tolist(), strict=True):
-            found[position] = digest
-    return found
-
-
-def _digests(words: Sequence[Tensor]) -> Tensor:
-    """Return the digests of tensors of 64-bit integers, of small ones together."""
-    found = words[0].new_zeros(len(words))
-    places = torch.arange(_CHUNK, device=found.device)
-    small = [i for i, one in enumerate(words) if len(one) <= _CHUNK]
-    for i, one in enumerate(words):
-        if len(one) > _CHUNK:
-            parts = [one[first : first + _CHUNK] for first in range(0, len(one), _CHUNK)]
-            partial = [_mixed(part, places[: len(part)] + k * _CHUNK).sum() for k, part in enumerate(parts)]
-            found[i] = torch.stack(partial).sum()
-    if small:
-        own = torch.cat([places[: len(words[i])] for i in small])  # whatever stands beside a tensor
-        sums = _mixed(torch.cat([words[i] for i in small]), own).cumsum(0)  # wraps around, and so does a difference
-        ends = torch.tensor([len(words[i]) for i in small]).cumsum(0)
-        totals = sums[(ends - 1).to(sums.device)]
-        found[torch.tensor(small, device=found.device)] = totals.diff(prepend=totals.new_zeros(1))
-    return found
-
-
-def _mixed(words: Tensor, places: Tensor) -> Tensor:
-    """Return numbers that depend on 64 bits and their place in no linear way (the finalizer of MurmurHash3)."""
-    mixed = words + places * _ODD
-    for factor in _FACTORS:
-        mixed ^= (mixed >> 33) & 0x7FFFFFFF  # a shift of integers carries the sign along
-        mixed *= factor
-    return mixed.bitwise_xor_((mixed >> 33) & 0x7FFFFFFF)
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor as 64-bit integers, without a copy where that can be, filled up with zeros."""
-    values = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
-    if values.stride() != (1,) or values.data_ptr() % 8:
-        values = values.clone(memory_format=torch.contiguous_format)
-    octets = values.view(torch.uint8)
-    if len(octets) % 8:
-        octets = torch.nn.functional.pad(octets, (0, -len(octets) % 8))
-    return octets.view(torch.int64)
-
-
-def has_plain_memory(tensor: Tensor) -> bool:
-    """Whether the values of a tensor lie in memory at its address and strides, and nowhere else."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
-        and tensor.layout is torch.strided
-        and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
-    )
-
-
 def _same_memory(tensor: Tensor, memory: Tensor) -> bool:
     """Whether a tensor still has the memory that a detached one of before shows."""
     if tensor.dtype != memory.dtype or tensor.shape != memory.shape or tensor.device != memory.device:
@@ -437,10 +311,6 @@ def _copies_that_fit(tensors: Sequence[Tensor]) -> list[Tensor] | None:
         if available is not None and size > COPY_SHARE * available:
             return None
     return [tensor.clone() if has_plain_memory(tensor) else tensor for tensor in tensors]
-
-
-def _versions_of(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor, int]]:
-    return [(name, tensor, version_of(tensor)) for name, tensor in tensors]
 
 
 def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,8 @@
 """Functions of PyTorch written in operations that can be differentiated as often as one likes.
 
 Each has the value of PyTorch's own to rounding, and its first derivative, also where that is a choice: at kinks, at
-ties and at distances of zero. Half precision is computed in float32 and rounded once.
+ties and at distances of zero. Half precision is computed in float32 and rounded once. Arguments are those of PyTorch's
+functions; a reduction may also be given by its number, as operators have it.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ def hardsigmoid(x: Tensor) -> Tensor:
     return ((torch.nn.functional.hardtanh(_wide(x), -3.0, 3.0) + 3.0) / 6.0).to(x.dtype)
 
 
-def weight_norm(direction: Tensor, length: Tensor, dim: int) -> Tensor:
-    """Return length * direction / |direction|, with the norm over all dimensions but ``dim``, or over all for -1."""
-    others = [i for i in range(direction.ndim) if dim == -1 or i != dim % direction.ndim]
-    wide = _wide(direction)
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return g v / |v|, with the norm over all dimensions but ``dim``, or over all for -1."""
+    others = [i for i in range(v.ndim) if dim == -1 or i != dim % v.ndim]
+    wide = _wide(v)
     norm = torch.linalg.vector_norm(wide, dim=others, keepdim=True) if others else wide.abs()
-    return (wide * (_wide(length) / norm)).to(direction.dtype)
+    return (wide * (_wide(g) / norm)).to(v.dtype)
 
 
 # Bags of embeddings
@@ -105,7 +106,7 @@ def ctc_loss(
     input_lengths: Tensor | Sequence[int],
     target_lengths: Tensor | Sequence[int],
     blank: int = 0,
-    reduction: str = "mean",
+    reduction: str | int = "mean",
     zero_infinity: bool = False,
 ) -> Tensor:
     """Return the loss of Graves, Fernandez, Gomez, Schmidhuber, ICML 2006, by its forward recursion (equation 6).
@@ -123,7 +124,7 @@ def ctc_loss(
         Frames and labels that count.
     blank : int
         Class of the blank.
-    reduction : {"none", "mean", "sum"}
+    reduction : {"none", "mean", "sum"} or its number
         "mean" divides each loss by its number of labels before the mean is taken.
     zero_infinity : bool
         Whether a sequence that cannot be aligned has a loss of zero; else it is infinite, with derivatives of zero.
@@ -139,6 +140,7 @@ def ctc_loss(
     score = _score_of_ends(scores, target_lengths)
     impossible = score < IMPOSSIBLE / 2
     losses = torch.where(impossible, 0.0 if zero_infinity else math.inf, -score)
+    reduction = _name_of(reduction)
     if reduction == "mean":
         losses = (losses / target_lengths.clamp(min=1).to(losses.dtype)).mean()
     elif reduction == "sum":
@@ -215,59 +217,64 @@ def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[i
 
 
 def layer_norm(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,  # noqa: ARG001
 ) -> Tensor:
-    """Return x with mean 0 and variance 1 over its last dimensions, times ``weight`` plus ``bias``."""
+    """Return ``input`` with mean 0 and variance 1 over its last dimensions, times ``weight`` plus ``bias``."""
     shape = list(normalized_shape)
-    normalized, _, _ = _normalized(_wide(x), list(range(-len(shape), 0)), eps)
-    return _scaled(normalized, weight, bias, shape).to(x.dtype)
+    normalized, _, _ = _normalized(_wide(input), list(range(-len(shape), 0)), eps)
+    return _scaled(normalized, weight, bias, shape).to(input.dtype)
 
 
 def batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """Return x (N, C, ...) normalized by the mean and variance of each channel over the batch, or by the running ones.
+    """Return (N, C, ...) normalized by the mean and variance of each channel over the batch, or by the running ones.
 
     In training the running ones are moved towards those of the batch, in place.
     """
-    shape = [1, -1] + [1] * (x.ndim - 2)
+    shape = [1, -1] + [1] * (input.ndim - 2)
     if training or running_mean is None or running_var is None:
-        normalized, mean, variance = _normalized(_wide(x), [0, *range(2, x.ndim)], eps)
-        _move(running_mean, running_var, mean, variance, x.numel() // x.shape[1], momentum)
+        normalized, mean, variance = _normalized(_wide(input), [0, *range(2, input.ndim)], eps)
+        _move(running_mean, running_var, mean, variance, input.numel() // input.shape[1], momentum)
     else:
         inverse = (_wide(running_var) + eps).rsqrt()
-        normalized = (_wide(x) - running_mean.view(shape)) * inverse.view(shape)
-    return _scaled(normalized, weight, bias, shape).to(x.dtype)
+        normalized = (_wide(input) - running_mean.view(shape)) * inverse.view(shape)
+    return _scaled(normalized, weight, bias, shape).to(input.dtype)
 
 
 def instance_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """Return x (N, C, ...) normalized by the mean and variance of each sample's channels, or by the running ones.
+    """Return (N, C, ...) normalized by the mean and variance of each sample's channels, or by the running ones.
 
     With ``use_input_stats`` the running ones are moved towards the mean over the samples, in place.
     """
     if not use_input_stats:
-        return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-    dims = list(range(2, x.ndim))
-    normalized, mean, variance = _normalized(_wide(x), dims, eps)
-    count = math.prod(x.shape[2:])
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    dims = list(range(2, input.ndim))
+    normalized, mean, variance = _normalized(_wide(input), dims, eps)
+    count = math.prod(input.shape[2:])
     _move(running_mean, running_var, mean.mean(0, keepdim=True), variance.mean(0, keepdim=True), count, momentum)
-    return _scaled(normalized, weight, bias, [1, -1] + [1] * len(dims)).to(x.dtype)
+    return _scaled(normalized, weight, bias, [1, -1] + [1] * len(dims)).to(input.dtype)
 
 
 @torch.no_grad()
@@ -308,31 +315,41 @@ def _norm(difference: Tensor, p: float) -> Tensor:
 
 
 def multi_margin_loss(
-    x: Tensor, target: Tensor, p: int = 1, margin: float = 1.0, weight: Tensor | None = None, reduction: str = "mean"
+    input: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str | int = "mean",
 ) -> Tensor:
     """Return the sum over classes i other than y of weight_y max(0, margin - x_y + x_i)^p / C."""
-    scores, classes = x.reshape(-1, x.shape[-1]), target.reshape(-1, 1)
+    scores, classes = input.reshape(-1, input.shape[-1]), target.reshape(-1, 1)
     excess = torch.relu(margin - scores.gather(1, classes) + scores) ** p
     if weight is not None:
         excess = excess * weight[classes]
     others = torch.ones_like(scores, dtype=torch.bool).scatter(1, classes, False)
     losses = torch.where(others, excess, 0.0).sum(1) / scores.shape[1]
-    return _reduced(losses if x.ndim > 1 else losses.squeeze(0), reduction)
+    return _reduced(losses if input.ndim > 1 else losses.squeeze(0), reduction)
 
 
-def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: str | int = "mean") -> Tensor:
     """Return the sum over labels y and other classes i of max(0, 1 - x_y + x_i) / C; labels end at the first of -1."""
-    scores, classes = x.reshape(-1, x.shape[-1]), target.reshape(-1, x.shape[-1])
+    scores, classes = input.reshape(-1, input.shape[-1]), target.reshape(-1, input.shape[-1])
     there = (classes < 0).cumsum(1) == 0
     chosen = torch.where(there, classes, 0)
     labels = torch.zeros_like(scores).scatter_add(1, chosen, there.to(scores.dtype)) > 0
     excess = torch.relu(1.0 - scores.gather(1, chosen)[:, :, None] + scores[:, None, :])
     counted = there[:, :, None] & ~labels[:, None, :]
     losses = torch.where(counted, excess, 0.0).sum((1, 2)) / scores.shape[1]
-    return _reduced(losses if x.ndim > 1 else losses.squeeze(0), reduction)
+    return _reduced(losses if input.ndim > 1 else losses.squeeze(0), reduction)
 
 
-def _reduced(losses: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
+def _reduced(losses: Tensor, reduction: str | int) -> Tensor:
+    name = _name_of(reduction)
+    if name == "none":
         return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
+    return losses.mean() if name == "mean" else losses.sum()
+
+
+def _name_of(reduction: str | int) -> str:
+    return ("none", "mean", "sum")[reduction] if isinstance(reduction, int) else reduction

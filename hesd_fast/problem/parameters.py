@@ -15,8 +15,8 @@ from torch.nn.modules import module as module_globals
 from torch.nn.parameter import is_lazy
 
 from hesd_fast.errors import ProblemError
-from hesd_fast.problem.model_state import has_plain_memory
 from hesd_fast.problem.signatures import refusal, signature_of
+from hesd_fast.problem.tensor_digests import has_plain_memory
 
 Selection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -84,6 +84,16 @@ def select_parameters(model: nn.Module, selection: Selection = None) -> dict[str
         places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ProblemError(f"the selected parameters are on several devices ({places}); move them to one device")
     return selected
+
+
+def restrict(parameters: dict[str, nn.Parameter], names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters that are named; a ProblemError if a name is not that of one, or there is none."""
+    chosen = set(names)
+    if unknown := sorted(chosen - parameters.keys()):
+        raise ProblemError(f"{unknown[0]!r} is none of the problem's selected parameters")
+    if not chosen:
+        raise ProblemError("no parameter is left; give the name of one at least")
+    return {name: parameter for name, parameter in parameters.items() if name in chosen}
 
 
 def _chosen_names(everything: list[tuple[str, nn.Parameter]], selection: Selection) -> set[str]:
@@ -166,7 +176,7 @@ def _check_memory(selected: Mapping[str, nn.Parameter], everything: Mapping[str,
 
 def _neighbours(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, str]]:
     """Yield the pairs of parameters the memory of which lies, from first to last element, one in the other."""
-    ends = sorted((*_ends(parameter), name) for name, parameter in parameters.items() if parameter.numel())
+    ends = sorted((*memory_ends(parameter), name) for name, parameter in parameters.items() if parameter.numel())
     for position, (_, end, name) in enumerate(ends):
         for start, _, other in itertools.islice(ends, position + 1, None):
             if start >= end:
@@ -175,7 +185,8 @@ def _neighbours(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, s
                 yield name, other
 
 
-def _ends(tensor: Tensor) -> tuple[int, int]:
+def memory_ends(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses where the first element of a tensor begins and the last one ends."""
     last = sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
 
@@ -251,17 +262,19 @@ class ParameterLayout:
 
     Attributes
     ----------
+    parameters : dict
+        Those given.
     offsets : list of int
         First column of each parameter; those of parameter i end where those of the next begin.
     size : int
-        n, the number of columns.
+        n, the number of columns: that of parameters, of which a complex one counts as two real ones.
     dtype : torch.dtype
-        float64 if any parameter is float64 or complex128, else float32.
+        Precision of panels: float64 if any parameter is float64 or complex128, else float32.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.names = list(parameters)
-        self.shapes = [parameter.shape for parameter in parameters.values()]
+        self.parameters = parameters
+        self._shapes = [parameter.shape for parameter in parameters.values()]
         self._is_complex = [parameter.is_complex() for parameter in parameters.values()]
         widths = (p.numel() * (2 if p.is_complex() else 1) for p in parameters.values())
         ends = list(accumulate(widths, initial=0))
@@ -274,15 +287,15 @@ class ParameterLayout:
         """Return the name of the parameter that a column belongs to."""
         if not 0 <= column < self.size:
             raise ProblemError(f"column {column} does not exist; give one of 0 to {self.size - 1}")
-        return self.names[bisect_right(self.offsets, column) - 1]
+        return list(self.parameters)[bisect_right(self.offsets, column) - 1]
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return one vector (n,) of the layout's dtype from one tensor per parameter."""
         shapes = [tensor.shape for tensor in tensors]
-        if shapes != self.shapes:
+        if shapes != self._shapes:
             raise ProblemError(
                 f"flatten got tensors of shapes {[tuple(s) for s in shapes]}; "
-                f"give one per parameter, of shapes {[tuple(s) for s in self.shapes]}"
+                f"give one per parameter, of shapes {[tuple(s) for s in self._shapes]}"
             )
         if [tensor.is_complex() for tensor in tensors] != self._is_complex:
             raise ProblemError(
@@ -301,7 +314,7 @@ class ParameterLayout:
         ends = [*self.offsets[1:], self.size]
         return [
             (_as_complex(vector[start:end]) if is_complex else vector[start:end]).view(shape)
-            for start, end, shape, is_complex in zip(self.offsets, ends, self.shapes, self._is_complex, strict=True)
+            for start, end, shape, is_complex in zip(self.offsets, ends, self._shapes, self._is_complex, strict=True)
         ]
 
 

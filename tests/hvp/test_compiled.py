@@ -74,7 +74,7 @@ def test_what_cannot_be_compiled_is_no_candidate(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda program, **options: lambda *tensors: 1 / 0)
     monkeypatch.setattr(planner, "SHORT_RUN", 0.0)
     monkeypatch.setattr(planner, "ORDER", ("compiled",))
-    strategy, plan = planner.choose(small_problem(8), 2, 100, share=1e6)
+    strategy, plan = planner.choose(small_problem(8).prepare(), 2, 100, share=1e6)
     assert strategy.name == "double_backward"
     assert "division by zero" in plan.trials[1].note
 

@@ -77,9 +77,9 @@ WRONG = [
 
 
 def agrees(problem: Problem):
-    problem.prepare()
-    with problem.session():
-        return check_derivatives(problem)
+    prepared = problem.prepare()
+    with prepared.session():
+        return check_derivatives(prepared)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -38,7 +38,7 @@ def patient(monkeypatch):
 
 
 def test_everything_is_tried_and_the_fastest_is_taken(patient):
-    strategy, plan = choose(small_problem(), 3, 100, share=1e6)
+    strategy, plan = choose(small_problem().prepare(), 3, 100, share=1e6)
     assert {trial.strategy for trial in plan.trials} == set(STRATEGIES)
     assert all(trial.seconds is not None and trial.seconds > 0 for trial in plan.trials)
     totals = {trial.strategy: trial.total(100) for trial in plan.trials}
@@ -50,32 +50,32 @@ def test_everything_is_tried_and_the_fastest_is_taken(patient):
 
 
 def test_batched_strategies_are_not_tried_for_one_vector(patient):
-    _, plan = choose(small_problem(), 1, 100, share=1e6)
+    _, plan = choose(small_problem().prepare(), 1, 100, share=1e6)
     assert not any(trial.strategy.endswith("_batched") for trial in plan.trials)
 
 
 def test_trials_end_when_their_share_is_used_up(patient):
-    _, plan = choose(small_problem(), 2, 3, share=1e-9)
+    _, plan = choose(small_problem().prepare(), 2, 3, share=1e-9)
     assert plan.strategy == "double_backward"
     assert [trial.note[:9] for trial in plan.trials] == ["", *["not tried"] * (len(plan.trials) - 1)]
 
 
 def test_without_time_for_trials_graphs_are_kept(patient):
-    _, plan = choose(small_problem(), 2, 100, share=1e-9)
+    _, plan = choose(small_problem().prepare(), 2, 100, share=1e-9)
     assert plan.strategy == "kept_graph"
     rest = [trial.note[:9] for trial in plan.trials if trial.strategy not in ("double_backward", "kept_graph")]
     assert rest == ["not tried"] * (len(STRATEGIES) - 2)
 
 
 def test_a_short_run_is_not_worth_a_trial():
-    _, plan = choose(small_problem(), 2, 1)
+    _, plan = choose(small_problem().prepare(), 2, 1)
     assert plan.strategy == "double_backward"
     assert all(trial.note == "not tried: the run is short" for trial in plan.trials[1:])
 
 
 def test_a_short_run_takes_kept_graphs_bit_for_bit():
     problem = small_problem()
-    strategy, plan = choose(problem, 2, 50)
+    strategy, plan = choose(problem.prepare(), 2, 50)
     assert plan.strategy == strategy.name == "kept_graph"
     assert {trial.strategy: trial.note for trial in plan.trials}["kept_graph"] == "not measured: the run is short"
     panel = torch.randn(2, problem.size, dtype=torch.float64)
@@ -85,19 +85,19 @@ def test_a_short_run_takes_kept_graphs_bit_for_bit():
 
 
 def test_a_short_run_keeps_no_graphs_that_do_not_fit_or_are_refused():
-    strategy, plan = choose(small_problem(), 2, 50, memory_limit=1000)
+    strategy, plan = choose(small_problem().prepare(), 2, 50, memory_limit=1000)
     assert strategy.name == "double_backward"
     assert {trial.strategy: trial.note for trial in plan.trials}["kept_graph"].startswith("does not fit")
     case = next(case for case in CATALOGUE if case.name == "checkpoint")
-    strategy, plan = choose(Problem(*case.build()), 2, 50)
+    strategy, plan = choose(Problem(*case.build()).prepare(), 2, 50)
     assert strategy.name == "double_backward"
     assert "checkpoints" in {trial.strategy: trial.note for trial in plan.trials}["kept_graph"]
 
 
 def test_a_short_run_says_how_much_of_the_graphs_it_can_keep():
-    strategy, _ = choose(small_problem(8, 8, 8), 2, 50)
+    strategy, _ = choose(small_problem(8, 8, 8).prepare(), 2, 50)
     size = strategy.kept_bytes  # of the first batch, so far
-    _, plan = choose(small_problem(8, 8, 8), 2, 50, memory_limit=2 * size + size // 2)
+    _, plan = choose(small_problem(8, 8, 8).prepare(), 2, 50, memory_limit=2 * size + size // 2)
     plain, kept = plan.trials[0], next(trial for trial in plan.trials if trial.strategy == "kept_graph")
     assert kept.kept_bytes == 2 * size
     assert kept.seconds == pytest.approx(plain.seconds * (2 * 12 / 15 + 1) / 3)
@@ -143,12 +143,12 @@ def test_a_graph_that_wears_out_is_not_kept(name):
     problem = Problem(Squared().double(), CROSS_ENTROPY, vectors(8))
     with pytest.raises(OperatorError, match=f"hvp='{name}'"):
         HessianOperator(problem, hvp=name).matvec(torch.ones(problem.size, dtype=torch.float64))
-    strategy, _ = choose(problem, 1, 50)
+    strategy, _ = choose(problem.prepare(), 1, 50)
     assert strategy.name == "double_backward"
 
 
 def test_what_does_not_fit_is_not_taken(patient):
-    strategy, plan = choose(small_problem(), 2, 100, share=1e6, memory_limit=1000)
+    strategy, plan = choose(small_problem().prepare(), 2, 100, share=1e6, memory_limit=1000)
     assert not strategy.family
     notes = {trial.strategy: trial.note for trial in plan.trials}
     assert notes["kept_graph"].startswith("does not fit")
@@ -166,7 +166,7 @@ def test_what_is_kept_does_not_count_weights_and_data(patient):
 
 def test_what_is_refused_is_said(patient):
     case = next(case for case in CASES if case.name == "padding")
-    _, plan = choose(Problem(*case.build()), 2, 100, share=1e6)
+    _, plan = choose(Problem(*case.build()).prepare(), 2, 100, share=1e6)
     refused = {trial.strategy: trial.note for trial in plan.trials if trial.note}
     assert refused["forward_over_reverse"].startswith("refused: hvp='forward_over_reverse' gets the product")
 
@@ -183,7 +183,7 @@ def test_a_strategy_that_runs_out_of_a_devices_memory_is_refused(patient, monkey
         "_measure",
         lambda self, strategy: out_of_memory() if strategy.name == "forward_over_reverse" else measure(self, strategy),
     )
-    _, plan = choose(small_problem(), 3, 100, share=1e6)
+    _, plan = choose(small_problem().prepare(), 3, 100, share=1e6)
     notes = {trial.strategy: trial.note for trial in plan.trials}
     for name in ("double_backward_batched", "forward_over_reverse"):
         assert notes[name].startswith("refused: CUDA out of memory")

@@ -657,7 +657,7 @@ class Watched(ExactOperations):
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
 def test_models_without_such_operations_are_left_alone(norm: type, monkeypatch: pytest.MonkeyPatch) -> None:
     # Norms have a right second derivative: only a loss with a gradient in it asks for a third.
-    monkeypatch.setattr("hesd_fast.problem.problem.ExactOperations", Watched)
+    monkeypatch.setattr("hesd_fast.problem.evaluation.ExactOperations", Watched)
     model = nn.Sequential(nn.Linear(3, 4), norm(4), nn.Tanh(), nn.Linear(4, 2))
     problem = Problem(model, lambda m, b: m(b["x"]).square().mean(), {"x": vectors()}, mode="train")
     matrix(problem)

@@ -20,8 +20,9 @@ import hesd_fast as hesd
 from hesd_fast.errors import OperatorError, ProblemError
 from hesd_fast.hvp import STRATEGIES
 from hesd_fast.operators import HessianOperator
-from hesd_fast.problem.model_state import ModelState, digests_of
+from hesd_fast.problem.model_state import ModelState
 from hesd_fast.problem.problem import MODES, Problem
+from hesd_fast.problem.tensor_digests import digests_of
 
 NAMES = (r"first\..*", r"last\..*", ".*")
 

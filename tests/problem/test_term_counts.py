@@ -27,7 +27,7 @@ from hesd_fast.errors import HESDWarning, ProblemError
 from hesd_fast.operators import HessianOperator
 from hesd_fast.problem.losses import causal_lm, supervised
 from hesd_fast.problem.problem import Problem
-from hesd_fast.problem.term_counts import ReadingCheck
+from hesd_fast.problem.reading_check import ReadingCheck
 
 # Hessians of a few dozen float64 numbers, by two ways of differentiating.
 ROUNDING = 256 * torch.finfo(torch.float64).eps

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from hesd_fast.problem.model_state import RandomStreams, borrowed
+from hesd_fast.problem.model_state import borrowed
+from hesd_fast.problem.random_streams import RandomStreams
 from hesd_fast.problem.torch_settings import full_float32
 
 SETTINGS = [("generic", "all"), *itertools.product(("cuda", "mkldnn"), ("all", "conv", "rnn", "matmul"))]
