@@ -360,7 +360,7 @@ def test_an_exception_of_the_users_own_passes_through(name, patient):
 
 MEMORY = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import resource
 from torch import nn
 from hesd_fast import losses
@@ -407,7 +407,7 @@ def test_memory_is_flat_over_200_products(name):
 
 CRITERIA = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 from models import mlp
 from torch import nn
 from hesd_fast import losses

@@ -542,7 +542,7 @@ def test_a_product_that_is_not_a_number_names_operation_line_and_remedy(loss: ob
         model.weight[0] = 0.0
     operator = HessianOperator(Problem(model, loss, vectors(4)), hvp=hvp)
     message = (
-        rf"'weight'.*second derivative of {name} is not a number there, in `.*` \(test_hessian_operator\.py, line \d+\)"
+        rf"'weight'.*second derivative of {name} is not a number there, in `.*` \(test_hessian\.py, line \d+\)"
         r".*if numbers overflow.*hvp='finite_differences'"
     )
     with pytest.raises(OperatorError, match=message):
