@@ -176,15 +176,15 @@ def test_single_precision(hvp: str) -> None:
 
 def test_a_complex_number_has_two_columns_real_part_first() -> None:
     own, pairs = both(Spectral)
-    problem, twin = (Problem(one, CROSS_ENTROPY, batches()) for one in (own, pairs))
-    assert (problem.size, problem.offsets) == (twin.size, twin.offsets)
+    problem, of_pairs = (Problem(one, CROSS_ENTROPY, batches()) for one in (own, pairs))
+    assert (problem.size, problem.offsets) == (of_pairs.size, of_pairs.offsets)
     assert problem.dtype == torch.float64
-    assert problem.parameter_norm_squared == pytest.approx(twin.parameter_norm_squared, rel=ROUNDING)
+    assert problem.parameter_norm_squared == pytest.approx(of_pairs.parameter_norm_squared, rel=ROUNDING)
     assert [problem.describe(column) for column in range(problem.size)] == [
         name for name, p in pairs.named_parameters() for _ in range(p.numel())
     ]
     flat = problem.flatten(list(own.parameters()))
-    assert torch.equal(flat, twin.flatten(list(pairs.parameters())))
+    assert torch.equal(flat, of_pairs.flatten(list(pairs.parameters())))
     for offset in (0, 1):  # complex numbers begin at even places of memory
         vector = torch.cat([torch.zeros(offset), flat])[offset:]
         back = problem.unflatten(vector)

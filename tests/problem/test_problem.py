@@ -1006,8 +1006,8 @@ def test_a_copy_that_is_made_within_a_session_is_in_none(copied: object) -> None
     vector = torch.ones(problem.size, dtype=torch.float64)
     wanted = HessianOperator(problem).matvec(vector)
     with problem.session():
-        twin = copied(problem)
-    assert torch.equal(HessianOperator(twin).matvec(vector), wanted)
+        copy_of_it = copied(problem)
+    assert torch.equal(HessianOperator(copy_of_it).matvec(vector), wanted)
 
 
 @pytest.mark.parametrize("count", [4, 4.0, np.int64(4), np.float32(4), torch.tensor(4), torch.tensor(4.0)])
