@@ -30,17 +30,19 @@ class Property(NamedTuple):
     remedy: str
 
 
-def _attribute(path: str) -> Callable[[Any], Any]:
-    def value(report: Any) -> Any:
-        for name in path.split("."):
-            report = getattr(report, name, UNKNOWN)
-        return report
+def _attribute(report: Any, path: str) -> Any:
+    for name in path.split("."):
+        report = getattr(report, name, UNKNOWN)
+    return report
 
-    return value
+
+def _property(path: str, words: str, remedy: str = "") -> Property:
+    """Return the property that is the attribute of that path, with one place in the words for its value."""
+    return Property(lambda report: _attribute(report, path), lambda value, _: words.format(value), remedy)
 
 
 def _selection(report: Any) -> Any:
-    names, shapes = _attribute("problem.parameters")(report), _attribute("problem.shapes")(report)
+    names, shapes = _attribute(report, "problem.parameters"), _attribute(report, "problem.shapes")
     return UNKNOWN if UNKNOWN in (names, shapes) else dict(zip(names, shapes, strict=True))
 
 
@@ -49,42 +51,28 @@ def _selection_words(selection: Any, other: Any) -> str:
     return f"is of {len(selection)} parameters" + (f", among them {own[0]}" if own else "")
 
 
-def _exponents(report: Any) -> Any:
-    return report.criteria.exponent, report.criteria.mass_exponent
-
-
-WEIGHTS = Property(
-    _attribute("problem.weights"),
-    lambda value, _: f"is of weights with the digest {value!r}",
+WEIGHTS = _property(
+    "problem.weights",
+    "is of weights with the digest {!r}",
     "what is compared are data sets, so analyse the same weights on both; to compare checkpoints of one network say "
     "weights_may_differ=True (hesd compare --weights-may-differ)",
 )
 
 PROPERTIES = (
-    Property(
-        _attribute("operator"), lambda value, _: f"is of the operator {value!r}", "compare spectra of the same operator"
-    ),
-    Property(
-        _attribute("problem.model"),
-        lambda value, _: f"is of a model of the class {value!r}",
-        "compare reports of one architecture",
-    ),
+    _property("operator", "is of the operator {!r}", "compare spectra of the same operator"),
+    _property("problem.model", "is of a model of the class {!r}", "compare reports of one architecture"),
     Property(_selection, _selection_words, "select the same parameters of the same architecture in both"),
-    Property(
-        _attribute("problem.mode"), lambda value, _: f"is of mode {value!r}", "analyse both in the same module mode"
-    ),
-    Property(
-        _attribute("problem.precision"),
-        lambda value, _: f"was computed in {value}",
-        "convert the model to one precision and analyse both in it",
-    ),
-    Property(
-        _attribute("settings.protocol"),
-        lambda value, _: f"has the protocol {value!r}",
+    _property("problem.mode", "is of mode {!r}", "analyse both in the same module mode"),
+    _property("problem.precision", "was computed in {}", "convert the model to one precision and analyse both in it"),
+    _property(
+        "settings.protocol",
+        "has the protocol {!r}",
         "numbers of a published protocol compare with others of it only, so run both with the same protocol",
     ),
     Property(
-        _exponents, lambda value, _: f"has the criterion exponents {value}", "compute both with the same exponents"
+        lambda report: (report.criteria.exponent, report.criteria.mass_exponent),
+        lambda value, _: f"has the criterion exponents {value}",
+        "compute both with the same exponents",
     ),
 )
 
@@ -119,7 +107,7 @@ def notes(reports: Mapping[str, Any]) -> Iterator[str]:
     for one, text in (
         (WEIGHTS, "so this compares checkpoints of a network, not data sets"),
         (
-            Property(_attribute("problem.terms"), lambda value, _: f"has {value:,.10g} loss terms", ""),
+            _property("problem.terms", "has {:,.10g} loss terms"),
             "and k_mass tends to fall as their number grows, so take as many of both",
         ),
         (
@@ -134,7 +122,7 @@ def notes(reports: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _run_length(report: Any) -> Any:
-    tridiagonal = _attribute("measure.tridiagonal")(report)
+    tridiagonal = _attribute(report, "measure.tridiagonal")
     if not isinstance(tridiagonal, BlockTridiagonal):
         return UNKNOWN
     copies = "" if tridiagonal.reorthogonalization in ORTHOGONAL_MODES else ", and copies among them"

@@ -11,7 +11,6 @@ import numpy as np
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import Array
-from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues
 from hesd_fast.spectrum.moment_bounds import cdf_band, hinge_bounds
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
@@ -113,8 +112,8 @@ def signed_moments(measure: SpectralMeasure, exponent: float, threshold: float) 
     ProblemError
         If the measure is bare, or ``exponent`` needs more moments than the Lanczos steps give.
     """
-    tridiagonal, converged = measure.tridiagonal, measure.converged
-    if tridiagonal is None or converged is None:
+    tridiagonal = measure.tridiagonal
+    if tridiagonal is None:
         raise ProblemError("signed moments need the recurrence, got bare nodes; use SpectralMeasure.from_tridiagonal")
     if not tridiagonal.breakdown and exponent > tridiagonal.steps:
         raise ProblemError(
@@ -131,9 +130,7 @@ def signed_moments(measure: SpectralMeasure, exponent: float, threshold: float) 
         masses = Interval(1.0 - high[1], 1.0 - low[1]), Interval(low[0], high[0])
         of_probes = _first_moments(measure, threshold, masses, inside)
         slack = threshold * (unresolved.high - inside.high)
-        return SignedMoments(
-            unresolved, of_probes, *_of_matrix(measure, converged, of_probes, threshold, squares, slack)
-        )
+        return SignedMoments(unresolved, of_probes, *_of_matrix(measure, of_probes, threshold, squares, slack))
     plus, minus = (_mean([band.tail_moment(threshold, exponent) for band in side]) for side in sides)
     largest = max(measure.lambda_max.high, -measure.lambda_min.low) ** exponent
     errors = [measure.sampling.two_standard_errors(square, largest) for square in squares]
@@ -167,12 +164,7 @@ def _first_moments(
 
 
 def _of_matrix(
-    measure: SpectralMeasure,
-    converged: ConvergedEigenvalues,
-    of_probes: SignedIntervals,
-    threshold: float,
-    squares: Sequence[float],
-    slack: float,
+    measure: SpectralMeasure, of_probes: SignedIntervals, threshold: float, squares: Sequence[float], slack: float
 ) -> tuple[SignedIntervals, SignedIntervals]:
     """Return the first moments with converged eigenvalues exact, and with two standard errors of the others as well.
 
@@ -189,6 +181,7 @@ def _of_matrix(
     def outside(x: Array) -> Array:
         return np.where(np.abs(x) > threshold, x, 0.0)
 
+    converged = measure.converged
     moved = converged.correction(outside)
     plus, minus, difference = corrected = SignedIntervals(
         of_probes.plus.shifted(converged.correction(above)),

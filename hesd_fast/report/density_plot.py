@@ -10,9 +10,8 @@ import numpy as np
 
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
+from hesd_fast.methodology.assessment import TypedReport
 from hesd_fast.methodology.comparability import check_reports
-from hesd_fast.methodology.generalization_criteria import Criteria
-from hesd_fast.methodology.hesd_type import HESDType
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 from hesd_fast.terminal import printable
 
@@ -27,7 +26,7 @@ DECADES = 8.0
 
 
 @runtime_checkable
-class DensityReport(Protocol):
+class DensityReport(TypedReport, Protocol):
     """What `plot_densities` needs of a report."""
 
     @property
@@ -41,14 +40,6 @@ class DensityReport(Protocol):
     @property
     def lambda_min(self) -> Estimate:
         """The smallest eigenvalue."""
-
-    @property
-    def hesd_type(self) -> HESDType:
-        """The type of the spectrum, for the legend."""
-
-    @property
-    def criteria(self) -> Criteria:
-        """The criteria of the spectrum, for the legend."""
 
 
 def plot_densities(

@@ -95,26 +95,16 @@ class ProblemFacts:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a spectrum was computed.
+    """How a spectrum was computed: what was asked for, with what the defaults stood for.
 
     Attributes
     ----------
-    operator : str
-        The matrix: "hessian", "gauss_newton" or "empirical_fisher".
-    block_size, max_steps : int
-        Number of probes, and of block steps at most.
-    reorthogonalization : str
-        The mode of block Lanczos.
+    operator, block_size, max_steps, reorthogonalization, hvp, protocol, seed
+        As in :func:`~hesd_fast.analyze`.
     basis, basis_dtype : str or None
-        Where the Lanczos vectors were kept, and in what precision.
-    hvp : str
-        How products were asked for.
-    protocol : str or None
-        The published protocol of the run, if it has one.
-    seed : int
-        What the probes were drawn with.
+        Where the Lanczos vectors were kept ("memory" or "disk"), and in what precision.
     group : str or None
-        The group of parameters that the matrix is the block of; None for a run that was not one of groups.
+        The group of parameters that the matrix is the block of; None where the run was not one of groups.
     """
 
     operator: str

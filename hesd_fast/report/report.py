@@ -100,20 +100,7 @@ class Report:
         return self.measure.trace
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, sigma: float | None = None) -> Figure:
-        """Draw the density on a logarithmic scale and, if a path is given, write it there.
-
-        Parameters
-        ----------
-        path : path, optional
-            File to write; its ending chooses the format (png, pdf, svg).
-        sigma : float, optional
-            Standard deviation of the smoothing Gaussian, in eigenvalue units; 1 % of the spectral range by default.
-
-        Returns
-        -------
-        matplotlib.figure.Figure
-            The figure.
-        """
+        """Draw the density on a logarithmic scale, and write it to the path if one is given; see `plot_densities`."""
         return plot_densities({self.problem.model: self}, path, sigma=sigma)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -134,37 +121,19 @@ class Report:
             raise CheckpointError(
                 "the report's measure has no block tridiagonal matrix; only reports of a run can be saved"
             )
-        return SavedReport(
-            hesd_type=self.hesd_type,
-            type_evidence=self.type_evidence,
-            criteria=self.criteria,
-            tridiagonal=tridiagonal,
-            problem=self.problem,
-            cost=self.cost,
-            checks=self.checks,
-            options=self.settings,
-            versions=self.versions,
-        )
+        kept = {name: value for name, value in vars(self).items() if name not in ("measure", "settings")}
+        return SavedReport(tridiagonal=tridiagonal, options=self.settings, **kept)
 
     def top(self, k: int, which: str = "largest") -> tuple[Estimate, ...]:
         """Return the ``k`` largest eigenvalues that the run has found, in descending order, or the smallest, ascending.
 
-        They are Ritz values. Each interval certainly holds an eigenvalue; the i-th largest eigenvalue is not below the
-        i-th value less the noise. Eigenvalues that the probes have missed may lie between, and one of higher
-        multiplicity than there are probes shows too seldom; see :meth:`BlockTridiagonal.top`, which this is.
-
-        Parameters
-        ----------
-        k : int
-            How many, at most the number of Ritz values.
-        which : {"largest", "smallest"}
-            From which end of the spectrum.
+        They are Ritz values, ``which`` is "largest" or "smallest", and each interval certainly holds an eigenvalue;
+        :meth:`BlockTridiagonal.top`, which this is, says what else is certain and what is not.
 
         Raises
         ------
         ProblemError
-            If ``k`` or ``which`` is not one of these, the run kept no orthogonal basis, or the measure is not that of a
-            run.
+            As there, and if the measure is not that of a run.
         """
         tridiagonal = self.measure.tridiagonal
         if tridiagonal is None:
@@ -276,14 +245,5 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     True
     """
     saved, measure = read_file(path)
-    return Report(
-        hesd_type=saved.hesd_type,
-        type_evidence=saved.type_evidence,
-        criteria=saved.criteria,
-        measure=measure,
-        problem=saved.problem,
-        cost=saved.cost,
-        checks=saved.checks,
-        settings=saved.options,
-        versions=saved.versions,
-    )
+    kept = {name: value for name, value in vars(saved).items() if name not in ("tridiagonal", "options")}
+    return Report(measure=measure, settings=saved.options, **kept)

@@ -57,6 +57,12 @@ class ConvergedEigenvalues:
         return float(np.abs(function(self.eigenvalues)) @ (2.0 * self.angle * (self.seen + self.share)))
 
 
+def none_converged(count: int) -> ConvergedEigenvalues:
+    """Return what is known of that many nodes of which no eigenvector is."""
+    nothing = np.empty(0)
+    return ConvergedEigenvalues(np.zeros(count, dtype=np.bool_), nothing, nothing, nothing, 0.0)
+
+
 def find_converged(ritz: RitzPairs) -> ConvergedEigenvalues:
     """Return the Ritz values that are simple eigenvalues with known eigenvectors.
 

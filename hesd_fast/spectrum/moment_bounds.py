@@ -101,8 +101,8 @@ class CDFBand:
         # Bounds of G at the threshold come from the nearest point on either side of it.
         below = self.points <= threshold
         most = 1.0 - np.concatenate(([self.low[below][-1] if below.any() else 0.0], self.low[keep]))
-        reach = self.points >= threshold
-        least = 1.0 - np.concatenate(([self.high[reach][0] if reach.any() else 1.0], self.high[keep]))
+        above = self.points >= threshold
+        least = 1.0 - np.concatenate(([self.high[above][0] if above.any() else 1.0], self.high[keep]))
         cells = np.diff(powers)
         low = powers[0] * least[0] + float(cells @ least[1:])
         high = powers[0] * most[0] + float(cells @ most[:-1])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import RITZ_ROUNDING, Array, BlockTridiagonal
-from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, find_converged
+from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, find_converged, none_converged
 from hesd_fast.spectrum.extreme_eigenvalues import missed_eigenvalue_distance
 from hesd_fast.spectrum.jacobi_matrix import Jacobi, jacobi_of_probe
 from hesd_fast.spectrum.moment_bounds import cdf_bounds
@@ -82,8 +82,19 @@ class SpectralMeasure:
         weights: Sequence[npt.ArrayLike] | npt.ArrayLike,
         *,
         size: int | None = None,
+        _ritz: RitzPairs | None = None,
     ) -> None:
-        self._set(nodes, weights, size, None)
+        given, masses = _per_probe(nodes, "nodes"), _per_probe(weights, "weights")
+        _check_measure(given, masses, size)
+        orders = [np.argsort(x, kind="stable") for x in given]
+        for name, value in {
+            "nodes": tuple(_readonly(x[order]) for x, order in zip(given, orders, strict=True)),
+            "weights": tuple(_readonly(w.clip(0.0)[order]) for w, order in zip(masses, orders, strict=True)),
+            "weight_sums": _readonly(np.array([w.sum() for w in masses]) if _ritz is None else _ritz.weight_sums),
+            "size": size,
+            "ritz": _ritz,
+        }.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_tridiagonal(cls, tridiagonal: BlockTridiagonal) -> SpectralMeasure:
@@ -102,30 +113,7 @@ class SpectralMeasure:
         Ubaru, Chen, Saad, SIMAX 38(4), 2017; Golub and Meurant, 2010, section 6.6.
         """
         ritz = RitzPairs.of(tridiagonal)
-        measure = cls.__new__(cls)
-        measure._set([ritz.values] * tridiagonal.probes, list(ritz.weights), tridiagonal.size, ritz)
-        return measure
-
-    def _set(
-        self,
-        nodes: Sequence[npt.ArrayLike] | npt.ArrayLike,
-        weights: Sequence[npt.ArrayLike] | npt.ArrayLike,
-        size: int | None,
-        ritz: RitzPairs | None,
-    ) -> None:
-        """Check and set all attributes; what was given stays the caller's own."""
-        given, masses = _per_probe(nodes, "nodes"), _per_probe(weights, "weights")
-        _check_measure(given, masses, size)
-        orders = [np.argsort(x, kind="stable") for x in given]
-        sums = np.array([w.sum() for w in masses]) if ritz is None else ritz.weight_sums
-        for name, value in {
-            "nodes": tuple(_readonly(x[order]) for x, order in zip(given, orders, strict=True)),
-            "weights": tuple(_readonly(w.clip(0.0)[order]) for w, order in zip(masses, orders, strict=True)),
-            "weight_sums": _readonly(sums),
-            "size": size,
-            "ritz": ritz,
-        }.items():
-            object.__setattr__(self, name, value)
+        return cls([ritz.values] * tridiagonal.probes, list(ritz.weights), size=tridiagonal.size, _ritz=ritz)
 
     @property
     def tridiagonal(self) -> BlockTridiagonal | None:
@@ -133,14 +121,19 @@ class SpectralMeasure:
         return None if self.ritz is None else self.ritz.tridiagonal
 
     @cached_property
-    def converged(self) -> ConvergedEigenvalues | None:
-        """Which nodes are eigenvalues with known eigenvectors, whose share is 1/n exactly; None for a bare measure."""
-        return None if self.ritz is None else find_converged(self.ritz)
+    def converged(self) -> ConvergedEigenvalues:
+        """Which nodes are eigenvalues with known eigenvectors, whose share is 1/n exactly; none of a bare measure."""
+        return none_converged(self.nodes[0].size) if self.ritz is None else find_converged(self.ritz)
 
     @property
     def probes(self) -> int:
         """Number of probes ``b``."""
         return len(self.nodes)
+
+    @property
+    def pairs(self) -> list[tuple[Array, Array]]:
+        """Nodes and weights of each probe."""
+        return list(zip(self.nodes, self.weights, strict=True))
 
     @property
     def rounding(self) -> float:
@@ -169,8 +162,7 @@ class SpectralMeasure:
 
     def integrate(self, function: ArrayFunction) -> float:
         """Return the integral of ``function``, which maps an array of nodes to an array, averaged over the probes."""
-        pairs = zip(self.nodes, self.weights, strict=True)
-        return float(np.mean([w @ np.asarray(function(x), dtype=np.float64) for x, w in pairs]))
+        return float(np.mean([w @ np.asarray(function(x), dtype=np.float64) for x, w in self.pairs]))
 
     def moment(self, order: int) -> float:
         """Return the moment of the given order; exact for the probes up to order ``2m - 1``."""
@@ -184,9 +176,12 @@ class SpectralMeasure:
 
     def cdf(self, x: npt.ArrayLike) -> Array:
         """Return the weight of the nodes at or below each ``x``: a step function, not a bound."""
-        points = _points(x)
-        pairs = zip(self.nodes, self.weights, strict=True)
-        return np.asarray(np.mean([_step(nodes, w, points, "right") for nodes, w in pairs], axis=0))
+        return self._steps(_points(x), "right")
+
+    def _steps(self, points: Array, side: Literal["left", "right"]) -> Array:
+        """Return the weight of the nodes below each point or, of the side "right", also of those at it."""
+        sums = [np.concatenate(([0.0], np.cumsum(w)))[np.searchsorted(x, points, side)] for x, w in self.pairs]
+        return np.asarray(np.mean(sums, axis=0))
 
     def cdf_bounds(self, x: npt.ArrayLike) -> tuple[Array, Array]:
         """Return ``(low, high)`` with ``low <= mu((-inf, x)) <= mu((-inf, x]) <= high`` for the probes' measure ``mu``.
@@ -204,13 +199,9 @@ class SpectralMeasure:
         """
         points = _points(x)
         if not self.jacobi:
-            pairs = list(zip(self.nodes, self.weights, strict=True))
-            below = np.mean([_step(nodes, w, points, "left") for nodes, w in pairs], axis=0)
-            return np.asarray(below), self.cdf(points)
-        bounds = [cdf_bounds(jacobi, points.ravel()) for jacobi in self.jacobi]
-        low = np.mean([low for low, _ in bounds], axis=0).reshape(points.shape)
-        high = np.mean([high for _, high in bounds], axis=0).reshape(points.shape)
-        return low, high
+            return self._steps(points, "left"), self._steps(points, "right")
+        bounds = np.mean([cdf_bounds(jacobi, points.ravel()) for jacobi in self.jacobi], axis=0)
+        return bounds[0].reshape(points.shape), bounds[1].reshape(points.shape)
 
     def density(self, grid: npt.ArrayLike, sigma: float | None = None) -> Array:
         """Return the density of the measure smoothed with a Gaussian of standard deviation ``sigma``, on a grid.
@@ -306,8 +297,8 @@ class SpectralMeasure:
         if self.size is None:
             raise ProblemError("the trace needs the order of the matrix, got size=None; pass size=n to SpectralMeasure")
         mean = self.mean()
-        if self.converged is None:
-            means = [float(w @ x) for x, w in zip(self.nodes, self.weights, strict=True)]
+        if self.ritz is None:
+            means = [float(w @ x) for x, w in self.pairs]
             margin, method = 2.0 * standard_error_of_mean(means), "two standard errors over the measure's probes"
         else:
             mean, margin = mean + self.converged.correction(np.positive), self.mean_error
@@ -327,8 +318,6 @@ class SpectralMeasure:
     @property
     def mean_error(self) -> float:
         """Two standard errors of the mean eigenvalue, with converged eigenvalues exact, and the allowances."""
-        if self.converged is None:
-            return self.mean_rounding
         sampled = 2.0 * self.sampling.bound(self.unconverged_square_bound)
         return sampled + self.mean_rounding + self.converged.uncertainty(np.positive)
 
@@ -354,7 +343,7 @@ class SpectralMeasure:
     def unconverged_square_bound(self) -> float:
         """An upper estimate of the sum of squares, over n, of the eigenvalues that have not converged."""
         square = self._second_moment
-        if self.ritz is None or self.converged is None:
+        if self.ritz is None:
             return square
         largest = self.largest_magnitude + max(self._beyond)
         rest = self.sampling.unconverged_square(self.ritz, self.converged, square, largest)
@@ -363,8 +352,6 @@ class SpectralMeasure:
     @property
     def largest_unconverged(self) -> float:
         """The largest magnitude of an eigenvalue that has not converged, hidden ones included."""
-        if self.converged is None:
-            return max(self.lambda_max.high, -self.lambda_min.low)
         mask = self.converged.mask
         candidates = [0.0, *np.abs(self.nodes[0][~mask])]
         for end, extreme in ((0, -self.lambda_min.low), (-1, self.lambda_max.high)):
@@ -425,12 +412,6 @@ def _points(x: npt.ArrayLike) -> Array:
     if not np.isfinite(points).all():
         raise ProblemError("a point of evaluation is not finite; pass finite eigenvalue positions")
     return points
-
-
-def _step(nodes: Array, weights: Array, points: Array, side: str) -> Array:
-    sums = np.concatenate(([0.0], np.cumsum(weights)))
-    index = np.searchsorted(nodes, points, side="left" if side == "left" else "right")
-    return np.asarray(sums[index])
 
 
 def _readonly(array: Array) -> Array:
