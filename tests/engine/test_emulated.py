@@ -1,4 +1,4 @@
-"""The CUDA sources on the CPU: the whole corridor, the bytes they move, and faults that must be seen."""
+"""The CUDA sources on the CPU: the whole pipeline, the bytes they move, and faults that must be seen."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from hesd_fast.lanczos import basis_storage as hesd_basis
 from hesd_fast.lanczos.lanczos_run import LanczosRun
 from hesd_fast.operators import as_operator
 
+EPSILON = torch.finfo(torch.float32).eps
 THREADS = 256
 # When emulated work is done, see csrc/emulation/streams.hpp.
 ORDER_AT_ONCE, ORDER_FIRST, ORDER_LAST = -1, 0, 1
@@ -28,7 +29,7 @@ ORDERS_AT_RANDOM = (2, 3, 4)
 FAULTS = emulation.FOLDER / "planted_faults.so"
 
 
-# The corridor
+# From a model to its report
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -42,7 +43,7 @@ def test_block_lanczos_finds_what_the_cpu_kernels_find(monkeypatch, mode, dtype)
         with monkeypatch.context() as patch:
             emulation.use_emulated_engine(patch)
             found = hesd.block_lanczos(matrix, steps, block, reorthogonalization=mode)
-        tolerance = 1e3 * torch.finfo(dtype).eps
+        tolerance = 1024 * torch.finfo(dtype).eps  # of a spectrum in [-1.3, 1.3]
         for one, other in zip(wanted.diagonal, found.diagonal, strict=True):
             assert np.abs(one - other).max() <= tolerance
         for one, other in zip(wanted.offdiagonal, found.offdiagonal, strict=True):
@@ -90,10 +91,12 @@ def test_a_basis_that_stays_off_the_device_is_read_tile_by_tile(monkeypatch, tmp
     far = hesd.block_lanczos(matrix, 9, 3, basis=tmp_path, **options)  # tiles count as the host's for the emulation
     assert far.basis_place == "disk"
     for one, other in zip(near.diagonal + near.offdiagonal, far.diagonal + far.offdiagonal, strict=True):
-        assert np.abs(one - other).max() <= (1e-4 if basis_dtype == "float32" else 1e-2)
+        # both store the same rounded vectors: what differs is the order of sums
+        assert np.abs(one - other).max() <= 64 * EPSILON * float(torch.linalg.matrix_norm(matrix, 2))
     if mode != "window":
-        # partial mode keeps it to the root of epsilon; a stored vector in bfloat16 is off by 2^-8 / sqrt(n)
-        assert far.orthogonality <= (1e-5 if (mode, basis_dtype) == ("full", "float32") else 1e-3)
+        # partial mode keeps it to the root of epsilon; a stored vector is off by what its dtype rounds, over sqrt(n)
+        stored = 0.0 if basis_dtype == "float32" else torch.finfo(torch.bfloat16).eps / len(matrix) ** 0.5
+        assert far.orthogonality <= 32 * EPSILON + stored + (EPSILON**0.5 if mode == "partial" else 0.0)
 
 
 @pytest.mark.parametrize("order", [ORDER_FIRST, ORDER_LAST, *ORDERS_AT_RANDOM])
@@ -192,9 +195,9 @@ def test_analyze_gives_the_report_of_the_cpu_kernels(monkeypatch, basis_dtype):
     assert found.hesd_type == wanted.hesd_type
     assert all(check.passed for check in found.checks)
     for name in ("lambda_max", "lambda_min", "trace"):
-        one, other = getattr(wanted, name), getattr(found, name)
-        assert other.value == pytest.approx(one.value, rel=1e-3, abs=1e-4 * wanted.lambda_max.value)
-    assert found.criteria.r_e.value == pytest.approx(wanted.criteria.r_e.value, rel=1e-3)
+        one, other = getattr(wanted, name).value, getattr(found, name).value
+        assert abs(other - one) <= 64 * EPSILON * wanted.trace.value
+    assert found.criteria.r_e.value == pytest.approx(wanted.criteria.r_e.value, rel=64 * EPSILON)
 
 
 @pytest.mark.cuda
@@ -212,8 +215,9 @@ def test_a_problem_on_a_gpu_has_the_spectrum_that_it_has_on_the_cpu(mode, basis)
         reports.append(hesd.analyze(model, loss, [(inputs, labels)], progress=False, **options))
     on_cpu, on_gpu = reports
     assert on_gpu.hesd_type == on_cpu.hesd_type
-    assert on_gpu.lambda_max.value == pytest.approx(on_cpu.lambda_max.value, rel=1e-6)
-    assert on_gpu.trace.value == pytest.approx(on_cpu.trace.value, rel=1e-6)
+    tolerance = 1024 * torch.finfo(torch.float64).eps
+    assert on_gpu.lambda_max.value == pytest.approx(on_cpu.lambda_max.value, rel=tolerance)
+    assert on_gpu.trace.value == pytest.approx(on_cpu.trace.value, rel=tolerance)
 
 
 # Bytes. What is ideal is in the contracts; docs/cuda.md has the formulas.
