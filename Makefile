@@ -24,10 +24,11 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 demo: setup
 	$(BIN)/hesd demo
 
-# Two processes, a file of tests each; every test runs on one thread. Problems on a device first, in processes of their
-# own.
+# Two processes, a file of tests each; every test runs on one thread. First problems on a device, in processes of their
+# own, and the examples in docstrings and in the README.
 test: setup emulated
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/device -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --doctest-modules --doctest-glob=README.md hesd_fast README.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The engine that runs the CUDA sources on the CPU, for tests.
@@ -74,7 +75,7 @@ format: setup
 bench: $(VENV)/.bench-installed
 	$(BIN)/python -m pytest bench -rs $(BENCH)
 
-# The tables in docs/performance.md.
+# The tables in docs/performance-tables.md.
 bench-report: setup
 	$(BIN)/python bench/report.py
 

@@ -477,9 +477,9 @@ def test_fill_probes(hold, sizes, panels, kind):
 
     def check_bits(out):
         for first in (0, n - min(n, 1000)):
-            twin = torch.empty(rows, n - first if first else min(n, 1000))
-            reference.fill_probes(twin, seed, first_index=first, kind=kind)
-            assert torch.equal(out[:, first : first + twin.shape[1]], twin), "not the bits of the twin"
+            wanted = torch.empty(rows, n - first if first else min(n, 1000))
+            reference.fill_probes(wanted, seed, first_index=first, kind=kind)
+            assert torch.equal(out[:, first : first + wanted.shape[1]], wanted), "not the bits of the reference"
         check_moments(out)
 
     def check_moments(out):

@@ -16,16 +16,15 @@ import workloads
 
 import hesd_fast as hesd
 from hesd_fast.hvp import derivative_check
-from hesd_fast.problem import model_state
-from hesd_fast.problem import term_counts as loss_terms
+from hesd_fast.problem import model_state, term_counts
 from hesd_fast.problem.problem import Problem
 
 CHECKS: dict[str, tuple[Any, str]] = {
     "products against differences of gradients": (derivative_check._Comparison, "run"),
     "digests of the weights": (model_state, "digests_of"),
     "copies of the weights": (model_state, "_copies_that_fit"),
-    "mean or sum": (loss_terms.ReadingCheck, "_read"),
-    "shapes of batches": (loss_terms, "BatchShape"),
+    "mean or sum": (term_counts.ReadingCheck, "_read"),
+    "shapes of batches": (term_counts, "BatchShape"),
     "other selection": (Problem, "_check_selection"),
 }
 """What each check is called, and the function that it is."""

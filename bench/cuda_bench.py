@@ -106,13 +106,13 @@ def run(work: Callable[[], object], repetitions: int = 20) -> float:
         start.record()
         work()
         end.record()
-        torch.cuda.synchronize()
+        torch.cuda.runtime.synchronize()
         seconds.append(start.elapsed_time(end) / 1e3)
     return sorted(seconds)[len(seconds) // 2]
 
 
 def check(device: str = "cuda", n: int = 70_001) -> None:
-    """Compare each kernel with its twin, on the device."""
+    """Compare each kernel with its reference, on the device."""
     generator = torch.Generator().manual_seed(0)
     v, w = (torch.randn(rows, n, generator=generator).to(device) for rows in (21, 4))
     c = torch.randn(21, 4, generator=generator, dtype=torch.float64)
@@ -133,7 +133,7 @@ def check(device: str = "cuda", n: int = 70_001) -> None:
         kernels.fill_probes(on_device, 3, kind=kind)
         reference.fill_probes(probes, 3, kind=kind)
         if not torch.equal(on_device.cpu(), probes):
-            raise AssertionError(f"{kind} probes differ from their twin's")
+            raise AssertionError(f"{kind} probes differ from their reference's")
 
 
 def measure(device: str = "cuda", n: int = 10**7, k: int = 100) -> list[dict[str, object]]:

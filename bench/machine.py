@@ -16,7 +16,7 @@ import torch
 import hesd_fast as hesd
 
 ROOT = Path(__file__).parent.parent
-GENERATED = (":!bench/results", ":!docs/performance.md")
+GENERATED = (":!bench/results", ":!docs/performance-tables.md")
 
 
 def machine() -> dict[str, Any]:

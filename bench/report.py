@@ -1,4 +1,4 @@
-"""Turns the files in bench/results into the tables of docs/performance.md.
+"""Turns the files in bench/results into the tables of docs/performance-tables.md.
 
 make bench-report
 """
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Rewrite the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of files of results")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "performance-tables.md")
     arguments = parser.parse_args(argv)
     files = [
         results_file.load(path)

@@ -11,7 +11,7 @@ import report
 import results_file
 from conftest import ROWS
 
-DOCUMENT = report.ROOT / "docs" / "performance.md"
+DOCUMENT = report.ROOT / "docs" / "performance-tables.md"
 
 ENTRY = {"name": "panel_gram", "group": "engine", "median": 0.002, "min": 0.001, "max": 0.003, "times": [0.001, 0.003]}
 ROW = {

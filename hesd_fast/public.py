@@ -23,7 +23,7 @@ from hesd_fast.errors import (
 )
 from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
-from hesd_fast.lanczos.lanczos_run import LanczosProgress, block_lanczos
+from hesd_fast.lanczos.drive import LanczosProgress, block_lanczos
 from hesd_fast.methodology.assessment import Assessment, Verdict, compare
 from hesd_fast.methodology.generalization_criteria import Criteria, criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence, TypeThresholds, classify
@@ -44,7 +44,14 @@ from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 
 def build_info() -> dict[str, Any]:
-    """Return what this build holds: version, compiler, instruction sets, threads, CUDA, and the PyTorch beside it."""
+    """Return what this build holds: version, compiler, instruction sets, threads, CUDA, and the PyTorch beside it.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd
+    >>> hesd.build_info()["version"] == hesd.__version__
+    True
+    """
     return {**_engine.build_info(), "torch": torch.__version__}
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from hesd_fast.lanczos.lanczos_run import LanczosProgress
+from hesd_fast.lanczos.drive import LanczosProgress
 
 
 class _Rate(ProgressColumn):

@@ -5,14 +5,12 @@ further apart than their length (:func:`empty_panel` spaces them to whole cache 
 given and never copy them; the panels of one call lie on one device. Small matrices are float64, on the CPU: a tensor
 where the first panel is one, else an array. On a CUDA device kernels run on the stream that is current.
 Every kernel gives the same bits for any number of threads and has a reference in plain PyTorch in
-:mod:`hesd_fast.reference`. The contracts are the headers in ``csrc/include/hesd``.
+:mod:`hesd_fast.engine.reference`. The contracts are the headers in ``csrc/include/hesd``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,16 +19,24 @@ import numpy.typing as npt
 import torch  # before the extension: brings the OpenMP runtime that both share
 
 from hesd_fast.engine import _engine, cuda
+from hesd_fast.engine.panels import empty_panel
 from hesd_fast.errors import EngineError, NumericalError
+
+__all__ = [
+    "OrthonormalFactor",
+    "accumulate_hvp",
+    "empty_panel",
+    "fill_probes",
+    "panel_combine",
+    "panel_gram",
+    "panel_orthonormalize",
+    "panel_project",
+    "select_target",
+]
 
 Panel: TypeAlias = torch.Tensor | npt.NDArray[Any]
 Matrix: TypeAlias = torch.Tensor | npt.NDArray[np.float64]
 Reduce: TypeAlias = Callable[[npt.NDArray[np.float64]], None]
-
-_CACHE_LINE = 64
-_PAGE = 4096
-_LONG_VECTOR = 1 << 16  # bytes
-_LARGE_PANEL = 1 << 23  # bytes
 
 
 class OrthonormalFactor(NamedTuple):
@@ -41,68 +47,15 @@ class OrthonormalFactor(NamedTuple):
     weakest: float
 
 
-def empty_panel(
-    rows: int, columns: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """Allocate an uninitialized panel whose vectors start on cache lines.
-
-    Parameters
-    ----------
-    rows, columns : int
-        Number of vectors and their length.
-    dtype : torch.dtype
-        Element type.
-    device : torch.device or str
-        Where it lies.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape (rows, columns), unit stride within a vector, vectors a multiple of 64 bytes apart. Long vectors lie so
-        that a column's elements spread over the sets of a cache; a large panel is on huge pages where the system has
-        them, which saves the processor most of its page walks.
-    """
-    if rows < 0 or columns < 0:
-        raise EngineError(f"a panel of {rows} vectors of {columns} elements was asked for; wanted both >= 0")
-    stride = max(math.ceil(columns * dtype.itemsize / _CACHE_LINE), 1) * _CACHE_LINE
-    on_cpu = torch.device(device).type == "cpu"
-    if on_cpu and stride >= _LONG_VECTOR:
-        stride = math.ceil(stride / _PAGE) * _PAGE + _PAGE // 8
-    elements = stride // dtype.itemsize
-    if not on_cpu or rows * stride < _LARGE_PANEL or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty((rows, elements), dtype=dtype, device=device)[:, :columns]
-    try:
-        memory = mmap.mmap(-1, rows * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise EngineError(
-            f"a panel of {rows} vectors of {columns} elements takes {rows * stride / 2**30:.1f} GiB, which the system "
-            f"does not give: {error}"
-        ) from error
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(rows, elements)[:, :columns]
-
-
-def pin(address: int, size: int) -> None:
-    """Let copies between whole pages of the host's memory and CUDA devices pass the host by; it must stay until unpin.
-
-    PyTorch's own pinned memory comes in powers of two, and stays with PyTorch when nobody uses it any more.
-
-    Raises
-    ------
-    EngineError
-        Where the system does not allow it, or there are no CUDA kernels.
-    """
-    _engine.pin(address, size)
-
-
-def unpin(address: int) -> None:
-    """Undo ``pin``."""
-    _engine.unpin(address)
-
-
 def require_device(device: torch.device) -> None:
-    """Raise an EngineError for a device that this build has no kernels for."""
+    """Raise an EngineError for a device that this build has no kernels for.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> hesd.kernels.require_device(torch.device("cpu"))
+    """
     if device.type == "cpu" or (cuda.runtime.is_cuda(device) and _engine.build_info()["cuda"]):
         return
     have = "the CPU and CUDA devices" if _engine.build_info()["cuda"] else "the CPU only"
@@ -145,6 +98,16 @@ def panel_gram(V: Panel, W: Panel) -> Matrix:
     ------
     EngineError
         For a panel of another dtype, device, shape or with a stride within its vectors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> V = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    >>> W = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> hesd.kernels.panel_gram(V, W)
+    tensor([[1.],
+            [3.]], dtype=torch.float64)
     """
     return _like(_engine.panel_gram(V, W), V)
 
@@ -178,6 +141,15 @@ def panel_project(
     ------
     EngineError
         As :func:`panel_gram`; also when W and V overlap.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> V, W = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]])
+    >>> gram, _ = hesd.kernels.panel_project(W, V, hesd.kernels.panel_gram(V, W))
+    >>> W, gram
+    (tensor([[0., 4.]]), tensor([[0.]], dtype=torch.float64))
     """
     product, self_product = _engine.panel_project(W, V, _as_array(C), gram, self_gram, idle)
     return _like(product, W) if gram else None, _like(self_product, W) if self_gram else None
@@ -223,19 +195,34 @@ def panel_orthonormalize(
     References
     ----------
     Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, ETNA 44, 2015 (CholeskyQR2).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> W = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
+    >>> hesd.kernels.panel_orthonormalize(W).rank
+    1
+    >>> W
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
     """
     if tolerance is None:
-        squares = np.diagonal(_engine.panel_gram(W, W)).copy()
-        if reduce is not None:
-            reduce(squares)
-        if not np.isfinite(squares).all():
-            raise NumericalError("`W` has non-finite values; wanted finite vectors")
-        epsilon = torch.finfo(torch.float64 if str(W.dtype).endswith("float64") else torch.float32).eps
-        tolerance = 8 * epsilon * math.sqrt(squares.max(initial=0.0))
+        tolerance = _default_tolerance(W, reduce)
     rank, weakest, factor = _engine.panel_orthonormalize(
         W, W if out is None else out, tolerance, W.shape[0] if max_rank is None else max_rank, reduce
     )
     return OrthonormalFactor(_like(factor[:, :rank], W), rank, weakest)
+
+
+def _default_tolerance(W: Panel, reduce: Reduce | None) -> float:
+    squares = np.diagonal(_engine.panel_gram(W, W)).copy()
+    if reduce is not None:
+        reduce(squares)
+    if not np.isfinite(squares).all():
+        raise NumericalError("`W` has non-finite values; wanted finite vectors")
+    epsilon = torch.finfo(torch.float64 if str(W.dtype).endswith("float64") else torch.float32).eps
+    return float(8 * epsilon * math.sqrt(squares.max(initial=0.0)))
 
 
 def panel_combine(S: Matrix, V: Panel, out: Panel) -> None:
@@ -254,6 +241,15 @@ def panel_combine(S: Matrix, V: Panel, out: Panel) -> None:
     ------
     EngineError
         As :func:`panel_gram`; also when ``out`` and V overlap.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> out = torch.empty(1, 2)
+    >>> hesd.kernels.panel_combine(torch.tensor([[2.0, -1.0]]), torch.eye(2), out)
+    >>> out
+    tensor([[ 2., -1.]])
     """
     _engine.panel_combine(_as_array(S), V, out)
 
@@ -285,6 +281,15 @@ def accumulate_hvp(
     ------
     EngineError
         For parts that do not fit, overlap or are more precise than ``out``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> out = torch.zeros(1, 3)
+    >>> hesd.kernels.accumulate_hvp(out, [torch.ones(1, 1), torch.ones(1, 2)], [0, 1], alpha=0.5)
+    >>> out
+    tensor([[0.5000, 0.5000, 0.5000]])
     """
     _engine.accumulate_hvp(out, list(parts), list(offsets), alpha, compensation)
 
@@ -312,6 +317,16 @@ def fill_probes(out: Panel, seed: int, *, first_probe: int = 0, first_index: int
     References
     ----------
     Salmon, Moraes, Dror, Shaw, SC 2011 (Philox 4x32-10).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import hesd_fast as hesd
+    >>> probes = hesd.kernels.empty_panel(2, 4)
+    >>> hesd.kernels.fill_probes(probes, seed=0)
+    >>> probes
+    tensor([[ 1., -1.,  1., -1.],
+            [ 1., -1., -1., -1.]])
     """
     rows, columns = out.shape if len(out.shape) == 2 else (1, 1)
     limits = (
@@ -328,5 +343,15 @@ def fill_probes(out: Panel, seed: int, *, first_probe: int = 0, first_index: int
 
 
 def select_target(name: str) -> None:
-    """Switch the instruction set of the CPU kernels, for tests; see ``build_info()["cpu_targets_available"]``."""
+    """Switch the instruction set of the CPU kernels, for tests; see ``build_info()["cpu_targets_available"]``.
+
+    Examples
+    --------
+    >>> import hesd_fast as hesd
+    >>> before = hesd.build_info()["cpu_target"]
+    >>> hesd.kernels.select_target("generic")
+    >>> hesd.build_info()["cpu_target"]
+    'generic'
+    >>> hesd.kernels.select_target(before)
+    """
     _engine.select_target(name)

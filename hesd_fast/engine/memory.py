@@ -6,6 +6,8 @@ import os
 import resource
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -18,9 +20,43 @@ SAMPLING_SECONDS = 0.002
 _PAGE = resource.getpagesize()
 
 
+class _Looks(threading.local):
+    """What this thread has seen within :func:`one_look`."""
+
+    seen: dict[torch.device | None, int | None] | None = None
+
+
+_looks = _Looks()
+
+
+@contextmanager
+def one_look() -> Iterator[None]:
+    """Let :func:`available_memory` answer within as it did at first: a run decides everything from one number.
+
+    So a plan made before a run is the plan of the run, whatever other processes or the run itself have taken since.
+    """
+    if _looks.seen is not None:
+        yield
+        return
+    _looks.seen = {}
+    try:
+        yield
+    finally:
+        _looks.seen = None
+
+
 def available_memory(device: torch.device | None = None) -> int | None:
-    """Return how many bytes of memory, or of a device's, can be had without swapping; None where nobody says."""
-    if device is not None and cuda.runtime.is_cuda(device):
+    """Return how many bytes of memory, or of a device's, can be had without swapping; None if unknown."""
+    where = device if device is not None and cuda.runtime.is_cuda(device) else None
+    if _looks.seen is None:
+        return _look(where)
+    if where not in _looks.seen:
+        _looks.seen[where] = _look(where)
+    return _looks.seen[where]
+
+
+def _look(device: torch.device | None) -> int | None:
+    if device is not None:
         return cuda.runtime.free_memory(device)
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:

@@ -7,14 +7,14 @@ import mmap
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesd_fast.engine import kernels
+from hesd_fast.engine import panels
 from hesd_fast.engine.memory import available_memory
 from hesd_fast.errors import EngineError, PlanError, ProblemError
 
@@ -79,12 +79,17 @@ class BasisPlan:
             return 0
         return 2 * self.rows * min(self.columns, TILE_COLUMNS) * self.dtype.itemsize
 
+    @property
+    def contents(self) -> str:
+        """What is kept, in words."""
+        return f"{self.rows} vectors of {self.columns} {_name(self.dtype)}"
+
     def allocate(self) -> Tensor | list[Tensor]:
         """Return the panel, or the list of its tiles."""
         if self.host and self.rows > 0:
             return _tiles(self, _pinned(self))
         if self.directory is None or self.rows == 0:
-            return kernels.empty_panel(self.rows, self.columns, self.dtype, self.device)
+            return panels.empty_panel(self.rows, self.columns, self.dtype, self.device)
         return _file_of_tiles(self)
 
 
@@ -106,11 +111,12 @@ def plan_basis(
     rows, working_rows, columns : int
         Vectors to keep, vectors of ``working_dtype`` beside them, and their length.
     basis : {"auto", "memory", "host", "disk"} or path
-        "memory" is the device's, "host" that of the host of a CUDA device, from where tiles are read as they are
-        needed. A path is a directory on disk. "disk" takes ``HESD_FAST_SCRATCH``, else ``/var/tmp``, else the system's
-        directory of temporary files. "auto" takes memory where the basis fits, then the host's, and else the disk.
+        "memory" is the device's, "host" the pinned memory of the host of a CUDA device, from where tiles are read while
+        others are at work. A path is a directory on disk; "disk" takes ``HESD_FAST_SCRATCH``, else ``/var/tmp``, else
+        the system's directory of temporary files. A file there has no name, so the system removes it when the run ends,
+        however it ends. "auto" takes memory where the basis fits, then the host's, and else the disk.
     basis_dtype : {"auto", "float64", "float32", "bfloat16", "float16"} or torch.dtype
-        "auto" is the working dtype.
+        "auto" is the working dtype, which the blocks at work always have.
     available : int or None
         Bytes of memory, of the device where it is one, that can be had; None when unknown.
     device : torch.device
@@ -124,45 +130,84 @@ def plan_basis(
         When memory or disk space does not suffice.
     """
     dtype, (place, directory) = _dtype(basis_dtype, working_dtype), _place(basis)
-    on_cpu = device.type == "cpu"
-    if place == "host" and on_cpu:
+    if place == "host" and device.type == "cpu":
         raise ProblemError("basis is 'host', which is for problems on a CUDA device; on the CPU give 'memory'")
-    working = working_rows * columns * working_dtype.itemsize
+    working = _Working(working_rows, columns, working_dtype, available)
     in_memory = BasisPlan(rows, columns, dtype, None, device)
-    needed = working + in_memory.bytes
-    if (place not in ("disk", "host") or rows == 0) and (available is None or needed <= available):
+    if (place not in ("disk", "host") or rows == 0) and working.leaves(in_memory.bytes):
         return in_memory
-    what = f"{rows} vectors of {columns} {_name(dtype)}"
     if place == "memory" or rows == 0:
-        where, other = ("", 'basis="disk"') if on_cpu else (f" on {device}", 'basis="host"')
-        raise PlanError(
-            f"the Lanczos basis takes {needed / 2**30:.1f} GiB ({what}, and {working_rows} of {_name(working_dtype)}), "
-            f"but {(available or 0) / 2**30:.1f} GiB are available{where}; take fewer steps, "
+        raise PlanError(working.shortage(in_memory))
+    working.require(BasisPlan(rows, columns, dtype, directory, device).bytes_at_work)
+    if place in ("auto", "host") and device.type != "cpu":
+        in_host = replace(in_memory, host=True)
+        if _fits_into_host(in_host, required=place == "host"):
+            return in_host
+    on_disk = replace(in_memory, directory=directory)
+    _require_disk(on_disk, directory)
+    return on_disk
+
+
+@dataclass(frozen=True)
+class _Working:
+    """The vectors at work, and the memory that they and the basis can have."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    available: int | None
+
+    @property
+    def bytes(self) -> int:
+        return self.rows * self.columns * self.dtype.itemsize
+
+    @property
+    def gibibytes(self) -> float:
+        """What can be had."""
+        return (self.available or 0) / 2**30
+
+    def leaves(self, size: int) -> bool:
+        return self.available is None or self.bytes + size <= self.available
+
+    def shortage(self, plan: BasisPlan) -> str:
+        on_cpu = plan.device.type == "cpu"
+        where, other = ("", 'basis="disk"') if on_cpu else (f" on {plan.device}", 'basis="host"')
+        return (
+            f"the Lanczos basis takes {(self.bytes + plan.bytes) / 2**30:.1f} GiB ({plan.contents}, and {self.rows} of "
+            f"{_name(self.dtype)}), but {self.gibibytes:.1f} GiB are available{where}; take fewer steps, "
             f'basis_dtype="bfloat16", {other}, or reorthogonalization="none", which keeps three blocks'
         )
-    staging = BasisPlan(rows, columns, dtype, directory, device).bytes_at_work
-    if available is not None and working + staging > available:
+
+    def require(self, staging: int) -> None:
+        """Raise a PlanError unless the vectors at work fit, and the tiles of a basis elsewhere beside them."""
+        if self.leaves(staging):
+            return
         tiles = f", and two tiles of the basis {staging / 2**30:.1f} GiB" if staging else ""
         raise PlanError(
-            f"three blocks of {working_rows // 3} vectors of {columns} {_name(working_dtype)} take "
-            f"{working / 2**30:.1f} GiB{tiles}, but {available / 2**30:.1f} GiB of memory are available; "
+            f"three blocks of {self.rows // 3} vectors of {self.columns} {_name(self.dtype)} take "
+            f"{self.bytes / 2**30:.1f} GiB{tiles}, but {self.gibibytes:.1f} GiB of memory are available; "
             f"take a smaller block{' or fewer steps' if staging else ''}"
         )
-    if place in ("auto", "host") and not on_cpu:
-        in_host = BasisPlan(rows, columns, dtype, None, device, host=True)
-        room = available_memory()
-        if room is None or in_host.bytes <= room:
-            return in_host
-        if place == "host":
-            raise PlanError(
-                f"the Lanczos basis takes {in_host.bytes / 2**30:.1f} GiB of the host's memory ({what}), but "
-                f'{room / 2**30:.1f} GiB are available; take fewer steps, basis_dtype="bfloat16", or basis="disk"'
-            )
-    on_disk = BasisPlan(rows, columns, dtype, directory, device)
-    free = shutil.disk_usage(directory).free
-    if on_disk.bytes > free:
+
+
+def _fits_into_host(plan: BasisPlan, required: bool) -> bool:
+    room = available_memory()
+    if room is None or plan.bytes <= room:
+        return True
+    if required:
         raise PlanError(
-            f"the Lanczos basis takes {on_disk.bytes / 2**30:.1f} GiB ({what}), but {directory} has "
+            f"the Lanczos basis takes {plan.bytes / 2**30:.1f} GiB of the host's memory ({plan.contents}), but "
+            f'{room / 2**30:.1f} GiB are available; take fewer steps, basis_dtype="bfloat16", or basis="disk"'
+        )
+    return False
+
+
+def _require_disk(plan: BasisPlan, directory: Path) -> None:
+    """Raise a PlanError unless a directory has room on a disk."""
+    free = shutil.disk_usage(directory).free
+    if plan.bytes > free:
+        raise PlanError(
+            f"the Lanczos basis takes {plan.bytes / 2**30:.1f} GiB ({plan.contents}), but {directory} has "
             f'{free / 2**30:.1f} GiB free; take fewer steps, basis_dtype="bfloat16", or another directory as basis'
         )
     if _in_memory(directory):
@@ -170,7 +215,6 @@ def plan_basis(
             f"{directory} lies in memory itself (tmpfs), so a basis there saves nothing; "
             "give a directory on a disk as basis, or set HESD_FAST_SCRATCH to one"
         )
-    return on_disk
 
 
 def _dtype(basis_dtype: str | torch.dtype, working: torch.dtype) -> torch.dtype:
@@ -202,7 +246,7 @@ def _place(basis: str | os.PathLike[str]) -> tuple[str, Path]:
 
 
 def default_directory() -> Path:
-    """Return where a basis on disk lies when nobody says."""
+    """Return where a basis on disk lies by default."""
     wanted = os.environ.get("HESD_FAST_SCRATCH")
     if wanted:
         if not Path(wanted).is_dir():
@@ -251,28 +295,14 @@ def _file_of_tiles(plan: BasisPlan) -> list[Tensor]:
     return _tiles(plan, torch.frombuffer(mapping, dtype=plan.dtype))
 
 
-class _PinnedMemory(mmap.mmap):
-    """Memory of the host that copies to a device can read while the host does something else."""
-
-    address = 0
-
-    def __del__(self) -> None:
-        if self.address:
-            kernels.unpin(self.address)
-
-
 def _pinned(plan: BasisPlan) -> Tensor:
     try:
-        memory = _PinnedMemory(-1, plan.bytes)
-        tensor = torch.frombuffer(memory, dtype=plan.dtype)
-        kernels.pin(tensor.data_ptr(), plan.bytes)
+        return panels.pinned_memory(plan.bytes).view(plan.dtype)
     except (OSError, EngineError) as error:
         raise PlanError(
             f"{plan.bytes / 2**30:.1f} GiB of pinned memory for the Lanczos basis are not to be had: {error}; "
             'give basis="disk"'
         ) from error
-    memory.address = tensor.data_ptr()
-    return tensor
 
 
 def _tiles(plan: BasisPlan, memory: Tensor) -> list[Tensor]:

@@ -81,6 +81,15 @@ class BlockTridiagonal:
     References
     ----------
     Golub and Meurant, *Matrices, Moments and Quadrature with Applications*, Princeton 2010, section 4.7.
+
+    Examples
+    --------
+    >>> import torch, hesd_fast as hesd
+    >>> run = hesd.block_lanczos(torch.diag(torch.arange(1.0, 7.0)), steps=3, block_size=2)
+    >>> run.block_sizes, run.matrix().shape, run.products
+    ((2, 2, 2), (6, 6), 6)
+    >>> [round(eigenvalue.value, 4) for eigenvalue in run.top(2)]
+    [6.0, 5.0]
     """
 
     size: int

@@ -44,6 +44,7 @@ def test_products_that_are_the_same_each_time_are_not_blamed_on_random_numbers(m
     disturbed(monkeypatch, lambda out, call: out.add_(1e-4 * out.abs().max()))
     with pytest.warns(HESDWarning, match="the check of linearity failed") as caught:
         report = hesd.analyze(small_problem(), max_steps=4, block_size=2, progress=False)
+    assert {one.filename for one in caught} == {__file__}
     failed = [check for check in report.checks if not check.passed]
     assert {check.name for check in failed} >= {"linearity"}
     assert all("came out twice" in check.detail and "autocast" in check.detail for check in failed)

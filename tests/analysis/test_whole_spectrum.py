@@ -1,7 +1,8 @@
-"""The whole corridor on small problems, against their dense Hessians."""
+"""The whole pipeline on small problems, against their dense Hessians."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import nn
 
 import hesd_fast as hesd
 from hesd_fast import HESDType
-from hesd_fast.analysis import checks
+from hesd_fast.analysis import checks, whole_spectrum
+from hesd_fast.engine import memory
 
 
 def trained(dtype=torch.float64, seed=0):
@@ -176,7 +178,9 @@ def test_numpy_integers_are_integers(case, tmp_path):
 def test_more_products_than_parameters_in_every_mode(case, mode):
     model, loss, batches, eigenvalues = case
     report = hesd.analyze(model, loss, batches, reorthogonalization=mode, progress=False)
-    assert report.lambda_max.low <= eigenvalues[-1] <= report.lambda_max.high
+    # Without an orthogonal basis intervals are approximate: 400 vectors in 50 dimensions round copies of one another.
+    spare = 0.0 if mode in ("full", "partial") else 64 * 2.0**-52 * eigenvalues[-1]
+    assert report.lambda_max.low - spare <= eigenvalues[-1] <= report.lambda_max.high + spare
     assert (
         report.criteria.balance.low <= np.sum(eigenvalues) / np.abs(eigenvalues).sum() <= report.criteria.balance.high
     )
@@ -342,3 +346,49 @@ def test_demo_problem_is_trained_and_small():
     assert test.total_count == 797
     assert train.loss_value < 0.01 < test.loss_value < 0.2
     assert math.isfinite(test.loss_value)
+
+
+def test_the_system_is_asked_for_its_memory_once_in_a_run(case, monkeypatch):
+    looks = []
+    plain = memory._look
+    monkeypatch.setattr(memory, "_look", lambda device: looks.append(device) or plain(device))
+    model, loss, batches, _ = case
+    problem = hesd.Problem(model, loss, batches)
+    for run in (
+        lambda: hesd.analyze(problem, max_steps=3, progress=False),
+        lambda: hesd.analyze(model, loss, batches, max_steps=3, hvp="double_backward", progress=False),
+        lambda: hesd.analyze_groups(model, loss, batches, groups="modules", max_steps=3, progress=False),
+        lambda: hesd.plan(hesd.Problem(model, loss, batches), max_steps=3),
+        lambda: hesd.block_lanczos(hesd.HessianOperator(problem), 3),
+    ):
+        looks.clear()
+        run()
+        assert looks == [None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"block_size": 3, "max_steps": 7, "reorthogonalization": "window"},
+        {"protocol": "lla"},
+        {"basis": "disk", "basis_dtype": "bfloat16", "max_steps": 5},
+    ],
+)
+def test_a_plan_is_what_the_run_goes_by(case, monkeypatch, options):
+    monkeypatch.setattr(memory, "_look", lambda device: 2**33)
+    used = []
+    plain = whole_spectrum.spectra_of
+
+    def spectra_of(problem, operators, multiply, plan, names, progress):
+        used.append(plan)
+        return plain(problem, operators, multiply, plan, names, progress)
+
+    monkeypatch.setattr(whole_spectrum, "spectra_of", spectra_of)
+    model, loss, batches, _ = case
+    problem = hesd.Problem(model, loss, batches)
+    planned = hesd.plan(problem, **options)
+    report = hesd.analyze(problem, progress=False, **options)
+    assert used == [dataclasses.replace(planned, products=None, peak_bytes=None)]
+    assert report.cost.hvps <= planned.hvps
+    assert report.measure.tridiagonal.basis_place == planned.basis.place

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import hesd_fast as hesd
-from hesd_fast.analysis.whole_spectrum import DEFAULT_BLOCK_SIZE, DEFAULT_MAX_STEPS
+from hesd_fast.analysis.settings import DEFAULT_BLOCK_SIZE, DEFAULT_MAX_STEPS
 from hesd_fast.cli.main import main
 from hesd_fast.terminal import file_name
 

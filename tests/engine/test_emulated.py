@@ -15,10 +15,12 @@ import torch
 
 import hesd_fast as hesd
 from hesd_fast import kernels
-from hesd_fast.analysis.whole_spectrum import memory_for_products
+from hesd_fast.engine import _engine
 from hesd_fast.errors import EngineError, PlanError, ProblemError
 from hesd_fast.lanczos import basis_storage as hesd_basis
-from hesd_fast.lanczos.lanczos_run import LanczosRun
+from hesd_fast.lanczos import memory_budget
+from hesd_fast.lanczos.drive import start_run
+from hesd_fast.lanczos.options import LanczosSettings
 from hesd_fast.operators import as_operator
 
 EPSILON = torch.finfo(torch.float32).eps
@@ -60,9 +62,8 @@ def test_the_host_waits_once_in_a_step(monkeypatch, mode, block, basis_dtype, wo
     vectors = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64, generator=generator))[0]
     matrix = ((vectors * torch.linspace(-1.0, 2.0, 300)) @ vectors.T).to(working)
     emulation.use_emulated_engine(monkeypatch)
-    run = LanczosRun(
-        as_operator(matrix), 60 // block, block, reorthogonalization=mode, basis_dtype=basis_dtype, window=4 * block
-    )
+    settings = LanczosSettings(block, 60 // block, mode, window=4 * block)
+    run = start_run(as_operator(matrix), settings, basis_dtype=basis_dtype)
     engine, sweeps, waits = run._engine, [], []
     while not run.finished:
         torch.mm(run.panel, matrix, out=run.product)
@@ -147,8 +148,8 @@ def test_a_basis_on_a_device_goes_to_its_host_where_it_does_not_fit(monkeypatch,
 
 def test_memory_of_the_host_is_pinned_as_it_is_and_let_go(monkeypatch):
     pinned, let_go = [], []
-    monkeypatch.setattr(kernels, "pin", lambda address, size: pinned.append((address, size)))
-    monkeypatch.setattr(kernels, "unpin", let_go.append)
+    monkeypatch.setattr(_engine, "pin", lambda address, size: pinned.append((address, size)))
+    monkeypatch.setattr(_engine, "unpin", let_go.append)
     plan = hesd_basis.BasisPlan(3, 10**5, torch.float32, None, torch.device("cuda"), host=True)
     tiles = plan.allocate()
     assert pinned == [(tiles[0].data_ptr(), 2 * 3 * 65536 * 4)]
@@ -164,20 +165,20 @@ def test_memory_of_the_host_is_pinned_as_it_is_and_let_go(monkeypatch):
     def refuse(address, size):
         raise EngineError("no more of it")
 
-    monkeypatch.setattr(kernels, "pin", refuse)
+    monkeypatch.setattr(_engine, "pin", refuse)
     with pytest.raises(PlanError, match=r"pinned memory .* no more of it; give basis=\"disk\""):
         plan.allocate()
     assert len(let_go) == 1
 
 
 def test_products_may_keep_what_a_basis_elsewhere_leaves(monkeypatch):
-    model = torch.nn.Linear(9, 3)
-    problem = hesd.Problem(model, hesd.losses.supervised(torch.nn.functional.cross_entropy), torch.zeros(1, 9))
-    monkeypatch.setattr(sys.modules["hesd_fast.analysis.whole_spectrum"], "available_memory", lambda device: 10**6)
-    working = 4 * 2 * problem.size * 4
-    for host, taken in ((False, 40 * problem.size * 4), (True, 2 * 40 * problem.size * 4)):  # two tiles come near
-        basis = hesd_basis.BasisPlan(40, problem.size, torch.float32, None, torch.device("cuda"), host=host)
-        assert memory_for_products(problem, basis, 2) == (10**6 - working - taken) // 2
+    n, device = 30, torch.device("cuda")
+    monkeypatch.setattr(memory_budget, "available_memory", lambda device: 10**6)
+    working = 4 * 2 * n * 4
+    for place, taken in (("memory", 40 * n * 4), ("host", 2 * 40 * n * 4)):  # two tiles come near
+        budget = memory_budget.plan_memory(LanczosSettings(2, 22), n, torch.float32, device, basis=place)
+        assert budget.basis == hesd_basis.BasisPlan(40, n, torch.float32, None, device, host=place == "host")
+        assert budget.products_bytes == (10**6 - working - taken) // 2
 
 
 @pytest.mark.parametrize("basis_dtype", ["auto", "bfloat16", "float16"])
@@ -321,7 +322,7 @@ def test_launches_of_a_step_do_not_grow(traffic, mode, basis_dtype, most):
     generator = torch.Generator().manual_seed(3)
     matrix = torch.randn(300, 300, generator=generator)
     matrix = (matrix + matrix.T) / 35
-    run = LanczosRun(as_operator(matrix), 15, 4, reorthogonalization=mode, basis_dtype=basis_dtype)
+    run = start_run(as_operator(matrix), LanczosSettings(4, 15, mode), basis_dtype=basis_dtype)
     while not run.finished:
         torch.mm(run.panel, matrix, out=run.product)
         emulation.engine().take_launches()

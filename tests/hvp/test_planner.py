@@ -18,8 +18,9 @@ from hesd_fast import losses
 from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import ALL_STRATEGIES, STRATEGIES, planner
 from hesd_fast.hvp.planner import choose
+from hesd_fast.lanczos.drive import multiply_by
 from hesd_fast.operators import HessianOperator
-from hesd_fast.operators.linearity_check import CheckedOperator
+from hesd_fast.operators.linearity_check import LinearityCheck
 from hesd_fast.problem.problem import Problem
 
 CROSS_ENTROPY = losses.supervised(nn.CrossEntropyLoss())
@@ -304,23 +305,27 @@ class Map:
 @pytest.mark.parametrize("block", [1, 3])
 def test_linearity_and_repetition_are_measured(block):
     panel = torch.randn(block, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    sound = CheckedOperator(Map(lambda product, call: product))
-    assert sound.linearity is None
-    sound.matmat(panel)
+
+    def checked(disturb):
+        operator = Map(disturb)
+        multiply = multiply_by(operator)
+        check = LinearityCheck(multiply)
+        for _ in range(2):
+            products = {"": torch.empty_like(panel)}
+            multiply({"": panel}, products)
+            check({"": panel}, products)
+        assert operator.calls == 4  # the panel, twice the combination, the panel
+        return check.found[""]
+
+    sound = checked(lambda product, call: product)
     assert sound.linearity <= 64 * 2.0**-52
     assert sound.repetition == 0.0
-    sound.matmat(panel)
-    assert sound._operator.calls == 4  # the panel, twice the combination, the panel
-    bent = CheckedOperator(Map(lambda product, call: product + 0.1 * product.norm(dim=1, keepdim=True) ** 2 / 100))
-    bent.matmat(panel)
+    bent = checked(lambda product, call: product + 0.1 * product.norm(dim=1, keepdim=True) ** 2 / 100)
     assert bent.linearity > 1e-3
     assert bent.repetition == 0.0
-    drifting = CheckedOperator(Map(lambda product, call: product * (1 + 1e-3 * call)))
-    drifting.matmat(panel)
+    drifting = checked(lambda product, call: product * (1 + 1e-3 * call))
     assert 5e-4 < drifting.repetition < 2e-3
-    zero = CheckedOperator(Map(lambda product, call: 0 * product))
-    zero.matmat(panel)
-    assert (zero.linearity, zero.repetition) == (None, None)
+    assert checked(lambda product, call: 0 * product) == (None, None, 0.0)
 
 
 def test_steps_beyond_the_number_of_parameters_are_not_planned_for():
@@ -361,7 +366,7 @@ def test_an_exception_of_the_users_own_passes_through(name, patient):
 
 MEMORY = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import resource
 from torch import nn
 from hesd_fast import losses
@@ -408,7 +413,7 @@ def test_memory_is_flat_over_200_products(name):
 
 CRITERIA = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 from models import mlp
 from torch import nn
 from hesd_fast import losses

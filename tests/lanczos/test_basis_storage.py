@@ -24,12 +24,12 @@ from torch import nn
 
 import hesd_fast as hesd
 import hesd_fast.lanczos.basis_storage as basis_module
-import hesd_fast.lanczos.lanczos_run as lanczos_module
+import hesd_fast.lanczos.memory_budget as budget_module
 from hesd_fast.choices import REORTHOGONALIZATIONS
 from hesd_fast.cli.main import main
 from hesd_fast.errors import PlanError, ProblemError
 from hesd_fast.lanczos.basis_storage import default_directory, plan_basis
-from hesd_fast.lanczos.lanczos_run import block_lanczos
+from hesd_fast.lanczos.drive import block_lanczos
 
 F32, F64 = torch.float32, torch.float64
 
@@ -242,7 +242,7 @@ def test_an_interrupted_run_gives_its_space_back(scratch):
 
 CHILD = """
 import sys, time, torch
-from hesd_fast.lanczos.lanczos_run import block_lanczos
+from hesd_fast.lanczos.drive import block_lanczos
 
 class Operator:
     size, dtype, device, products = 1 << 20, torch.float32, torch.device("cpu"), 0
@@ -340,7 +340,7 @@ def test_analyze_refuses_a_basis_before_any_product(monkeypatch):
 
 def test_analyze_goes_to_the_disk_by_itself_when_memory_is_short(scratch, monkeypatch):
     short = 3 * 2 * problem().size * 4 + 100
-    monkeypatch.setattr(lanczos_module, "available_memory", lambda device: short)
+    monkeypatch.setattr(budget_module, "available_memory", lambda device: short)
     report = hesd.analyze(problem(), max_steps=6, block_size=2, progress=False)
     assert report.options["basis"] == "disk"
 

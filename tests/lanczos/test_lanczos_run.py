@@ -17,7 +17,8 @@ from hesd_fast import kernels
 from hesd_fast.choices import REORTHOGONALIZATIONS
 from hesd_fast.engine import _engine
 from hesd_fast.errors import EngineError, OperatorError, PlanError, ProblemError
-from hesd_fast.lanczos.lanczos_run import LanczosProgress, block_lanczos
+from hesd_fast.lanczos import memory_budget
+from hesd_fast.lanczos.drive import LanczosProgress, block_lanczos
 from hesd_fast.operators import MatrixOperator
 
 
@@ -263,7 +264,7 @@ def test_bad_options_are_refused_before_any_product(options, error, message):
 
 
 def test_a_basis_that_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(lanczos_module, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(memory_budget, "available_memory", lambda device: 1000)
     with pytest.raises(PlanError, match="GiB are available"):
         block_lanczos(torch.eye(20), 10, 2, basis="memory")
 

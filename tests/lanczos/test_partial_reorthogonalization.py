@@ -10,7 +10,7 @@ from matrices import DTYPES, matrix_with
 from spectra import distance, hessian_like, quadrature
 
 from hesd_fast import kernels
-from hesd_fast.lanczos.lanczos_run import block_lanczos
+from hesd_fast.lanczos.drive import block_lanczos
 
 _RANDOM = np.random.default_rng(1)
 SPECTRA = {

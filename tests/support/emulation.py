@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hesd_fast import kernels
+from hesd_fast.engine import kernels, panels
 from hesd_fast.lanczos import lanczos_run as lanczos
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "native" / "emulated"
@@ -36,5 +36,5 @@ def engine() -> Any:
 
 def use_emulated_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let kernels and block Lanczos run on it for a test."""
-    for user in (kernels, lanczos):
+    for user in (kernels, panels, lanczos):
         monkeypatch.setattr(user, "_engine", engine())

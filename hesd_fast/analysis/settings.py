@@ -1,0 +1,73 @@
+"""What the options of a run say: which problem, and how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from hesd_fast.choices import is_one_of
+from hesd_fast.errors import ProblemError
+from hesd_fast.lanczos.options import PROTOCOLS, LanczosSettings
+from hesd_fast.problem.parameters import Selection
+from hesd_fast.problem.problem import Loss, Problem
+from hesd_fast.problem.term_counts import Count
+
+DEFAULT_BLOCK_SIZE = 4
+DEFAULT_MAX_STEPS = 100
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How long a run is, as its options say; see :func:`~hesd_fast.analyze`."""
+
+    block_size: int | str = "auto"
+    max_steps: int | None = None
+    reorthogonalization: str | None = None
+    protocol: str | None = None
+    seed: int = 0
+
+    def settings(self, size: int) -> LanczosSettings:
+        """Return what they say for ``size`` parameters, with the defaults; a ProblemError for what does not fit."""
+        if self.protocol is not None:
+            return self._of_protocol(self.protocol).checked(size)
+        block_size = self.block_size
+        if isinstance(block_size, str):
+            if block_size != "auto":
+                raise ProblemError(f"block_size is {block_size!r}; wanted an integer or 'auto'")
+            block_size = min(DEFAULT_BLOCK_SIZE, size)
+        steps = DEFAULT_MAX_STEPS if self.max_steps is None else self.max_steps
+        mode = "full" if self.reorthogonalization is None else self.reorthogonalization
+        return LanczosSettings(block_size, steps, mode, seed=self.seed).checked(size)
+
+    def _of_protocol(self, protocol: str) -> LanczosSettings:
+        if not is_one_of(protocol, PROTOCOLS):
+            raise ProblemError(f"protocol is {protocol!r}; wanted None or one of {', '.join(map(repr, PROTOCOLS))}")
+        if self.block_size != "auto" or self.max_steps is not None or self.reorthogonalization is not None:
+            raise ProblemError(
+                f"protocol={protocol!r} sets block_size, max_steps and reorthogonalization; "
+                "leave them out, or the protocol"
+            )
+        return replace(PROTOCOLS[protocol], seed=self.seed)
+
+
+def as_problem(
+    model: nn.Module | Problem,
+    loss: Loss | None,
+    data: Any,
+    parameters: Selection,
+    mode: str | None,
+    count: Count | None,
+) -> Problem:
+    """Return the problem that was given, as such or in parts; a ProblemError where it is both or neither."""
+    if isinstance(model, Problem):
+        options = {"loss": loss, "data": data, "parameters": parameters, "mode": mode, "count": count}
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            raise ProblemError(f"analyze got a Problem and also {', '.join(given)}; give them to the Problem")
+        return model
+    if loss is None or data is None:
+        missing = "loss" if loss is None else "data"
+        raise ProblemError(f"analyze got no {missing}; call analyze(model, loss, data) or analyze(Problem(...))")
+    return Problem(model, loss, data, parameters=parameters, mode=mode or "eval", count=count)
