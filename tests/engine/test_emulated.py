@@ -19,7 +19,7 @@ from hesd_fast.engine import _engine
 from hesd_fast.errors import EngineError, PlanError, ProblemError
 from hesd_fast.lanczos import basis_storage as hesd_basis
 from hesd_fast.lanczos import memory_budget
-from hesd_fast.lanczos.drive import start_run
+from hesd_fast.lanczos.drive import drive, start_run
 from hesd_fast.lanczos.options import LanczosSettings
 from hesd_fast.operators import as_operator
 
@@ -64,14 +64,18 @@ def test_the_host_waits_once_in_a_step(monkeypatch, mode, block, basis_dtype, wo
     emulation.use_emulated_engine(monkeypatch)
     settings = LanczosSettings(block, 60 // block, mode, window=4 * block)
     run = start_run(as_operator(matrix), settings, basis_dtype=basis_dtype)
-    engine, sweeps, waits = run._engine, [], []
-    while not run.finished:
-        torch.mm(run.panel, matrix, out=run.product)
-        before = engine.extra_sweeps + engine.partial_sweeps
+    waits, sweeps_so_far = [], [0]
+
+    def multiply(panels, products):
+        torch.mm(panels[""], matrix, out=products[""])
         emulation.engine().take_waits()
-        run.advance()
+
+    def count(_):
         waits.append(emulation.engine().take_waits())
-        sweeps.append(engine.extra_sweeps + engine.partial_sweeps - before)
+        sweeps_so_far.append(run._engine.extra_sweeps + run._engine.partial_sweeps)
+
+    drive({"": run}, multiply, on_step=count)
+    sweeps = np.diff(sweeps_so_far)
     assert len(waits) == 60 // block
     # A sweep, which is rare, is decided and waited for by itself; where rounded vectors are kept it may take two.
     most = 2 if (mode, basis_dtype) == ("partial", "bfloat16") else 1
@@ -323,11 +327,15 @@ def test_launches_of_a_step_do_not_grow(traffic, mode, basis_dtype, most):
     matrix = torch.randn(300, 300, generator=generator)
     matrix = (matrix + matrix.T) / 35
     run = start_run(as_operator(matrix), LanczosSettings(4, 15, mode), basis_dtype=basis_dtype)
-    while not run.finished:
-        torch.mm(run.panel, matrix, out=run.product)
+    launches = []
+
+    def multiply(panels, products):
+        torch.mm(panels[""], matrix, out=products[""])
         emulation.engine().take_launches()
-        run.advance()
-        assert sum(count for count, _ in emulation.engine().take_launches().values()) <= most
+
+    drive({"": run}, multiply, on_step=lambda _: launches.append(emulation.engine().take_launches()))
+    assert len(launches) == 15
+    assert max(sum(count for count, _ in of_step.values()) for of_step in launches) <= most
 
 
 def test_document_says_how_much_shared_memory_blocks_have(traffic):
