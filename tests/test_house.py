@@ -113,8 +113,9 @@ def sources(*kinds: str, folder: Path) -> list[Path]:
 
 
 def test_functions_fit_on_a_page():
-    assert long_functions(sources(".py", folder=PACKAGE), MOST_LINES_OF_PYTHON) == []
-    assert long_functions(sources(".cpp", ".hpp", ".cu", ".cuh", folder=ROOT / "csrc"), MOST_LINES_OF_CPP) == []
+    found = long_functions(sources(".py", folder=PACKAGE), MOST_LINES_OF_PYTHON)
+    found += long_functions(sources(".cpp", ".hpp", ".cu", ".cuh", folder=ROOT / "csrc"), MOST_LINES_OF_CPP)
+    assert [str(function) for function in found] == []
 
 
 @pytest.mark.parametrize(
@@ -155,18 +156,20 @@ def without_examples(names: dict[str, Any]) -> list[str]:
     return missing
 
 
-def public_functions(module: ModuleType) -> dict[str, Any]:
+def functions_of(module: ModuleType) -> dict[str, Any]:
+    """What a public module names in its __all__, or the functions of its own without an underscore."""
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-    return {name: value for name in own if inspect.isfunction(value := getattr(module, name)) and name[0] != "_"}
+    named = getattr(module, "__all__", [name for name in own if name[0] != "_"])
+    return {name: value for name in named if inspect.isfunction(value := getattr(module, name))}
 
 
 def test_every_public_name_shows_how_it_is_used():
     names = {name: getattr(public, name) for name in public.__all__}
     names = {name: value for name, value in names.items() if not inspect.ismodule(value)}
     names |= {
-        f"{module.__name__}.{name}": f for module in (kernels, losses) for name, f in public_functions(module).items()
+        f"{module.__name__}.{name}": f for module in (kernels, losses) for name, f in functions_of(module).items()
     }
-    assert {"analyze", "Problem", "hesd_fast.engine.kernels.panel_gram"} <= set(names)
+    assert {"analyze", "hesd_fast.engine.kernels.empty_panel", "hesd_fast.problem.losses.supervised"} <= set(names)
     assert without_examples(names) == []
 
 

@@ -20,6 +20,8 @@ from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, He
 from hesd_fast.problem import softmax_cross_entropy
 from hesd_fast.problem.problem import Problem
 
+EPSILON = torch.finfo(torch.float32).eps
+NUMBERS = ("lambda_max", "lambda_min", "trace")
 LOSS = hesd.losses.supervised(torch.nn.functional.cross_entropy)
 
 # These tests' own models and losses make tensors on the CPU, or reach weights that moving a model does not find.
@@ -44,11 +46,11 @@ def probes_for(operator, count):
     return panel
 
 
-def assert_close(found, wanted, tolerance=1e-3):
-    scale = max(abs(wanted.lambda_max.value), abs(wanted.lambda_min.value))
-    for name in ("lambda_max", "lambda_min", "trace"):
-        one, other = getattr(found, name).value, getattr(wanted, name).value
-        assert one == pytest.approx(other, rel=tolerance, abs=tolerance * scale)
+def assert_close(found, wanted, tolerance=256 * EPSILON):
+    """Reports agree to a part of their largest number: a device adds in another order, in every product of a run."""
+    scale = max(abs(getattr(wanted, name).value) for name in NUMBERS)
+    for name in NUMBERS:
+        assert abs(getattr(found, name).value - getattr(wanted, name).value) <= tolerance * scale
     assert found.hesd_type == wanted.hesd_type
 
 
@@ -61,7 +63,8 @@ def test_analyze_by_every_strategy(device, hvp):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     found = hesd.analyze(move(model), LOSS, batches, **options)  # batches on the CPU, as a DataLoader makes them
     assert used_the_cuda_kernels() is not False
-    assert_close(found, wanted)
+    # a difference of two gradients has their rounding over its step
+    assert_close(found, wanted, **({"tolerance": 4 * EPSILON**0.5} if "differences" in hvp else {}))
     assert all(check.passed for check in found.checks)
     for name, value in model.state_dict().items():
         assert value.device.type == TYPE
@@ -103,21 +106,21 @@ def test_gauss_newton_and_fisher(device, kind, jvp):
     kernels.fill_probes(panel, 1)
     wanted = kind(problem, jvp=jvp).matmat(panel)
     found = kind(Problem(move(model), LOSS, batches), jvp=jvp).matmat(panel.to(device))
-    assert torch.allclose(found.cpu(), wanted, atol=1e-5)
+    assert (found.cpu() - wanted).abs().max() <= 64 * EPSILON * wanted.abs().max()
 
 
 def test_forward_mode_that_runs_out_of_memory_gives_way_to_reverse_mode(device, monkeypatch):
     model, batches = model_and_data()
     operator = GaussNewtonOperator(Problem(move(model), LOSS, batches))
     panel = probes_for(operator, 2)
-    wanted = operator.matmat(panel)
+    wanted = operator.matmat(panel).cpu()
     operator = GaussNewtonOperator(Problem(model, LOSS, batches))
 
     def too_much(*_):
         raise torch.cuda.OutOfMemoryError("too much")
 
     monkeypatch.setattr(operator, "_forward", too_much)
-    assert torch.allclose(operator.matmat(panel).cpu(), wanted.cpu(), atol=1e-5)
+    assert (operator.matmat(panel).cpu() - wanted).abs().max() <= 64 * EPSILON * wanted.abs().max()
     assert operator.reason == "too much"
 
 
@@ -136,9 +139,9 @@ def test_block_lanczos_with_every_place_of_the_basis(device, monkeypatch, tmp_pa
     assert used_the_cuda_kernels() is not False
     nothing_kept = mode == "none"
     assert found.basis_place == ("memory" if nothing_kept else basis)
-    tolerance = 1e-4 if basis_dtype == "float32" else 1e-2
     nodes = [hesd.SpectralMeasure.from_tridiagonal(one).nodes[0] for one in (found, wanted)]  # rows may change places
-    assert abs(nodes[0] - nodes[1]).max() <= tolerance
+    # both store the same rounded vectors: what differs is the order of sums
+    assert abs(nodes[0] - nodes[1]).max() <= 64 * EPSILON * float(torch.linalg.matrix_norm(matrix, 2))
 
 
 def test_probes_may_lie_elsewhere(device):
@@ -146,7 +149,7 @@ def test_probes_may_lie_elsewhere(device):
     probes = torch.randn(2, 60, generator=torch.Generator().manual_seed(0))
     wanted = hesd.block_lanczos(matrix, 4, probes=probes)
     found = hesd.block_lanczos(matrix.to(device), 4, probes=probes)
-    assert abs(found.diagonal[-1] - wanted.diagonal[-1]).max() <= 1e-5
+    assert abs(found.diagonal[-1] - wanted.diagonal[-1]).max() <= 32 * EPSILON * float(matrix.max())
 
 
 class Operator:
@@ -163,7 +166,7 @@ def test_a_linear_operator_may_leave_the_number_of_its_device_out(device):
     matrix = torch.diag(torch.linspace(-1, 3, 60)).to(device)
     wanted = hesd.block_lanczos(matrix, 4, 2)
     found = hesd.block_lanczos(Operator(matrix), 4, 2)
-    assert abs(found.diagonal[-1] - wanted.diagonal[-1]).max() <= 1e-5
+    assert abs(found.diagonal[-1] - wanted.diagonal[-1]).max() <= 32 * EPSILON * float(matrix.max())
 
 
 @pytest.mark.parametrize("groups", ["modules", "parameters"])
@@ -208,7 +211,7 @@ def test_report_plan_and_scipy(device, tmp_path):
     vector = torch.randn(problem.size)
     product = HessianOperator(problem).to_scipy() @ vector.numpy()
     wanted = HessianOperator(problem).matmat(vector[None].to(device)).cpu().numpy()[0]
-    assert abs(product - wanted).max() <= 1e-6
+    assert abs(product - wanted).max() <= 16 * EPSILON * abs(wanted).max()
 
 
 def test_large_cross_entropies(device, monkeypatch):

@@ -1,4 +1,4 @@
-"""The CUDA sources on the CPU: the whole corridor, the bytes they move, and faults that must be seen."""
+"""The CUDA sources on the CPU: the whole pipeline, the bytes they move, and faults that must be seen."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from hesd_fast.engine import _engine
 from hesd_fast.errors import EngineError, PlanError, ProblemError
 from hesd_fast.lanczos import basis_storage as hesd_basis
 from hesd_fast.lanczos import memory_budget
-from hesd_fast.lanczos.drive import start_run
+from hesd_fast.lanczos.drive import drive, start_run
 from hesd_fast.lanczos.options import LanczosSettings
 from hesd_fast.operators import as_operator
 
+EPSILON = torch.finfo(torch.float32).eps
 THREADS = 256
 # When emulated work is done, see csrc/emulation/streams.hpp.
 ORDER_AT_ONCE, ORDER_FIRST, ORDER_LAST = -1, 0, 1
@@ -30,7 +31,7 @@ ORDERS_AT_RANDOM = (2, 3, 4)
 FAULTS = emulation.FOLDER / "planted_faults.so"
 
 
-# The corridor
+# From a model to its report
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -44,7 +45,7 @@ def test_block_lanczos_finds_what_the_cpu_kernels_find(monkeypatch, mode, dtype)
         with monkeypatch.context() as patch:
             emulation.use_emulated_engine(patch)
             found = hesd.block_lanczos(matrix, steps, block, reorthogonalization=mode)
-        tolerance = 1e3 * torch.finfo(dtype).eps
+        tolerance = 1024 * torch.finfo(dtype).eps  # of a spectrum in [-1.3, 1.3]
         for one, other in zip(wanted.diagonal, found.diagonal, strict=True):
             assert np.abs(one - other).max() <= tolerance
         for one, other in zip(wanted.offdiagonal, found.offdiagonal, strict=True):
@@ -63,14 +64,18 @@ def test_the_host_waits_once_in_a_step(monkeypatch, mode, block, basis_dtype, wo
     emulation.use_emulated_engine(monkeypatch)
     settings = LanczosSettings(block, 60 // block, mode, window=4 * block)
     run = start_run(as_operator(matrix), settings, basis_dtype=basis_dtype)
-    engine, sweeps, waits = run._engine, [], []
-    while not run.finished:
-        torch.mm(run.panel, matrix, out=run.product)
-        before = engine.extra_sweeps + engine.partial_sweeps
+    waits, sweeps_so_far = [], [0]
+
+    def multiply(panels, products):
+        torch.mm(panels[""], matrix, out=products[""])
         emulation.engine().take_waits()
-        run.advance()
+
+    def count(_):
         waits.append(emulation.engine().take_waits())
-        sweeps.append(engine.extra_sweeps + engine.partial_sweeps - before)
+        sweeps_so_far.append(run._engine.extra_sweeps + run._engine.partial_sweeps)
+
+    drive({"": run}, multiply, on_step=count)
+    sweeps = np.diff(sweeps_so_far)
     assert len(waits) == 60 // block
     # A sweep, which is rare, is decided and waited for by itself; where rounded vectors are kept it may take two.
     most = 2 if (mode, basis_dtype) == ("partial", "bfloat16") else 1
@@ -91,10 +96,12 @@ def test_a_basis_that_stays_off_the_device_is_read_tile_by_tile(monkeypatch, tmp
     far = hesd.block_lanczos(matrix, 9, 3, basis=tmp_path, **options)  # tiles count as the host's for the emulation
     assert far.basis_place == "disk"
     for one, other in zip(near.diagonal + near.offdiagonal, far.diagonal + far.offdiagonal, strict=True):
-        assert np.abs(one - other).max() <= (1e-4 if basis_dtype == "float32" else 1e-2)
+        # both store the same rounded vectors: what differs is the order of sums
+        assert np.abs(one - other).max() <= 64 * EPSILON * float(torch.linalg.matrix_norm(matrix, 2))
     if mode != "window":
-        # partial mode keeps it to the root of epsilon; a stored vector in bfloat16 is off by 2^-8 / sqrt(n)
-        assert far.orthogonality <= (1e-5 if (mode, basis_dtype) == ("full", "float32") else 1e-3)
+        # partial mode keeps it to the root of epsilon; a stored vector is off by what its dtype rounds, over sqrt(n)
+        stored = 0.0 if basis_dtype == "float32" else torch.finfo(torch.bfloat16).eps / len(matrix) ** 0.5
+        assert far.orthogonality <= 32 * EPSILON + stored + (EPSILON**0.5 if mode == "partial" else 0.0)
 
 
 @pytest.mark.parametrize("order", [ORDER_FIRST, ORDER_LAST, *ORDERS_AT_RANDOM])
@@ -193,9 +200,9 @@ def test_analyze_gives_the_report_of_the_cpu_kernels(monkeypatch, basis_dtype):
     assert found.hesd_type == wanted.hesd_type
     assert all(check.passed for check in found.checks)
     for name in ("lambda_max", "lambda_min", "trace"):
-        one, other = getattr(wanted, name), getattr(found, name)
-        assert other.value == pytest.approx(one.value, rel=1e-3, abs=1e-4 * wanted.lambda_max.value)
-    assert found.criteria.r_e.value == pytest.approx(wanted.criteria.r_e.value, rel=1e-3)
+        one, other = getattr(wanted, name).value, getattr(found, name).value
+        assert abs(other - one) <= 64 * EPSILON * wanted.trace.value
+    assert found.criteria.r_e.value == pytest.approx(wanted.criteria.r_e.value, rel=64 * EPSILON)
 
 
 @pytest.mark.cuda
@@ -213,8 +220,9 @@ def test_a_problem_on_a_gpu_has_the_spectrum_that_it_has_on_the_cpu(mode, basis)
         reports.append(hesd.analyze(model, loss, [(inputs, labels)], progress=False, **options))
     on_cpu, on_gpu = reports
     assert on_gpu.hesd_type == on_cpu.hesd_type
-    assert on_gpu.lambda_max.value == pytest.approx(on_cpu.lambda_max.value, rel=1e-6)
-    assert on_gpu.trace.value == pytest.approx(on_cpu.trace.value, rel=1e-6)
+    tolerance = 1024 * torch.finfo(torch.float64).eps
+    assert on_gpu.lambda_max.value == pytest.approx(on_cpu.lambda_max.value, rel=tolerance)
+    assert on_gpu.trace.value == pytest.approx(on_cpu.trace.value, rel=tolerance)
 
 
 # Bytes. What is ideal is in the contracts; docs/cuda.md has the formulas.
@@ -319,11 +327,15 @@ def test_launches_of_a_step_do_not_grow(traffic, mode, basis_dtype, most):
     matrix = torch.randn(300, 300, generator=generator)
     matrix = (matrix + matrix.T) / 35
     run = start_run(as_operator(matrix), LanczosSettings(4, 15, mode), basis_dtype=basis_dtype)
-    while not run.finished:
-        torch.mm(run.panel, matrix, out=run.product)
+    launches = []
+
+    def multiply(panels, products):
+        torch.mm(panels[""], matrix, out=products[""])
         emulation.engine().take_launches()
-        run.advance()
-        assert sum(count for count, _ in emulation.engine().take_launches().values()) <= most
+
+    drive({"": run}, multiply, on_step=lambda _: launches.append(emulation.engine().take_launches()))
+    assert len(launches) == 15
+    assert max(sum(count for count, _ in of_step.values()) for of_step in launches) <= most
 
 
 def test_document_says_how_much_shared_memory_blocks_have(traffic):

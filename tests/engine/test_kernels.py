@@ -1,5 +1,5 @@
-"""Every kernel against its twin, at awkward sizes, on every instruction set of this machine, as CUDA sources emulated
-on the CPU, and on a GPU where there is one (`pytest -m cuda`)."""
+"""Every kernel against its reference at awkward sizes: on every instruction set of this machine, as CUDA sources that
+are emulated on the CPU, and on a GPU where there is one (`pytest -m cuda`)."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ COMPILED = [*CPU_TARGETS, "emulated", pytest.param("cuda", marks=pytest.mark.cud
 
 @pytest.fixture(params=COMPILED)
 def compiled(request, monkeypatch):
-    """Kernels that are compared with their twins."""
+    """Kernels that are compared with their references."""
     yield from kernels_of(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["twin", *COMPILED])
+@pytest.fixture(params=["reference", *COMPILED])
 def target(request, monkeypatch):
-    """Kernels that are checked by what they have to do, and so are the twins."""
+    """Kernels that are checked by what they have to do, and so are the references."""
     yield from kernels_of(request.param, monkeypatch)
 
 
@@ -73,7 +73,7 @@ def kernels_of(name, monkeypatch):
         if not (_engine.build_info()["cuda"] and torch.cuda.is_available()):
             pytest.skip("no GPU, or a build without CUDA kernels")
         yield Target("cuda")
-    elif name == "twin":
+    elif name == "reference":
         yield reference
     elif name == "emulated":
         use_emulated_engine(monkeypatch)
@@ -118,14 +118,14 @@ def gram_rounding(storage, working, n):
 
 
 def rounding(storage, working, terms):
-    """Bound on a sum of so many products and its twin in float64, both then rounded to the working precision."""
+    """Bound on a sum of so many products and its reference in float64, both then rounded to the working precision."""
     return epsilon(working) + (terms + 3) * arithmetic(storage, working)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("working", WORKING)
-def test_panel_gram_matches_its_twin(compiled, n, storage, working):
+def test_panel_gram_matches_its_reference(compiled, n, storage, working):
     for k, b in SHAPES:
         v, w = panel(k, n, storage), panel(b, n, working, seed=1)
         gram = compiled.panel_gram(v, w)
@@ -138,7 +138,7 @@ def test_panel_gram_matches_its_twin(compiled, n, storage, working):
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("working", WORKING)
-def test_panel_project_matches_its_twin(compiled, n, storage, working):
+def test_panel_project_matches_its_reference(compiled, n, storage, working):
     for k, b in SHAPES:
         gram_only = n % (k + 1)
         v, w = panel(k, n, storage), panel(b, n, working, seed=1)
@@ -161,7 +161,7 @@ def test_panel_project_matches_its_twin(compiled, n, storage, working):
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("working", STORAGE)
-def test_panel_combine_matches_its_twin(compiled, n, storage, working):
+def test_panel_combine_matches_its_reference(compiled, n, storage, working):
     for k, r in SHAPES:
         v, x = panel(k, n, storage), panel(r, n, working, seed=1)
         s = torch.randn(r, k, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
@@ -175,7 +175,7 @@ def test_panel_combine_matches_its_twin(compiled, n, storage, working):
 
 @pytest.mark.parametrize("working", WORKING)
 @pytest.mark.parametrize("compensated", [False, True])
-def test_accumulate_hvp_matches_its_twin_bit_for_bit(compiled, working, compensated):
+def test_accumulate_hvp_matches_its_reference_bit_for_bit(compiled, working, compensated):
     lengths = [1, 0, 16_383, 16_384, 16_385, 5]
     offsets = [3, 4, 10, 16_500, 40_000, 60_000]
     for b in (1, 3):
@@ -342,7 +342,7 @@ def test_fill_probes_first_known_answer(target):
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("working", WORKING)
-def test_fill_probes_matches_its_twin_bit_for_bit(compiled, kind, working):
+def test_fill_probes_matches_its_reference_bit_for_bit(compiled, kind, working):
     for seed, probe, index, n in [(0, 0, 0, 1), (7, 3, 5, 1000), (2**64 - 1, 2**32 - 3, 2**40 + 77, 17_000)]:
         out, expected = torch.empty(2, n, dtype=working), torch.empty(2, n, dtype=working)
         compiled.fill_probes(out, seed, first_probe=probe, first_index=index, kind=kind)

@@ -26,7 +26,7 @@ def untouched(elements, dtype):
     try:
         memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        pytest.skip(f"the system does not lend {elements * dtype.itemsize >> 30} GiB of untouched memory: {error}")
+        pytest.skip(f"the system has no {elements * dtype.itemsize >> 30} GiB of untouched memory: {error}")
     memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)
 

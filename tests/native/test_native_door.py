@@ -8,6 +8,7 @@ import sys
 import native_engine
 import numpy as np
 import pytest
+from lanczos_driver import new_engine
 from native_panels import BFLOAT, CPU, CUDA, CUDA_HOST, FLOAT, METAL, Lender, Panel
 
 from hesd_fast.errors import EngineError
@@ -161,9 +162,7 @@ def test_panels_of_a_device_go_to_its_kernels_together():
         lambda: engine.panel_orthonormalize(of(CUDA), of(CPU), 0.0, 2, None),
         lambda: engine.accumulate_hvp(of(CUDA), [of(CPU)], [0], 1.0, None),
         lambda: engine.accumulate_hvp(of(CUDA), [], [], 1.0, of(CPU)),
-        lambda: engine.BlockLanczos(
-            of(CPU), Lender(np.zeros(9), (3, 3), None, device=CUDA), 1, 3, 3, "full", 8.0, None
-        ),
+        lambda: new_engine(of(CPU), Lender(np.zeros(9), (3, 3), None, device=CUDA), 1, 3, 3),
     ]
     for call in mixed:
         with pytest.raises(EngineError, match=r"is on (the CPU|cuda:0) and `.*` on (the CPU|cuda:0); wanted both"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from lanczos_driver import times
 from numpy.typing import NDArray
 
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
@@ -28,9 +29,6 @@ def block_lanczos(
     A direction is dropped when its part outside the known basis is below ``tolerance`` of the largest product.
     """
 
-    def multiply(rows: Array) -> Array:
-        return rows * matrix if matrix.ndim == 1 else rows @ matrix
-
     size = probes.shape[1]
     start, block = _orthonormal_rows(probes, 1e-10 * np.linalg.norm(probes))
     basis = block
@@ -39,7 +37,7 @@ def block_lanczos(
     products = 0
     scale = 0.0
     while len(diagonal) < steps and block.shape[0]:
-        image = multiply(block)
+        image = times(block, matrix)
         products += block.shape[0]
         scale = max(scale, float(np.linalg.norm(image)))
         a = image @ block.T
