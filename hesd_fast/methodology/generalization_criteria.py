@@ -8,6 +8,7 @@ References
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +17,13 @@ from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import Array, BlockTridiagonal
 from hesd_fast.methodology.signed_moments import BOUNDED, Interval, balance, ratio, signed_moments
-from hesd_fast.spectrum.sampling_error import mean_of_probes
+from hesd_fast.spectrum.sampling_error import standard_error_of_mean
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 STEP_COUNTS = 4
 """How many step counts K_Hn is computed at, the last and the smaller ones down to half of it."""
 
+BARE = "the measure as given, two standard errors over its probes"
 PROBES_ONLY = "tightest bounds from the moments, for these probes"
 
 
@@ -138,27 +140,30 @@ def _of_bare_measure(
     measure: SpectralMeasure, exponent: float, mass_exponent: float, threshold: float
 ) -> dict[str, Estimate]:
     parts = [_signed_sums(x, w, mass_exponent, threshold) for x, w in measure.pairs]
-    balances = mean_of_probes([balance(plus, minus) for plus, minus in parts], -1.0, 1.0)
+    balances = _mean_of_probes([balance(plus, minus) for plus, minus in parts], -1.0, 1.0)
     return {
-        "r_e": mean_of_probes([ratio(abs(float(x[0])), abs(float(x[-1]))) for x in measure.nodes], 0.0, math.inf),
-        "k_hn": mean_of_probes(_k_hn(measure, exponent, 0.0, 0.0), 0.0, math.inf),
-        "k_mass": mean_of_probes([ratio(minus, plus) for plus, minus in parts], 0.0, math.inf),
+        "r_e": _mean_of_probes([ratio(abs(float(x[0])), abs(float(x[-1]))) for x in measure.nodes], 0.0, math.inf),
+        "k_hn": _mean_of_probes(_k_hn(measure, exponent, 0.0, 0.0), 0.0, math.inf),
+        "k_mass": _mean_of_probes([ratio(minus, plus) for plus, minus in parts], 0.0, math.inf),
         "balance": balances,
         "probe_balance": balances,
-        "unresolved_mass": mean_of_probes([float(w @ (np.abs(x) <= threshold)) for x, w in measure.pairs], 0.0, 1.0),
+        "unresolved_mass": _mean_of_probes([float(w @ (np.abs(x) <= threshold)) for x, w in measure.pairs], 0.0, 1.0),
     }
 
 
 def _of_run(
     measure: SpectralMeasure, tridiagonal: BlockTridiagonal, exponent: float, mass_exponent: float, threshold: float
 ) -> dict[str, Estimate]:
+    published = {
+        "r_e": _extreme_ratio(measure, threshold),
+        "k_hn": _k_hn_over_steps(measure, tridiagonal, exponent, threshold),
+    }
     moments = signed_moments(measure, mass_exponent, threshold)
     # Between bounds that hold nothing but rounding there is no value in the middle.
     resolved = measure.largest_magnitude > threshold
     values, of_probes = (s.middle() if resolved else (0.0, 0.0) for s in (moments.corrected, moments.of_probes))
     return {
-        "r_e": _extreme_ratio(measure, threshold),
-        "k_hn": _k_hn_over_steps(measure, tridiagonal, exponent, threshold),
+        **published,
         "k_mass": moments.of_matrix.k_mass(values, BOUNDED),
         "balance": moments.of_matrix.balance(values, BOUNDED),
         "probe_balance": moments.of_probes.balance(of_probes, PROBES_ONLY),
@@ -194,7 +199,7 @@ def _k_hn_over_steps(
     for count in sorted({round(x) for x in np.linspace(max(1, math.ceil(steps / 2)), steps, STEP_COUNTS)}):
         shorter = measure if count == steps else SpectralMeasure.from_tridiagonal(tridiagonal.truncated(count))
         for shift in (-threshold, threshold):
-            spread = mean_of_probes(_k_hn(shorter, exponent, threshold, shift), 0.0, math.inf)
+            spread = _mean_of_probes(_k_hn(shorter, exponent, threshold, shift), 0.0, math.inf)
             ends += [spread.low, spread.high]
     method = "range over step counts, two standard errors over the probes; not a bound"
     return Estimate(value, min(ends), max(ends), method)
@@ -213,3 +218,12 @@ def _k_hn(measure: SpectralMeasure, exponent: float, threshold: float, shift: fl
 def _signed_sums(nodes: Array, weights: Array, exponent: float, threshold: float) -> tuple[float, float]:
     terms = weights * np.abs(nodes) ** exponent
     return float(terms[nodes > threshold].sum()), float(terms[nodes < -threshold].sum())
+
+
+def _mean_of_probes(values: Sequence[float], least: float, most: float) -> Estimate:
+    """Return the mean of a number that each probe gives, from ``least`` to ``most``, and two standard errors of it."""
+    if not all(math.isfinite(value) for value in values):
+        return Estimate(math.inf, min(values), math.inf, BARE)
+    mean = float(np.mean(values))
+    margin = 2.0 * standard_error_of_mean(values)
+    return Estimate(mean, min(mean, max(least, mean - margin)), max(mean, min(most, mean + margin)), BARE)

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hesd_fast.estimate import Estimate
 from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues
 from hesd_fast.spectrum.ritz_pairs import RitzPairs
 
 FEWEST_STEPS = 3
 """Steps from which the quadrature of a fourth power is near enough."""
-
-BARE = "the measure as given, two standard errors over its probes"
 
 
 def standard_error_of_mean(values: Sequence[float]) -> float:
@@ -23,15 +20,6 @@ def standard_error_of_mean(values: Sequence[float]) -> float:
     if len(values) < 2:
         return 0.0
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def mean_of_probes(values: Sequence[float], least: float, most: float) -> Estimate:
-    """Return the mean of a number that each probe gives, from ``least`` to ``most``, and two standard errors of it."""
-    if not all(math.isfinite(value) for value in values):
-        return Estimate(math.inf, min(values), math.inf, BARE)
-    mean = float(np.mean(values))
-    margin = 2.0 * standard_error_of_mean(values)
-    return Estimate(mean, min(mean, max(least, mean - margin)), max(mean, min(most, mean + margin)), BARE)
 
 
 @dataclass(frozen=True)
