@@ -137,7 +137,7 @@ def choose(
 
     Parameters
     ----------
-    problem : Problem
+    problem : PreparedProblem
         What to multiply by.
     block_size, panels : int
         Vectors of a panel, and panels of the run.
@@ -157,7 +157,7 @@ def choose(
         before = time.perf_counter()
         plain.prepare(problem)
         cuda.runtime.synchronize(problem.device)
-        trials = _Trials(problem, plain, block_size, panels, memory_limit, time.perf_counter() - before, watch)
+        trials = _Trials(plain, block_size, panels, time.perf_counter() - before, watch)
         budget = share * trials.results[0].total(panels)
         if trials.results[0].total(panels) < SHORT_RUN:
             trials.leave_out(ORDER[1:], "not tried: the run is short")
@@ -188,23 +188,14 @@ def give_up(strategy: Strategy) -> None:
 class _Trials:
     """Trials on one batch, and the fastest strategy so far."""
 
-    def __init__(
-        self,
-        problem: PreparedProblem,
-        plain: Strategy,
-        block_size: int,
-        panels: int,
-        memory_limit: int | None,
-        one_product: float,
-        watch: MemoryWatch,
-    ) -> None:
-        self.problem = problem
+    def __init__(self, plain: Strategy, block_size: int, panels: int, one_product: float, watch: MemoryWatch) -> None:
+        problem = self.problem = plain.problem
         self.watch = watch
         self.resident = resident_memory()
         self.vector_bytes = problem.size * problem.dtype.itemsize
         self.panels = panels
         self.block_size = block_size
-        self.memory_limit = memory_limit
+        self.memory_limit = plain.memory_limit
         self.rows = probe_vectors(problem, block_size)
         # A forward and two backward passes, the first of their kind, say at least what a panel takes.
         self.plain_seconds = one_product * (3.0 + 6.0 * block_size) / 9.0

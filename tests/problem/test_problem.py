@@ -312,6 +312,24 @@ def test_a_problem_can_be_pickled_and_copied() -> None:
         assert torch.equal(HessianOperator(other).matmat(torch.ones(1, 8)), wanted)
 
 
+def test_a_problem_is_prepared_once_and_keeps_what_is_found() -> None:
+    passes = []
+
+    class Counted(Reiterable):
+        def __iter__(self) -> Iterator[object]:
+            passes.append(1)
+            return super().__iter__()
+
+    problem = Problem(model(), mean, Counted(vectors(4, 3)))
+    prepared = problem.prepare()
+    assert problem.prepare() is prepared
+    assert (problem.loss_value, problem.batch_count, len(passes)) == (prepared.loss_value, 2, 1)
+    prepared.keep_finding(0.5)
+    assert problem.prepare().finding(float) == 0.5
+    assert problem.restricted(["0.bias"]).prepare().finding(float) is None
+    assert len(passes) == 1
+
+
 # Digests
 
 
