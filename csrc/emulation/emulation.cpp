@@ -85,8 +85,8 @@ struct Context {
 #endif
 };
 
-// Called first thing by the side that is entered: a fiber by the host, or the host by a fiber. The host's stack is not known
-// before.
+// Called first thing by the side that is entered: a fiber by the host, or the host by a fiber. The host's stack is not
+// known before.
 void entered([[maybe_unused]] Context& here, [[maybe_unused]] Context& host) {
 #if defined(HESD_EMULATION_ADDRESS)
     const void* bottom = nullptr;

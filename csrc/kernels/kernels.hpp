@@ -45,14 +45,14 @@ struct DeviceMemory {
 // Small matrices lie where the kernels work.
 struct Kernels {
     const char* name;
-    AccumulateHvp accumulate_hvp;
-    FillProbes fill_probes;
-    PanelGram panel_gram;
-    PanelProject panel_project;
-    PanelOrthonormalize panel_orthonormalize;
-    PanelCombine panel_combine;
-    Add add;
-    LanczosTask lanczos_task;
+    AccumulateHvp* accumulate_hvp;
+    FillProbes* fill_probes;
+    PanelGram* panel_gram;
+    PanelProject* panel_project;
+    PanelOrthonormalize* panel_orthonormalize;
+    PanelCombine* panel_combine;
+    Add* add;
+    LanczosTask* lanczos_task;
     const DeviceMemory* device = nullptr;  // null: the kernels work in the host's memory, without an Execution
 
     [[nodiscard]] bool on_device() const { return device != nullptr; }

@@ -75,17 +75,14 @@ class BorrowedHistory {
 };
 
 Reorthogonalization parse_reorthogonalization(const std::string& name) {
-    if (name == "full") {
-        return Reorthogonalization::full;
-    }
-    if (name == "window") {
-        return Reorthogonalization::window;
-    }
-    if (name == "none") {
-        return Reorthogonalization::none;
-    }
-    if (name == "partial") {
-        return Reorthogonalization::partial;
+    const std::pair<const char*, Reorthogonalization> modes[] = {{"full", Reorthogonalization::full},
+                                                                 {"partial", Reorthogonalization::partial},
+                                                                 {"window", Reorthogonalization::window},
+                                                                 {"none", Reorthogonalization::none}};
+    for (const auto& [known, mode] : modes) {
+        if (name == known) {
+            return mode;
+        }
     }
     throw EngineError("`reorthogonalization` is '" + name + "'; wanted 'full', 'partial', 'window' or 'none'");
 }

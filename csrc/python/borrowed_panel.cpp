@@ -1,5 +1,6 @@
 #include "python/borrowed_panel.hpp"
 
+#include <iterator>
 #include <utility>
 
 #include "dispatch/dispatch.hpp"
@@ -9,30 +10,8 @@ namespace hesd::python {
 namespace {
 
 std::string type_name(const dlpack::DataType& dtype) {
-    const char* kind = "unknown";
-    switch (dtype.code) {
-        case dlpack::kInt:
-            kind = "int";
-            break;
-        case dlpack::kUInt:
-            kind = "uint";
-            break;
-        case dlpack::kFloat:
-            kind = "float";
-            break;
-        case dlpack::kBfloat:
-            kind = "bfloat";
-            break;
-        case dlpack::kComplex:
-            kind = "complex";
-            break;
-        case dlpack::kBool:
-            kind = "bool";
-            break;
-        default:
-            break;
-    }
-    return kind + std::to_string(dtype.bits);
+    constexpr const char* kinds[] = {"int", "uint", "float", "unknown", "bfloat", "complex", "bool"};  // by TypeCode
+    return (dtype.code < std::size(kinds) ? kinds[dtype.code] : "unknown") + std::to_string(dtype.bits);
 }
 
 bool on_cuda(const py::object& object) {

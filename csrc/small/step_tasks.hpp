@@ -3,14 +3,15 @@
 
 #include <cmath>
 
+#include "hesd/add.hpp"
 #include "hesd/lanczos_task.hpp"
 #include "small/pivoted_cholesky_qr.hpp"
 
 namespace hesd {
 
 // For kernels that work in the host's memory, as Kernels has them.
-void lanczos_task(StepTask task, const LanczosStep& step);
-void add(double* target, const double* source, std::int64_t count);
+LanczosTask lanczos_task;
+Add add;
 
 namespace team_work {
 

@@ -203,12 +203,9 @@ MEMORY = np.ones((8, 10))
 CONTRADICTIONS = [
     (lambda: engine.panel_gram(ones(2, 3), ones(2, 4)), "same length"),
     (lambda: engine.panel_project(ones(2, 3), ones(3, 3), np.ones((2, 3))), "`C` is not a float64 matrix"),
+    (lambda: engine.panel_project(ones(2, 3), ones(3, 3), ones(0, 2), gram_only=4), "`gram_only` is 4; wanted 0 to 3"),
     (
-        lambda: engine.panel_project(ones(2, 3), ones(3, 3), np.ones((0, 2)), gram_only=4),
-        "`gram_only` is 4; wanted 0 to 3",
-    ),
-    (
-        lambda: engine.panel_project(ones(2, 3), ones(3, 3), np.ones((4, 2)), gram_only=-1),
+        lambda: engine.panel_project(ones(2, 3), ones(3, 3), ones(4, 2), gram_only=-1),
         "`gram_only` is -1; wanted 0 to 3",
     ),
     (lambda: engine.panel_project(ones(2, 3), ones(3, 3), np.ones(6)), "`C` is not a float64 matrix"),

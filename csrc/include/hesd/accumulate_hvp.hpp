@@ -24,7 +24,7 @@ struct HvpPart {
     std::int64_t offset;
 };
 
-using AccumulateHvp = void (*)(const Panel& out, const HvpPart* parts, std::int64_t part_count, double alpha,
-                               const Panel* compensation);
+using AccumulateHvp = void(const Panel& out, const HvpPart* parts, std::int64_t part_count, double alpha,
+                           const Panel* compensation);
 
 }  // namespace hesd

@@ -14,6 +14,6 @@
 
 namespace hesd {
 
-using Add = void (*)(double* target, const double* source, std::int64_t count);
+using Add = void(double* target, const double* source, std::int64_t count);
 
 }  // namespace hesd

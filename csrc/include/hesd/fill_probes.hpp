@@ -21,7 +21,7 @@ namespace hesd {
 
 enum class ProbeKind : std::uint32_t { rademacher = 0, gaussian = 1 };
 
-using FillProbes = void (*)(const Panel& out, std::uint64_t seed, std::uint32_t first_probe, std::uint64_t first_index,
-                            ProbeKind kind);
+using FillProbes = void(const Panel& out, std::uint64_t seed, std::uint32_t first_probe, std::uint64_t first_index,
+                        ProbeKind kind);
 
 }  // namespace hesd

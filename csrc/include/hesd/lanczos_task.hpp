@@ -76,6 +76,6 @@ struct LanczosStep {
     Orthonormalization orthonormalization;  // its `gram` is W W^T after a projection
 };
 
-using LanczosTask = void (*)(StepTask task, const LanczosStep& step);
+using LanczosTask = void(StepTask task, const LanczosStep& step);
 
 }  // namespace hesd

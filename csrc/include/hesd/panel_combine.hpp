@@ -15,6 +15,6 @@
 
 namespace hesd {
 
-using PanelCombine = void (*)(const double* s, const Panel& v, const Panel& x);
+using PanelCombine = void(const double* s, const Panel& v, const Panel& x);
 
 }  // namespace hesd

@@ -18,6 +18,6 @@
 
 namespace hesd {
 
-using PanelGram = void (*)(const Panel& v, const Panel& w, double* gram);
+using PanelGram = void(const Panel& v, const Panel& w, double* gram);
 
 }  // namespace hesd

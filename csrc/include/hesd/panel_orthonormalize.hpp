@@ -60,7 +60,7 @@ struct Orthonormalization {
 // In numbers of 8 bytes.
 constexpr std::int64_t orthonormalize_scratch(std::int64_t rows) { return 3 * rows * rows + 4 * rows + 2; }
 
-using PanelOrthonormalize = void (*)(const Panel& w, const Panel& out, const Orthonormalization& state, bool first,
-                                     const Reduction& reduction);
+using PanelOrthonormalize = void(const Panel& w, const Panel& out, const Orthonormalization& state, bool first,
+                                 const Reduction& reduction);
 
 }  // namespace hesd

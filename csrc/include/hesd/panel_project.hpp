@@ -20,7 +20,7 @@
 
 namespace hesd {
 
-using PanelProject = void (*)(const Panel& w, const Panel& v, std::int64_t gram_only, const double* coefficients,
-                              double* gram, double* self_gram);
+using PanelProject = void(const Panel& w, const Panel& v, std::int64_t gram_only, const double* coefficients,
+                          double* gram, double* self_gram);
 
 }  // namespace hesd
