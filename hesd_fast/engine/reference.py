@@ -25,11 +25,7 @@ def panel_gram(V: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
 def panel_project(
     W: torch.Tensor, V: torch.Tensor, C: torch.Tensor, *, gram: bool = True, self_gram: bool = True, gram_only: int = 0
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-<<<<<<< HEAD:hesd_fast/engine/reference.py
-    """``W -= C.T @ V[gram_only:]`` in place; ``V @ W.T`` and ``W @ W.T`` of the new W, if asked for."""
-=======
     """``W -= C.T @ V[gram_only:]`` in place; ``V @ W.T`` (k, b) and ``W @ W.T`` (b, b) of the new W, if asked for."""
->>>>>>> helper-csrc:hesd_fast/reference.py
     W.copy_(W.double() - C.T @ V[gram_only:].double())
     return panel_gram(V, W) if gram else None, panel_gram(W, W) if self_gram else None
 
