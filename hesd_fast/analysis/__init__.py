@@ -1,1 +1,1 @@
-"""The pipeline from a problem to its report: settings, memory, the loop over products, checks."""
+"""The pipeline from a problem to its report: settings, the plan of a run, checks."""

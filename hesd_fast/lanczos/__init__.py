@@ -1,1 +1,1 @@
-"""Block Lanczos: its options, where its basis lies, a run of the compiled recurrence, and the matrix it leaves."""
+"""Block Lanczos: options, memory, a run of the compiled recurrence, the loop of all runs, and the matrix they leave."""
