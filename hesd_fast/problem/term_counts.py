@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from hesd_fast.errors import HESDWarning, ProblemError
 from hesd_fast.problem import batches as _data
-from hesd_fast.problem.losses import IGNORED, divides_a_sum
+from hesd_fast.problem.criterion_sums import IGNORED
+from hesd_fast.problem.losses import divides_a_sum
 
 Count = Callable[[Any], Any]
 
