@@ -106,7 +106,7 @@ def run(work: Callable[[], object], repetitions: int = 20) -> float:
         start.record()
         work()
         end.record()
-        torch.cuda.runtime.synchronize()
+        torch.cuda.synchronize()
         seconds.append(start.elapsed_time(end) / 1e3)
     return sorted(seconds)[len(seconds) // 2]
 
