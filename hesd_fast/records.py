@@ -75,17 +75,18 @@ def shown(value: Any) -> str:
 
 
 def _read(kind: Any, value: Any, where: str, finite: bool) -> Any:
-    if get_origin(kind) in (Union, types.UnionType):
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
         (kind,) = (one for one in get_args(kind) if one is not types.NoneType)
         return None if value is None else _read(kind, value, where, finite)
-    if get_origin(kind) is tuple:
+    if origin is tuple:
         item = get_args(kind)[0]
         return tuple(_read(item, one, f"{where}[{i}]", finite) for i, one in enumerate(_list(value, where)))
-    if get_origin(kind) is dict:
+    if origin is dict:
         item = get_args(kind)[1]
         entries = _mapping(value, where)
         return {name: _read(item, one, _inside(where, shown(name)), finite) for name, one in entries.items()}
-    if get_origin(kind) is np.ndarray:
+    if get_origin(getattr(origin, "__value__", kind)) is np.ndarray:  # NumPy 2.5 has an alias by that name
         return _matrix(value, where)
     if is_dataclass(kind):
         return read_record(kind, value, where)  # type: ignore[arg-type]

@@ -30,6 +30,8 @@ ON_THE_CPU += ("fourier", "slopes")
 # A GPU draws other random numbers than the CPU.
 OTHER_NUMBERS = pytest.mark.skipif(REAL, reason="a GPU draws other random numbers")
 DRAWS = ("-train", "dropout")
+# PyTorch's CUDA kernel has 1 / 6 in float32, also for float64.
+FLOAT32_CONSTANTS = ("activation-hardswish",)
 # PyTorch has code for CUDA alone here, or none for this device's sparse tensors.
 FOR_CUDA_ALONE = ("gru", "lstm", "lstm-bidirectional", "lstm-packed", "sparse-gradient")
 
@@ -63,8 +65,8 @@ def test_analyze_by_every_strategy(device, hvp):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     found = hesd.analyze(move(model), LOSS, batches, **options)  # batches on the CPU, as a DataLoader makes them
     assert used_the_cuda_kernels() is not False
-    # a difference of two gradients has their rounding over its step
-    assert_close(found, wanted, **({"tolerance": 4 * EPSILON**0.5} if "differences" in hvp else {}))
+    # A difference of two gradients has their rounding over its step: traces differ by 22 sqrt(EPSILON) on an H200.
+    assert_close(found, wanted, **({"tolerance": 64 * EPSILON**0.5} if "differences" in hvp else {}))
     assert all(check.passed for check in found.checks)
     for name, value in model.state_dict().items():
         assert value.device.type == TYPE
@@ -94,6 +96,8 @@ def test_products_of_every_model(device, case: Case):
         return
     assert on_device.device.type == TYPE
     tolerance = 16 * case.tolerance if REAL else case.tolerance  # a GPU adds in another order
+    if REAL and case.name in FLOAT32_CONSTANTS:
+        tolerance = EPSILON
     assert torch.linalg.vector_norm(on_device.cpu() - on_cpu) <= tolerance * torch.linalg.vector_norm(on_cpu)
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import time
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from typing_extensions import TypeAliasType
 
 import hesd_fast as hesd
+from hesd_fast.records import read_record
 from hesd_fast.report import json_files as report_file
 from hesd_fast.report.facts import RunSettings
 from hesd_fast.report.report import summary
@@ -494,3 +497,19 @@ def test_an_altered_file_is_refused_or_read_as_it_is(saved, report, path, data):
         return
     event("read")
     check_loaded(loaded, report, json.loads(text))
+
+
+_Number = TypeVar("_Number")
+_Alias = TypeAliasType("_Alias", np.ndarray[tuple[Any, ...], np.dtype[_Number]], type_params=(_Number,))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Arrays:
+    plain: np.ndarray[tuple[Any, ...], np.dtype[np.float64]]
+    aliased: _Alias[np.float64]
+
+
+def test_arrays_are_read_by_whatever_name_numpy_has_for_them():
+    found = read_record(_Arrays, {"plain": [[1.0, 2.0]], "aliased": [[3.0], [4.0]]})
+    assert found.plain.tolist() == [[1.0, 2.0]]
+    assert found.aliased.tolist() == [[3.0], [4.0]]
