@@ -67,47 +67,20 @@ HESD_DEVICE void take_piece(const SweepArguments<S, T, B>& a, std::int64_t first
     }
 }
 
-// sums (segments, entries = k * b) += the inner products of V's rows with the piece of W in shared memory.
-template <typename S, typename T, int B, typename C>
-HESD_DEVICE void add_products(const SweepArguments<S, T, B>& a, std::int64_t first, int width, const C* w_rows,
-                              double* sums, std::int64_t entries, int warp, int lane) {
-    using Shape = Tile<S, C, B>;
-    const std::int64_t groups = (a.k + Shape::rows - 1) / Shape::rows;
-    const int segment = warp % a.segments;
-    for (std::int64_t group = warp / a.segments; group < groups; group += kWarps / a.segments) {
-        C tile[Shape::rows * B] = {};
-        for (int m = segment; m < a.subpieces; m += a.segments) {
-            const std::int64_t column = first + m * Shape::columns + lane * Shape::load;
-            Vector<S> v_rows[Shape::rows];
-#pragma unroll
-            for (int r = 0; r < Shape::rows; ++r) {
-                const std::int64_t row = group * Shape::rows + r;
-                v_rows[r] = load<S>(a.v.at(row, column), row < a.k ? a.n - column : 0, a.v.aligned,
-                                    a.coefficients != nullptr && row >= a.gram_only);
+// A block's sums from shared memory to its own part of the device's, segments added up.
+template <typename S, typename T, int B>
+HESD_DEVICE void write_sums(const SweepArguments<S, T, B>& a, const double* sums, double* partial, std::int64_t entries,
+                            std::int64_t pairs, int thread) {
+    for (std::int64_t i = thread; i < entries + pairs; i += kThreads) {
+        double sum = 0.0;
+        if (i < entries) {
+            for (int segment = 0; segment < a.segments; ++segment) {
+                sum += sums[segment * entries + i];
             }
-#pragma unroll
-            for (int e = 0; e < Shape::load; e += Shape::quad) {
-#pragma unroll
-                for (int j = 0; j < B; ++j) {
-                    const auto w = *reinterpret_cast<const Vector<C>*>(w_rows + j * width + m * Shape::columns +
-                                                                       Shape::place(lane, e));
-#pragma unroll
-                    for (int q = 0; q < Shape::quad; ++q) {
-#pragma unroll
-                        for (int r = 0; r < Shape::rows; ++r) {
-                            tile[r * B + j] += widen<C>(v_rows[r].values[e + q]) * w.values[q];
-                        }
-                    }
-                }
-            }
+        } else {
+            sum = sums[a.segments * entries + i - entries];
         }
-        const C sum = sum_over_warp(tile, lane);
-        constexpr int lanes = kWarp / (Shape::rows * B);  // that hold the same value
-        const int value = lane / lanes;
-        const std::int64_t row = group * Shape::rows + value / B;
-        if (lane % lanes == 0 && row < a.k && value % B < a.b) {
-            sums[segment * entries + row * a.b + value % B] += static_cast<double>(sum);
-        }
+        partial[i] = sum;
     }
 }
 
@@ -144,7 +117,43 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, (Tile<S, typename Common<S, T>::type, B
         take_piece(a, first, width, w_rows, scratch, thread);
         __syncthreads();  // the piece of W is whole
         if (a.with_gram) {
-            add_products(a, first, width, w_rows, sums, entries, warp, lane);
+            const std::int64_t groups = (a.k + Shape::rows - 1) / Shape::rows;
+            const int segment = warp % a.segments;
+            for (std::int64_t group = warp / a.segments; group < groups; group += kWarps / a.segments) {
+                C tile[Shape::rows * B] = {};
+                for (int m = segment; m < a.subpieces; m += a.segments) {
+                    const std::int64_t column = first + m * Shape::columns + lane * Shape::load;
+                    Vector<S> v_rows[Shape::rows];
+#pragma unroll
+                    for (int r = 0; r < Shape::rows; ++r) {
+                        const std::int64_t row = group * Shape::rows + r;
+                        v_rows[r] = load<S>(a.v.at(row, column), row < a.k ? a.n - column : 0, a.v.aligned,
+                                            a.coefficients != nullptr && row >= a.gram_only);
+                    }
+#pragma unroll
+                    for (int e = 0; e < Shape::load; e += Shape::quad) {
+#pragma unroll
+                        for (int j = 0; j < B; ++j) {
+                            const auto w = *reinterpret_cast<const Vector<C>*>(w_rows + j * width + m * Shape::columns +
+                                                                               Shape::place(lane, e));
+#pragma unroll
+                            for (int q = 0; q < Shape::quad; ++q) {
+#pragma unroll
+                                for (int r = 0; r < Shape::rows; ++r) {
+                                    tile[r * B + j] += widen<C>(v_rows[r].values[e + q]) * w.values[q];
+                                }
+                            }
+                        }
+                    }
+                }
+                const C sum = sum_over_warp(tile, lane);
+                constexpr int lanes = kWarp / (Shape::rows * B);  // that hold the same value
+                const int value = lane / lanes;
+                const std::int64_t row = group * Shape::rows + value / B;
+                if (lane % lanes == 0 && row < a.k && value % B < a.b) {
+                    sums[segment * entries + row * a.b + value % B] += static_cast<double>(sum);
+                }
+            }
         }
         if (a.with_self) {
             add_self_products(w_rows, width, a.b, width, sums + a.segments * entries, warp, lane);
@@ -152,17 +161,7 @@ HESD_KERNEL HESD_LAUNCH_BOUNDS(kThreads, (Tile<S, typename Common<S, T>::type, B
     }
     if (a.shared_sums) {
         __syncthreads();
-        for (std::int64_t i = thread; i < entries + pairs; i += kThreads) {
-            double sum = 0.0;
-            if (i < entries) {
-                for (int segment = 0; segment < a.segments; ++segment) {
-                    sum += sums[segment * entries + i];
-                }
-            } else {
-                sum = sums[a.segments * entries + i - entries];
-            }
-            partial[i] = sum;
-        }
+        write_sums(a, sums, partial, entries, pairs, thread);
     }
 }
 
