@@ -133,17 +133,17 @@ def test_a_function_that_is_too_long_would_be_seen(tmp_path, name, head, line, e
         assert len(long_functions([tmp_path / name], most)) == more
 
 
-def steps_of_runs(source: str) -> list[int]:
-    """Lines that take a run a step further; within its class a run asks its engine, which is another object."""
+def calls_of(method: str, source: str) -> list[int]:
+    """Lines that call a method of this name."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    methods = [call.func for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "advance"]
-    return [method.lineno for method in methods if not ast.unparse(method.value).endswith("_engine")]
+    return [call.lineno for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == method]
 
 
-def test_one_loop_drives_every_run():
-    found = {path: lines for path in FILES if (lines := steps_of_runs((PACKAGE / path).read_text("utf-8")))}
+@pytest.mark.parametrize("method", ["take_step", "advance"])
+def test_one_loop_drives_every_run(method):
+    found = {path: lines for path in FILES if (lines := calls_of(method, (PACKAGE / path).read_text("utf-8")))}
     assert [len(lines) for lines in found.values()] == [1], found
-    assert steps_of_runs("while not run.finished:\n    self._engine.advance()\n    run.advance()") == [3]
+    assert calls_of(method, f"while not run.finished:\n    run.{method}()\n    other.{method}()") == [2, 3]
 
 
 def without_examples(names: dict[str, Any]) -> list[str]:

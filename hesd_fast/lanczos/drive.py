@@ -76,7 +76,7 @@ def drive(
         if on_products is not None:
             on_products(panels, products)
         for run in active.values():
-            run.advance()
+            run.take_step()
         if on_step is not None:
             on_step(_progress(runs))
 

@@ -31,7 +31,7 @@ much larger terms.
 
 
 class LanczosRun:
-    """Block Lanczos by reverse communication: multiply ``panel`` into ``product``, then ``advance()``, until finished.
+    """Block Lanczos by reverse communication: multiply ``panel`` into ``product``, ``take_step()``, until finished.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class LanczosRun:
         row = self._engine.work_row
         return self._working[row : row + self._engine.current_width]
 
-    def advance(self) -> None:
+    def take_step(self) -> None:
         """Take the products and make the next panel."""
         product = self.product
         self.products += len(product)

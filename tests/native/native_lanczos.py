@@ -21,8 +21,8 @@ class GuardedRun(EngineRun):
         history = [unset(older, last - first, storage or precision, padding=5) for first, last in pairwise(edges)]
         working = unset(at_work, n, precision, padding=2)
         self._panels = [*history, working]
-        lent = [tile.lent for tile in history]
-        super().__init__(lent if tiles else lent[0], working.array, block, steps, mode=mode, **options)
+        borrowed = [tile.borrowed for tile in history]
+        super().__init__(borrowed if tiles else borrowed[0], working.array, block, steps, mode=mode, **options)
 
     def assert_surroundings_untouched(self):
         for panel in self._panels:

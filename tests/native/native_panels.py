@@ -77,7 +77,7 @@ class Lender:
         byte_offset: int = 0,
         name: bytes = b"dltensor",
     ):
-        self.lent = 0
+        self.borrowed = 0
         self.returned = 0
         self._memory = memory
         self._name = name
@@ -100,7 +100,7 @@ class Lender:
         self.returned += 1
 
     def __dlpack__(self, **options):
-        self.lent += 1
+        self.borrowed += 1
         return _new_capsule(ctypes.addressof(self._managed), self._name, None)
 
     def __dlpack_device__(self):
@@ -134,10 +134,10 @@ class Panel:
         )
         if precision == "bfloat16":
             self.array = None
-            self.lent = Lender(inner, values.shape, (self.stride, 1), code=BFLOAT)
+            self.borrowed = Lender(inner, values.shape, (self.stride, 1), code=BFLOAT)
             self._cells[...] = to_bfloat16(values)
         else:
-            self.array = self.lent = self._cells.view(np.dtype(precision)) if self.columns else self._empty()
+            self.array = self.borrowed = self._cells.view(np.dtype(precision)) if self.columns else self._empty()
             self.array[...] = values
         self._before = self._words.copy()
 

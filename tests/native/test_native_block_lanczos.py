@@ -158,7 +158,7 @@ def test_zero_and_dependent_probes_narrow_the_first_block(target, mode, working)
 
 
 def test_probes_that_are_all_zero_are_refused():
-    engine = new_engine(unset(4, N).lent, Panel(np.zeros((6, N))).lent, 2, 4, N)
+    engine = new_engine(unset(4, N).borrowed, Panel(np.zeros((6, N))).borrowed, 2, 4, N)
     with pytest.raises(EngineError, match="all probes are zero"):
         engine.start()
 
@@ -211,7 +211,7 @@ def test_products_that_are_not_finite_name_the_panel(target, working, bad):
 def test_probes_that_are_not_finite_name_the_panel(bad):
     working = Panel(np.ones((6, N)))
     working.array[5, 3] = bad
-    engine = new_engine(unset(4, N).lent, working.lent, 2, 4, N)
+    engine = new_engine(unset(4, N).borrowed, working.borrowed, 2, 4, N)
     with pytest.raises(EngineError, match="`working` has non-finite values"):
         engine.start()
 
@@ -235,7 +235,7 @@ def test_calls_in_the_wrong_order_are_refused():
 
 
 def ones(rows, columns, precision="float64"):
-    return Panel(np.ones((rows, columns)), precision).lent
+    return Panel(np.ones((rows, columns)), precision).borrowed
 
 
 def built(history=4, working=6, block=2, columns=10, steps=4, size=10, mode="full", **options):
@@ -283,10 +283,10 @@ def test_what_cannot_be_used_is_refused_by_name(build, message):
 def test_panels_stay_lent_as_long_as_the_engine_lives():
     panels = [Lender(np.ones((rows, N)), (rows, N), None) for rows in (2, 6)]
     engine = new_engine(*panels, 2, 3, N)
-    assert [(panel.lent, panel.returned) for panel in panels] == [(1, 0)] * 2
+    assert [(panel.borrowed, panel.returned) for panel in panels] == [(1, 0)] * 2
     engine.start()
     del engine
-    assert [(panel.lent, panel.returned) for panel in panels] == [(1, 1)] * 2
+    assert [(panel.borrowed, panel.returned) for panel in panels] == [(1, 1)] * 2
 
 
 class StepError(Exception):

@@ -63,7 +63,7 @@ def test_panel_gram_is_exact_on_integers(target, storage, working):
     for n, k, b, padding in cases():
         v = Panel(integers(k, n, 1), storage, padding)
         w = Panel(integers(b, n, 2), working, PADDINGS[-1] - padding)
-        assert np.array_equal(engine.panel_gram(v.lent, w.lent), v.values @ w.values.T), (n, k, b)
+        assert np.array_equal(engine.panel_gram(v.borrowed, w.borrowed), v.values @ w.values.T), (n, k, b)
         v.assert_untouched()
         w.assert_untouched()
 
@@ -77,7 +77,7 @@ def test_panel_project_is_exact_on_integers(target, storage, working):
         gram_only = n % (k + 1)
         c = integers(k - gram_only, b, 3, largest=1).astype(np.float64)
         expected = w.values - c.T @ v.values[gram_only:]
-        gram, self_gram = engine.panel_project(w.lent, v.lent, c, gram_only=gram_only)
+        gram, self_gram = engine.panel_project(w.borrowed, v.borrowed, c, gram_only=gram_only)
         assert np.array_equal(w.values, expected), (n, k, b)
         assert np.array_equal(gram, v.values @ expected.T), (n, k, b)
         assert np.array_equal(self_gram, expected @ expected.T), (n, k, b)
@@ -92,7 +92,7 @@ def test_panel_combine_is_exact_on_integers(target, storage, made):
         v = Panel(integers(k, n, 1), storage, padding)
         x = unset(r, n, made, PADDINGS[-1] - padding)
         s = integers(r, k, 3).astype(np.float64)
-        engine.panel_combine(s, v.lent, x.lent)
+        engine.panel_combine(s, v.borrowed, x.borrowed)
         assert np.array_equal(x.values, s @ v.values), (n, k, r)
         v.assert_untouched()
         x.assert_surroundings_untouched()
@@ -107,16 +107,18 @@ def test_panels_of_normals_are_right_to_the_working_precision(target, storage, w
         v, w = Panel(normals(k, n, 1), storage), Panel(normals(b, n, 2), working)
         c, s = normals(k, b, 3), normals(b, k, 4)
         sizes = np.abs(v.values) @ np.abs(w.values).T
-        assert (np.abs(engine.panel_gram(v.lent, w.lent) - inner(v.values, w.values)) <= 4 * epsilon * sizes).all()
+        assert (
+            np.abs(engine.panel_gram(v.borrowed, w.borrowed) - inner(v.values, w.values)) <= 4 * epsilon * sizes
+        ).all()
 
         x = unset(b, n, working)
-        engine.panel_combine(s, v.lent, x.lent)
+        engine.panel_combine(s, v.borrowed, x.borrowed)
         sizes = np.abs(s) @ np.abs(v.values)
         assert (np.abs(x.values - product(s, v.values)) <= 4 * epsilon * sizes).all()
 
         expected = w.values - product(c.T, v.values)
         sizes = np.abs(w.values) + np.abs(c.T) @ np.abs(v.values)
-        gram, self_gram = engine.panel_project(w.lent, v.lent, c)
+        gram, self_gram = engine.panel_project(w.borrowed, v.borrowed, c)
         assert (np.abs(w.values - expected) <= 4 * epsilon * sizes).all()
         # the Gram matrices are those of the W that was stored
         sizes = np.abs(v.values) @ np.abs(w.values).T
@@ -130,11 +132,11 @@ def test_panels_of_normals_are_right_to_the_working_precision(target, storage, w
 def test_a_panel_with_itself_and_parts_of_itself(target, working):
     for n in (1, 65, 4097):
         w = Panel(integers(7, n, 5), working)
-        assert np.array_equal(engine.panel_gram(w.lent, w.lent), w.values @ w.values.T)
+        assert np.array_equal(engine.panel_gram(w.borrowed, w.borrowed), w.values @ w.values.T)
         for first, count in [(0, 3), (2, 4), (6, 1)]:
             part = w.rows_of(first, count)
-            assert np.array_equal(engine.panel_gram(w.lent, part), w.values @ part.astype(np.float64).T)
-            assert np.array_equal(engine.panel_gram(part, w.lent), part.astype(np.float64) @ w.values.T)
+            assert np.array_equal(engine.panel_gram(w.borrowed, part), w.values @ part.astype(np.float64).T)
+            assert np.array_equal(engine.panel_gram(part, w.borrowed), part.astype(np.float64) @ w.values.T)
         w.assert_untouched()
 
 
@@ -149,7 +151,7 @@ def test_every_16_bit_number_is_read_as_it_is(target, storage):
             v = Panel(np.zeros((1, 2**16)), storage, padding=0)
             v._cells[0] = bits
             x = unset(r, 2**16, working)
-            engine.panel_combine(np.ones((r, 1)), v.lent, x.lent)
+            engine.panel_combine(np.ones((r, 1)), v.borrowed, x.borrowed)
             for row in x.array:
                 assert np.array_equal(row, expected, equal_nan=True)
 
@@ -187,8 +189,8 @@ def test_accumulate_hvp_matches_its_contract_bit_for_bit(target, working, compen
         expected = out.array.copy()
         errors = None if compensation is None else compensation.array.copy()
         for alpha in (0.3, -1.0):
-            lent = None if compensation is None else compensation.lent
-            engine.accumulate_hvp(out.lent, [part.lent for part in parts], offsets, alpha, lent)
+            borrowed = None if compensation is None else compensation.borrowed
+            engine.accumulate_hvp(out.borrowed, [part.borrowed for part in parts], offsets, alpha, borrowed)
             accumulated(expected, [part.values for part in parts], offsets, alpha, errors)
         assert np.array_equal(out.array, expected)
         out.assert_surroundings_untouched()
@@ -206,10 +208,10 @@ def test_accumulate_hvp_of_many_small_parts_and_of_none(target):
     order = np.random.default_rng(0).permutation(len(lengths))  # parts in any order
     out = Panel(np.zeros((2, sum(lengths))), "float32")
     parts = [Panel(integers(2, length, i), STORAGE[1 + i % 3]) for i, length in enumerate(lengths)]
-    engine.accumulate_hvp(out.lent, [parts[i].lent for i in order], [offsets[i] for i in order], 2.0, None)
+    engine.accumulate_hvp(out.borrowed, [parts[i].borrowed for i in order], [offsets[i] for i in order], 2.0, None)
     assert np.array_equal(out.values, 2.0 * np.concatenate([part.values for part in parts], axis=1))
     out = Panel(integers(2, 9, 0))
-    engine.accumulate_hvp(out.lent, [], [], 1.0, None)
+    engine.accumulate_hvp(out.borrowed, [], [], 1.0, None)
     out.assert_untouched()
 
 
@@ -260,7 +262,7 @@ PLACES = [
 def test_fill_probes_gives_the_values_of_its_contract(target, kind, working):
     for n, seed, probe, index in PLACES:
         out = unset(2, n, working)
-        engine.fill_probes(out.lent, seed, probe, index, kind)
+        engine.fill_probes(out.borrowed, seed, probe, index, kind)
         out.assert_surroundings_untouched()
         expected = np.stack([probe_values(n, seed, probe + row, index, kind) for row in range(2)])
         if kind == "rademacher":
@@ -276,14 +278,14 @@ def test_fill_probes_gives_the_values_of_its_contract(target, kind, working):
 def test_fill_probes_is_the_same_for_any_split(target, kind, working):
     n = 17_000
     whole = unset(3, n, working)
-    engine.fill_probes(whole.lent, 11, 4, 6, kind)
+    engine.fill_probes(whole.borrowed, 11, 4, 6, kind)
     for cut in (1, 3, 127, 129, 16_383, 16_385):
         left, right = unset(3, cut, working), unset(3, n - cut, working)
-        engine.fill_probes(left.lent, 11, 4, 6, kind)
-        engine.fill_probes(right.lent, 11, 4, 6 + cut, kind)
+        engine.fill_probes(left.borrowed, 11, 4, 6, kind)
+        engine.fill_probes(right.borrowed, 11, 4, 6 + cut, kind)
         assert np.array_equal(np.concatenate((left.array, right.array), axis=1), whole.array)
     row = unset(1, n, working)
-    engine.fill_probes(row.lent, 11, 6, 6, kind)
+    engine.fill_probes(row.borrowed, 11, 6, 6, kind)
     assert np.array_equal(row.array[0], whole.array[2])
 
 
@@ -355,7 +357,7 @@ def test_panel_orthonormalize_factors_every_kind_of_panel(target, family, workin
     if wanted_rank is not None and family not in ("zero", "one-zero-row"):
         tolerance *= 8  # rounding of the given rows to the working precision leaves remainders of its own
     out = w if in_place else unset(b, n, working, padding=1)
-    rank, weakest, factor = engine.panel_orthonormalize(w.lent, out.lent, tolerance, b, None)
+    rank, weakest, factor = engine.panel_orthonormalize(w.borrowed, out.borrowed, tolerance, b, None)
     factorization_is_right(original, out, rank, weakest, factor, tolerance, working)
     if wanted_rank is None:
         assert rank >= (singular > 8 * b * tolerance).sum()
@@ -373,7 +375,7 @@ def test_panel_orthonormalize_at_every_width_and_edge(target, working):
             w, out = Panel(normals(b, n, b), working), unset(b, n, working, padding=b)
             original = w.values
             tolerance = 64 * EPSILON[working] * float(np.linalg.norm(original, axis=1).max())
-            rank, weakest, factor = engine.panel_orthonormalize(w.lent, out.lent, tolerance, b, None)
+            rank, weakest, factor = engine.panel_orthonormalize(w.borrowed, out.borrowed, tolerance, b, None)
             # min(b, n) normal vectors are independent, unless two numbers are all there is to tell them apart
             assert rank == min(b, n) or (n == 2 and rank == 1)
             factorization_is_right(original, out, rank, weakest, factor, tolerance, working)
@@ -384,7 +386,7 @@ def test_panel_orthonormalize_at_every_width_and_edge(target, working):
 def test_panel_orthonormalize_of_nothing(target):
     for shape in [(0, 5), (3, 0), (0, 0)]:
         w, out = Panel(np.zeros(shape)), unset(*shape)
-        rank, weakest, factor = engine.panel_orthonormalize(w.lent, out.lent, 0.0, shape[0], None)
+        rank, weakest, factor = engine.panel_orthonormalize(w.borrowed, out.borrowed, 0.0, shape[0], None)
         assert rank == 0
         assert weakest == np.inf
         assert factor.shape == (shape[0], shape[0])
@@ -395,7 +397,7 @@ def test_panel_orthonormalize_of_nothing(target):
 def test_panel_orthonormalize_of_tiny_and_huge_rows_together(target, scales):
     w = Panel(normals(4, 300) * np.array(scales)[:, None])
     original = w.values
-    rank, _, factor = engine.panel_orthonormalize(w.lent, w.lent, 0.0, 4, None)
+    rank, _, factor = engine.panel_orthonormalize(w.borrowed, w.borrowed, 0.0, 4, None)
     assert rank == 4
     q = w.values
     assert np.abs(q @ q.T - np.eye(4)).max() <= 4 * np.sqrt(300) * EPSILON["float64"]
@@ -406,7 +408,7 @@ def test_panel_orthonormalize_of_tiny_and_huge_rows_together(target, scales):
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_panel_orthonormalize_of_float32_rows_that_float32_cannot_square(target, scale):
     w = Panel(normals(3, 300) * scale, "float32")
-    rank, weakest, _ = engine.panel_orthonormalize(w.lent, w.lent, 0.0, 3, None)
+    rank, weakest, _ = engine.panel_orthonormalize(w.borrowed, w.borrowed, 0.0, 3, None)
     assert rank == 3
     assert np.abs(inner(w.values, w.values) - np.eye(3)).max() <= 4 * EPSILON["float32"]
     assert 0.1 <= weakest / (scale * np.sqrt(300)) <= 2.0
@@ -415,7 +417,7 @@ def test_panel_orthonormalize_of_float32_rows_that_float32_cannot_square(target,
 @pytest.mark.parametrize("max_rank", [0, 1, 3])
 def test_panel_orthonormalize_keeps_at_most_max_rank_directions(target, max_rank):
     w = Panel(A)
-    rank, _, factor = engine.panel_orthonormalize(w.lent, w.lent, 0.0, max_rank, None)
+    rank, _, factor = engine.panel_orthonormalize(w.borrowed, w.borrowed, 0.0, max_rank, None)
     assert rank == max_rank
     q = w.values
     assert np.all(q[rank:] == 0.0)
@@ -433,21 +435,21 @@ def test_panel_orthonormalize_names_numbers_that_are_not_finite(target, working,
             values[row, column] = bad
             w = Panel(values, working)
             with pytest.raises(EngineError, match="non-finite"):
-                engine.panel_orthonormalize(w.lent, w.lent, tolerance, 5, None)
+                engine.panel_orthonormalize(w.borrowed, w.borrowed, tolerance, 5, None)
             w.assert_surroundings_untouched()
 
 
 def test_panel_orthonormalize_names_rows_that_cannot_be_squared(target):
     w = Panel(normals(3, 50) * 1e200)
     with pytest.raises(EngineError, match=r"panel_orthonormalize: "):
-        engine.panel_orthonormalize(w.lent, w.lent, 0.0, 3, None)
+        engine.panel_orthonormalize(w.borrowed, w.borrowed, 0.0, 3, None)
 
 
 def test_panel_orthonormalize_sums_gram_matrices_over_shards(target):
     n, cut, b = 900, 401, 4
     values = normals(b, n)
     whole = Panel(values)
-    rank, weakest, factor = engine.panel_orthonormalize(whole.lent, whole.lent, 0.0, b, None)
+    rank, weakest, factor = engine.panel_orthonormalize(whole.borrowed, whole.borrowed, 0.0, b, None)
     barrier = threading.Barrier(2, timeout=60)
     shared, results = [None, None], [None, None]
 
@@ -460,7 +462,7 @@ def test_panel_orthonormalize_sums_gram_matrices_over_shards(target):
             sums[:] = shared[0] + shared[1]
             barrier.wait()
 
-        results[place] = (engine.panel_orthonormalize(w.lent, w.lent, 0.0, b, reduce), w)
+        results[place] = (engine.panel_orthonormalize(w.borrowed, w.borrowed, 0.0, b, reduce), w)
 
     threads = [threading.Thread(target=shard, args=(place,)) for place in range(2)]
     for thread in threads:
@@ -488,7 +490,7 @@ def test_an_exception_from_a_reduction_comes_through(target):
 
     w = Panel(A)
     with pytest.raises(ReductionError):
-        engine.panel_orthonormalize(w.lent, w.lent, 0.0, 9, reduce)
+        engine.panel_orthonormalize(w.borrowed, w.borrowed, 0.0, 9, reduce)
     w.assert_surroundings_untouched()
 
 
@@ -532,12 +534,12 @@ def test_kernels_of_several_python_threads_at_once():
                 w = Panel(integers(3, n, number), "float32")
                 c = integers(5, 3, round_, largest=1).astype(np.float64)
                 wanted = w.values - c.T @ v.values
-                engine.panel_project(w.lent, v.lent, c)
+                engine.panel_project(w.borrowed, v.borrowed, c)
                 assert np.array_equal(w.values, wanted)
-                assert np.array_equal(engine.panel_gram(v.lent, v.lent), expected)
+                assert np.array_equal(engine.panel_gram(v.borrowed, v.borrowed), expected)
                 x = unset(2, n, "float32")
-                engine.panel_combine(np.ones((2, 5)), v.lent, x.lent)
-                engine.fill_probes(x.lent, number, 0, 0, "gaussian")
+                engine.panel_combine(np.ones((2, 5)), v.borrowed, x.borrowed)
+                engine.fill_probes(x.borrowed, number, 0, 0, "gaussian")
                 w.assert_surroundings_untouched()
                 engine.select_target(native_engine.targets()[round_ % len(native_engine.targets())])
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""What the bindings take and refuse, by name; what is lent comes back."""
+"""What the bindings take and refuse, by name; what is borrowed comes back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hesd_fast.errors import EngineError
 
 engine = native_engine.load()
 EMULATED = engine.build_info().get("emulated", False)
-"""Whether what is lent as memory of a CUDA device is taken, and worked on by the emulated kernels."""
+"""Whether what is borrowed as memory of a CUDA device is taken, and worked on by the emulated kernels."""
 
 
 def ones(rows, columns, dtype="float64"):
@@ -94,7 +94,7 @@ def test_a_panel_that_cannot_be_used_is_refused_by_name(name, panel, message):
 
 
 def test_16_bit_panels_cannot_be_worked_in():
-    for panel, name in [(Panel(np.ones((2, 3)), "bfloat16").lent, "bfloat16"), (ones(2, 3, "float16"), "float16")]:
+    for panel, name in [(Panel(np.ones((2, 3)), "bfloat16").borrowed, "bfloat16"), (ones(2, 3, "float16"), "float16")]:
         for argument in ("W", "out", "compensation"):
             with pytest.raises(EngineError, match=f"`{argument}` has dtype {name}; wanted float64 or float32"):
                 CALLS[argument](panel)
@@ -115,7 +115,7 @@ def test_compact_tensors_offsets_and_pinned_memory_are_taken():
     for panel, values in panels:
         columns = values.shape[1]
         assert np.array_equal(engine.panel_gram(panel, ones(1, columns)), values.sum(axis=1, keepdims=True))
-        assert (panel.lent, panel.returned) == (1, 1)
+        assert (panel.borrowed, panel.returned) == (1, 1)
 
 
 def test_every_panel_comes_back_once_also_after_a_refusal():
@@ -131,18 +131,18 @@ def test_every_panel_comes_back_once_also_after_a_refusal():
 
     v, w = new(), new()
     kernels(v, w)
-    assert (v.lent, v.returned) == (4, 4)
-    assert (w.lent, w.returned) == (6, 6)
+    assert (v.borrowed, v.returned) == (4, 4)
+    assert (w.borrowed, w.returned) == (6, 6)
     for bad in (new(columns=4), new(device=METAL), new(code=BFLOAT)):
         v = new()
         with pytest.raises(EngineError):
             engine.panel_gram(v, bad)
-        assert (v.returned, bad.lent, bad.returned) == (1, 1, 1)
+        assert (v.returned, bad.borrowed, bad.returned) == (1, 1, 1)
     v, out = new(), new()
     with pytest.raises(EngineError, match="one offset for each part"):
         engine.accumulate_hvp(out, [v], [], 1.0, None)
-    assert out.lent == out.returned
-    assert v.lent == v.returned
+    assert out.borrowed == out.returned
+    assert v.borrowed == v.returned
 
 
 @pytest.mark.skipif(not EMULATED, reason="this build has no emulated CUDA kernels")
