@@ -123,12 +123,11 @@ class LanczosRun:
 
     def take_step(self) -> None:
         """Take the products and make the next panel."""
-        product = self.product
-        self.products += len(product)
+        self.products += self._engine.current_width
         try:
             self._engine.advance()
         except NumericalError as error:
-            _name_non_finite(product, self._operator, error)
+            _name_non_finite(self.product, self._operator, error)
             raise
         self._check_scale()
         _check_symmetry(self._engine.recurrence_error, self._engine.scale, self._epsilon)
