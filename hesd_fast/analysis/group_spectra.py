@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,14 +74,13 @@ def analyze_groups(
     {'weight': 1.0, 'bias': 2.0}
     """
     problem = _problem(model, loss, data, groups, mode, count)
+    started = time.perf_counter()
     settings = RunOptions(block_size, max_steps, reorthogonalization, protocol, seed).settings(problem.size)
     operator = GroupedHessianOperator(problem, groups, hvp=hvp)
     run = plan_run(operator.problem, settings, [block.size for block in operator.blocks.values()], basis, basis_dtype)
     operator.strategy.memory_limit = run.memory.products_bytes
     names = Names("hessian", hvp, protocol)
-    reports = spectra_of(operator.problem, operator.blocks, operator.matmats, run, names, progress)
-    operator.strategy.release()
-    return reports
+    return spectra_of(operator.problem, operator.blocks, operator.matmats, run, names, progress, started)
 
 
 @alone

@@ -51,20 +51,22 @@ def spectra_of(
     plan: RunPlan,
     names: Names,
     progress: bool,
+    started: float,
 ) -> dict[str, Report]:
     """Return the report of each operator, by the name of its group; all are multiplied together, a step at a time.
 
     Called by functions that the user calls: warnings name the line of that call.
     """
-    started = time.perf_counter()
     problem.prepare()
     for operator in operators.values():
         _ = operator.problem.fingerprint  # of the weights as they are now
     with problem.session():
-        runs = {name: _run_of(operator, plan) for name, operator in operators.items()}
+        runs = {name: _run_of(operator, plan, name) for name, operator in operators.items()}
         check = LinearityCheck(multiply)
         with ProductProgress(plan.hvps, enabled=progress) as bar:
             drive(runs, multiply, on_products=check, on_step=bar.update)
+    for operator in operators.values():
+        operator.release()
     reports = {}
     for name, operator in operators.items():
         tridiagonal = runs.pop(name).result()  # one basis less
@@ -74,10 +76,11 @@ def spectra_of(
     return reports
 
 
-def _run_of(operator: ProblemOperator, plan: RunPlan) -> LanczosRun:
+def _run_of(operator: ProblemOperator, plan: RunPlan, group: str) -> LanczosRun:
     settings = plan.settings.for_size(operator.size)
     probes = _probes_of_all(operator, settings.block_size)
-    return LanczosRun(operator, settings, plan.memory.basis_of(settings, operator.size), probes)
+    basis = plan.memory.basis if group == WHOLE else plan.memory.basis_of(settings, operator.size)
+    return LanczosRun(operator, settings, basis, probes)
 
 
 def _probes_of_all(operator: ProblemOperator, block_size: int) -> Tensor | None:

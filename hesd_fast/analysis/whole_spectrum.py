@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -87,22 +88,26 @@ def analyze(
     ('MP', 1.0)
     """
     problem = as_problem(model, loss, data, parameters, mode, count)
+    _check_operator(operator, hvp)
     settings = RunOptions(block_size, max_steps, reorthogonalization, protocol, seed).settings(problem.size)
     run = plan_run(problem, settings, [problem.size], basis, basis_dtype)
-    matrix = _operator_of(problem, operator, hvp, run)
+    matrix, started = _operator_of(problem, operator, hvp, run), time.perf_counter()
     names = Names(operator, hvp, protocol)
-    return spectra_of(problem, {WHOLE: matrix}, multiply_by(matrix), run, names, progress)[WHOLE]
+    return spectra_of(problem, {WHOLE: matrix}, multiply_by(matrix), run, names, progress, started)[WHOLE]
 
 
-def _operator_of(problem: Problem, operator: str, hvp: str, run: RunPlan) -> ProblemOperator:
+def _check_operator(operator: str, hvp: str) -> None:
     if not is_one_of(operator, OPERATORS):
         raise OperatorError(f"operator is {operator!r}; wanted one of {', '.join(map(repr, OPERATORS))}")
-    if operator == "hessian":
-        return HessianOperator(problem, hvp=hvp, panels=run.panels, memory_limit=run.memory.products_bytes)
     check_hvp(hvp)
-    if hvp != "auto":
+    if operator != "hessian" and hvp != "auto":
         raise OperatorError(
             f"hvp={hvp!r} says how products with the Hessian are made, and operator={operator!r} has its own way; "
             "leave hvp out"
         )
+
+
+def _operator_of(problem: Problem, operator: str, hvp: str, run: RunPlan) -> ProblemOperator:
+    if operator == "hessian":
+        return HessianOperator(problem, hvp=hvp, panels=run.panels, memory_limit=run.memory.products_bytes)
     return OPERATORS[operator](problem)

@@ -41,9 +41,7 @@ class MemoryBudget:
     products_bytes: int | None
 
     def basis_of(self, settings: LanczosSettings, size: int) -> BasisPlan:
-        """Return the basis, or the part of it that belongs to shorter vectors, which have a run of their own."""
-        if size == self.basis.columns:
-            return self.basis
+        """Return the part of the basis that belongs to a group of ``size`` parameters, which has a run of its own."""
         rows = settings.history_rows(size)
         # Tiles of a basis in a file are wider than a small group.
         if rows == 0 or size < TILE_COLUMNS:

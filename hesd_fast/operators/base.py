@@ -228,6 +228,9 @@ class ProblemOperator(OperatorBase):
     def method(self) -> str:
         """Return how products are made, for reports."""
 
+    def release(self) -> None:
+        """Let go of what is kept from one product to the next."""
+
     def _multiply_anew(self, panel: Tensor, out: Tensor) -> None:
         """Multiply without what is kept from one product to the next."""
         self._multiply(panel, out)

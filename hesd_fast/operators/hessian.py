@@ -93,6 +93,10 @@ class HessianOperator(ProblemOperator):
                 self._prepare(len(panel))
             self.strategy = multiply_or_fall_back(self.strategy, self.hvp, lambda by: by.apply(panel, out))
 
+    def release(self) -> None:
+        """Let go of what is kept from one product to the next."""
+        self.strategy.release()
+
     def _multiply_anew(self, panel: Tensor, out: Tensor) -> None:
         plain = DoubleBackward()
         plain.problem = self.prepared

@@ -59,6 +59,10 @@ class HessianBlock(ProblemOperator):
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
         self.whole._multiply([(self, panel, out)])
 
+    def release(self) -> None:
+        """Let go of what is kept from one product to the next, for all groups."""
+        self.strategy.release()
+
     def _multiply_anew(self, panel: Tensor, out: Tensor) -> None:
         plain = DoubleBackward()
         plain.problem = self.whole.prepared

@@ -109,7 +109,6 @@ class Problem(ProblemDescription):
         super().__init__(model, loss, batches, selected, mode, count)
         self._prepared: PreparedProblem | None = None
 
-    @alone
     def prepare(self) -> PreparedProblem:
         """Read the data once, check every batch and its loss, and return the problem with what later passes need.
 
@@ -121,7 +120,11 @@ class Problem(ProblemDescription):
         ProblemError, OperatorError
             If data or loss cannot be used.
         """
-        if self._prepared is None:
+        return self._prepared or self._read_data()
+
+    @alone
+    def _read_data(self) -> PreparedProblem:
+        if self._prepared is None:  # another thread may have been here while this one waited
             self._prepared = PreparedProblem(self)
         return self._prepared
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,9 @@ from torch import nn
 
 import hesd_fast as hesd
 from hesd_fast import losses
+from hesd_fast.analysis import spectra
 from hesd_fast.errors import HESDWarning, OperatorError, ProblemError
+from hesd_fast.hvp.reverse_over_reverse import KeptGraph
 from hesd_fast.operators import GroupedHessianOperator, HessianOperator
 from hesd_fast.operators.hessian_blocks import STRATEGIES
 
@@ -331,3 +335,42 @@ def test_groups_of_few_parameters_are_exact_whatever_the_seed():
         assert report.trace.value == pytest.approx(2.0, rel=64 * 2.0**-23)
         assert report.hesd_type is hesd.HESDType.MP
         assert report.criteria.k_mass.high <= 1e-4
+
+
+@pytest.mark.parametrize("groups", [{"alone": r"0\.weight"}, {"weights": r".*weight", "biases": r".*bias"}])
+def test_small_groups_stay_in_memory_whatever_is_asked_for(tmp_path, groups):
+    reports = hesd.analyze_groups(small_problem(), groups=groups, basis=tmp_path, max_steps=5, progress=False)
+    assert {report.settings.basis for report in reports.values()} == {"memory"}
+
+
+@pytest.mark.parametrize("analyze", [hesd.analyze, lambda *a, **o: hesd.analyze_groups(*a, groups="modules", **o)])
+def test_kept_graphs_are_gone_when_reports_are_made(analyze, monkeypatch):
+    kept, plain, release = [], spectra.criteria, KeptGraph.release
+    released = []
+    monkeypatch.setattr(KeptGraph, "release", lambda self: released.append(self) or release(self))
+
+    def criteria(measure):
+        kept.extend(len(strategy._kept) for strategy in released)
+        return plain(measure)
+
+    monkeypatch.setattr(spectra, "criteria", criteria)
+    analyze(small_problem(), max_steps=3, hvp="kept_graph", progress=False)
+    assert kept
+    assert set(kept) == {0}
+
+
+def test_seconds_of_a_run_have_the_reading_of_the_data_in_them():
+    class Slow(list):
+        def __iter__(self):
+            if not started:
+                started.append(time.sleep(0.3))
+            return super().__iter__()
+
+    for analyze in (hesd.analyze, lambda *a, **o: hesd.analyze_groups(*a, groups="modules", **o)):
+        started = []
+        torch.manual_seed(0)
+        problem = hesd.Problem(mlp(nn.Tanh).double(), CROSS_ENTROPY, Slow(vectors(8, 5)))
+        started.clear()
+        found = analyze(problem, max_steps=2, progress=False)
+        for report in found.values() if isinstance(found, dict) else [found]:
+            assert report.cost.seconds > 0.3

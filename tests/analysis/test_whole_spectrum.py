@@ -381,9 +381,9 @@ def test_a_plan_is_what_the_run_goes_by(case, monkeypatch, options):
     used = []
     plain = whole_spectrum.spectra_of
 
-    def spectra_of(problem, operators, multiply, plan, names, progress):
+    def spectra_of(problem, operators, multiply, plan, *rest):
         used.append(plan)
-        return plain(problem, operators, multiply, plan, names, progress)
+        return plain(problem, operators, multiply, plan, *rest)
 
     monkeypatch.setattr(whole_spectrum, "spectra_of", spectra_of)
     model, loss, batches, _ = case
