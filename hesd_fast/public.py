@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch  # before the extension, which shares its OpenMP runtime
+import torch
 
 from hesd_fast import errors
 from hesd_fast.analysis.group_spectra import analyze_groups

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch  # before the extension: brings the OpenMP runtime that both share
+import torch
 
 from hesd_fast.engine import _engine, cuda
 from hesd_fast.engine.panels import empty_panel
