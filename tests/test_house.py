@@ -20,7 +20,19 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 FLOORS = (
     "",  # the files of the root that need nothing: errors, names of options, records
-    *("engine", "problem", "hvp", "operators", "lanczos", "spectrum", "methodology", "report", "analysis", "cli"),
+    *(
+        "engine",
+        "problem",
+        "hvp",
+        "operators",
+        "lanczos",
+        "spectrum",
+        "estimators",
+        "methodology",
+        "report",
+        "analysis",
+        "cli",
+    ),
     "public",
 )
 """Folders from the lowest to the highest: a file imports from its own and from those below."""
