@@ -102,6 +102,7 @@ def _settings_of(plan: RunPlan, tridiagonal: BlockTridiagonal, names: Names, gro
         hvp=names.hvp,
         protocol=names.protocol,
         seed=plan.settings.seed,
+        tolerance=None,
         group=None if group == WHOLE else group,
     )
 

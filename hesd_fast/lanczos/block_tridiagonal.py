@@ -62,7 +62,7 @@ class BlockTridiagonal:
     breakdown : bool
         Whether the Krylov space became invariant, so that all results are exact up to rounding.
     probe_kind : str
-        ``"rademacher"`` or ``"gaussian"`` for random probes. Any other word means vectors that somebody chose; then no
+        ``"sphere"``, ``"gaussian"`` or ``"rademacher"`` for random probes. Any other word means vectors that somebody chose; then no
         sampling error is attached to anything.
     recurrence_error : float or None
         Largest deviation of the measured projections ``Q H Q^T`` from a symmetric block tridiagonal matrix, in the

@@ -15,7 +15,7 @@ import numpy as np
 
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
-from hesd_fast.lanczos.block_tridiagonal import Array, BlockTridiagonal
+from hesd_fast.lanczos.block_tridiagonal import Array
 from hesd_fast.methodology.signed_moments import BOUNDED, Interval, balance, ratio, signed_moments
 from hesd_fast.spectrum.sampling_error import standard_error_of_mean
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
@@ -129,10 +129,8 @@ def criteria(
         raise ProblemError(f"resolution must be finite and not negative, got {resolution!r}; leave it out if unknown")
     # never zero, so that a zero spectrum is within it
     threshold = max(measure.noise, resolution or 0.0, float(np.finfo(np.float64).tiny))
-    if measure.tridiagonal is None:
-        found = _of_bare_measure(measure, exponent, mass_exponent, threshold)
-    else:
-        found = _of_run(measure, measure.tridiagonal, exponent, mass_exponent, threshold)
+    of_measure = _of_runs if measure.runs else _of_bare_measure
+    found = of_measure(measure, exponent, mass_exponent, threshold)
     return Criteria(exponent=exponent, mass_exponent=mass_exponent, resolution=threshold, **found)
 
 
@@ -151,12 +149,12 @@ def _of_bare_measure(
     }
 
 
-def _of_run(
-    measure: SpectralMeasure, tridiagonal: BlockTridiagonal, exponent: float, mass_exponent: float, threshold: float
+def _of_runs(
+    measure: SpectralMeasure, exponent: float, mass_exponent: float, threshold: float
 ) -> dict[str, Estimate]:
     published = {
         "r_e": _extreme_ratio(measure, threshold),
-        "k_hn": _k_hn_over_steps(measure, tridiagonal, exponent, threshold),
+        "k_hn": _k_hn_over_steps(measure, exponent, threshold),
     }
     moments = signed_moments(measure, mass_exponent, threshold)
     # Between bounds that hold nothing but rounding there is no value in the middle.
@@ -187,22 +185,27 @@ def _extreme_ratio(measure: SpectralMeasure, threshold: float) -> Estimate:
     return Estimate(value, negative.low / positive.high, ratio(negative.high, positive.low), method)
 
 
-def _k_hn_over_steps(
-    measure: SpectralMeasure, tridiagonal: BlockTridiagonal, exponent: float, threshold: float
-) -> Estimate:
+def _k_hn_over_steps(measure: SpectralMeasure, exponent: float, threshold: float) -> Estimate:
     """Return K_Hn with its range over step counts, probes, and signs of the nodes within the threshold."""
-    steps = tridiagonal.steps
+    steps = max(tridiagonal.steps for tridiagonal in measure.tridiagonals)
     value = float(np.mean(_k_hn(measure, exponent, 0.0, 0.0)))
     if measure.largest_magnitude <= threshold:
         return Estimate(0.0, 0.0, math.inf, "no node above the resolution")
     ends = [value]
     for count in sorted({round(x) for x in np.linspace(max(1, math.ceil(steps / 2)), steps, STEP_COUNTS)}):
-        shorter = measure if count == steps else SpectralMeasure.from_tridiagonal(tridiagonal.truncated(count))
+        shorter = measure if count == steps else _after(measure, count)
         for shift in (-threshold, threshold):
             spread = _mean_of_probes(_k_hn(shorter, exponent, threshold, shift), 0.0, math.inf)
             ends += [spread.low, spread.high]
     method = "range over step counts, two standard errors over the probes; not a bound"
     return Estimate(value, min(ends), max(ends), method)
+
+
+def _after(measure: SpectralMeasure, steps: int) -> SpectralMeasure:
+    """Return the measure as it was after so many steps of each run, or all of a shorter one."""
+    return SpectralMeasure.from_tridiagonal(
+        *(tridiagonal.truncated(min(steps, tridiagonal.steps)) for tridiagonal in measure.tridiagonals)
+    )
 
 
 def _k_hn(measure: SpectralMeasure, exponent: float, threshold: float, shift: float) -> list[float]:

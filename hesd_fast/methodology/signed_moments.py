@@ -112,14 +112,14 @@ def signed_moments(measure: SpectralMeasure, exponent: float, threshold: float) 
     ProblemError
         If the measure is bare, or ``exponent`` needs more moments than the Lanczos steps give.
     """
-    tridiagonal = measure.tridiagonal
-    if tridiagonal is None:
+    if not measure.runs:
         raise ProblemError("signed moments need the recurrence, got bare nodes; use SpectralMeasure.from_tridiagonal")
-    if not tridiagonal.breakdown and exponent > tridiagonal.steps:
-        raise ProblemError(
-            f"mass_exponent={exponent:g} needs the moment of order {2 * exponent:g}, got {tridiagonal.steps} steps, "
-            f"which give the moments up to {2 * tridiagonal.steps}; take more steps"
-        )
+    for tridiagonal in measure.tridiagonals:
+        if not tridiagonal.breakdown and exponent > tridiagonal.steps:
+            raise ProblemError(
+                f"mass_exponent={exponent:g} needs the moment of order {2 * exponent:g}, got {tridiagonal.steps} "
+                f"steps, which give the moments up to {2 * tridiagonal.steps}; take more steps"
+            )
     bands = [cdf_band(jacobi, threshold, exponent) for jacobi in measure.jacobi]
     sides = (bands, [band.reflected() for band in bands])
     squares = [_mean([band.tail_moment(threshold, 2.0 * exponent) for band in side]).high for side in sides]

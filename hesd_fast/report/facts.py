@@ -103,6 +103,8 @@ class RunSettings:
         As in :func:`~hesd_fast.analyze`.
     basis, basis_dtype : str or None
         Where the Lanczos vectors were kept ("memory" or "disk"), and in what precision.
+    tolerance : dict of str to float, or None
+        The width at which each number was to be good enough; None where the run was to take all its steps.
     group : str or None
         The group of parameters that the matrix is the block of; None where the run was not one of groups.
     """
@@ -116,4 +118,5 @@ class RunSettings:
     hvp: str
     protocol: str | None
     seed: int
+    tolerance: dict[str, float] | None
     group: str | None = field(default=None, metadata=MAY_BE_MISSING)

@@ -116,18 +116,17 @@ class Report:
 
     def to_saved(self) -> SavedReport:
         """Return what a file holds of the report; a CheckpointError where its measure is not that of a run."""
-        tridiagonal = self.measure.tridiagonal
-        if tridiagonal is None:
+        if not self.measure.runs:
             raise CheckpointError(
                 "the report's measure has no block tridiagonal matrix; only reports of a run can be saved"
             )
         kept = {name: value for name, value in vars(self).items() if name not in ("measure", "settings")}
-        return SavedReport(tridiagonal=tridiagonal, options=self.settings, **kept)
+        return SavedReport(tridiagonals=self.measure.tridiagonals, options=self.settings, **kept)
 
     def top(self, k: int, which: str = "largest") -> tuple[Estimate, ...]:
         """Return the ``k`` largest eigenvalues that the run has found, in descending order, or the smallest, ascending.
 
-        They are Ritz values, ``which`` is "largest" or "smallest", and each interval certainly holds an eigenvalue;
+        They are Ritz values of the first run, ``which`` is "largest" or "smallest", and each interval certainly holds an eigenvalue;
         :meth:`BlockTridiagonal.top`, which this is, says what else is certain and what is not.
 
         Raises
@@ -135,18 +134,16 @@ class Report:
         ProblemError
             As there, and if the measure is not that of a run.
         """
-        tridiagonal = self.measure.tridiagonal
-        if tridiagonal is None:
+        if not self.measure.runs:
             raise ProblemError(
                 "the report's measure has no block tridiagonal matrix, so nothing is known of single eigenvalues; "
                 "give the report of a run"
             )
-        return tridiagonal.top(k, which)
+        return self.measure.tridiagonals[0].top(k, which)
 
     def __str__(self) -> str:
         problem, cost, found = self.problem, self.cost, self.criteria
-        tridiagonal = self.measure.tridiagonal
-        steps = "" if tridiagonal is None else f"{tridiagonal.probes} probes x {tridiagonal.steps} steps, "
+        steps = "".join(f"{one.probes} probes x {one.steps} steps, " for one in self.measure.tridiagonals)
         rows: list[tuple[str, str]] = [
             ("loss", f"{problem.function}; {problem.batches:,} {'batch' if problem.batches == 1 else 'batches'}"),
             *[
@@ -245,5 +242,5 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     True
     """
     saved, measure = read_file(path)
-    kept = {name: value for name, value in vars(saved).items() if name not in ("tridiagonal", "options")}
+    kept = {name: value for name, value in vars(saved).items() if name not in ("tridiagonals", "options")}
     return Report(measure=measure, settings=saved.options, **kept)

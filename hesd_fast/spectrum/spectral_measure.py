@@ -14,11 +14,11 @@ import numpy.typing as npt
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import RITZ_ROUNDING, Array, BlockTridiagonal
-from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, find_converged, none_converged
-from hesd_fast.spectrum.extreme_eigenvalues import missed_eigenvalue_distance
-from hesd_fast.spectrum.jacobi_matrix import Jacobi, jacobi_of_probe
+from hesd_fast.lanczos.options import RANDOM_PROBES
+from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, none_converged, pooled
+from hesd_fast.spectrum.jacobi_matrix import Jacobi
 from hesd_fast.spectrum.moment_bounds import cdf_bounds
-from hesd_fast.spectrum.ritz_pairs import RitzPairs
+from hesd_fast.spectrum.run_spectrum import RunSpectrum
 from hesd_fast.spectrum.sampling_error import SamplingError, standard_error_of_mean
 
 ArrayFunction: TypeAlias = Callable[[Array], npt.ArrayLike]
@@ -31,8 +31,9 @@ CHUNK_ENTRIES = 1 << 22
 class SpectralMeasure:
     """A discrete measure on the eigenvalue axis: the mean of one discrete measure per probe.
 
-    Made from a `BlockTridiagonal` it estimates the eigenvalue density of ``H`` and knows how well. Made from bare nodes
-    and weights it is taken as the measure itself: bounds are then points, or the spread over its probes.
+    Made from a `BlockTridiagonal`, or from those of several runs with probes of their own, it estimates the eigenvalue
+    density of ``H`` and knows how well. Made from bare nodes and weights it is taken as the measure itself: bounds are
+    then points, or the spread over its probes.
 
     Parameters
     ----------
@@ -46,11 +47,11 @@ class SpectralMeasure:
     nodes, weights : tuple of ndarrays
         One pair per probe, nodes ascending. All probes of a tridiagonal share their nodes.
     weight_sums : ndarray, shape (b,)
-        What the weights of each probe summed to before they were normalized; 1 for Rademacher probes.
+        What the weights of each probe summed to before they were normalized; 1 for probes of length ``sqrt(n)``.
     size : int or None
         Order of the matrix.
-    ritz : RitzPairs or None
-        What the measure of a run knows of its Ritz pairs; None for a bare measure.
+    runs : tuple of RunSpectrum
+        What each run knows of the spectrum, its probes following those of the run before; empty for a bare measure.
 
     Raises
     ------
@@ -74,7 +75,7 @@ class SpectralMeasure:
     weights: tuple[Array, ...]
     weight_sums: Array
     size: int | None
-    ritz: RitzPairs | None
+    runs: tuple[RunSpectrum, ...]
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class SpectralMeasure:
         weights: Sequence[npt.ArrayLike] | npt.ArrayLike,
         *,
         size: int | None = None,
-        _ritz: RitzPairs | None = None,
+        _runs: tuple[RunSpectrum, ...] = (),
     ) -> None:
         given, masses = _per_probe(nodes, "nodes"), _per_probe(weights, "weights")
         _check_measure(given, masses, size)
@@ -90,40 +91,51 @@ class SpectralMeasure:
         for name, value in {
             "nodes": tuple(_readonly(x[order]) for x, order in zip(given, orders, strict=True)),
             "weights": tuple(_readonly(w.clip(0.0)[order]) for w, order in zip(masses, orders, strict=True)),
-            "weight_sums": _readonly(np.array([w.sum() for w in masses]) if _ritz is None else _ritz.weight_sums),
+            "weight_sums": _readonly(np.array([x for run in _runs for x in run.ritz.weight_sums] or [*map(sum, masses)])),
             "size": size,
-            "ritz": _ritz,
+            "runs": _runs,
         }.items():
             object.__setattr__(self, name, value)
 
     @classmethod
-    def from_tridiagonal(cls, tridiagonal: BlockTridiagonal) -> SpectralMeasure:
+    def from_tridiagonal(cls, *tridiagonals: BlockTridiagonal) -> SpectralMeasure:
         """Return the Gauss quadrature of block Lanczos: nodes are Ritz values, ``w_ij = (e_j^T L_0 E_1^T s_i)^2 / n``.
 
         The weights of probe ``j`` sum to ``||z_j||^2 / n``. That sum is kept in ``weight_sums`` and divided out. All
-        moments ``0 ... 2m - 1`` of every probe are exact. Costs one symmetric eigenproblem of order ``k``.
+        moments ``0 ... 2m - 1`` of every probe are exact. Costs one symmetric eigenproblem of order ``k`` a matrix.
+
+        Several matrices are those of independent runs on the same operator. Each of their probes counts the same, so
+        the sampling error is that of all probes together, whatever the number of steps that a run has taken.
 
         Raises
         ------
         ProblemError
-            If a probe is zero.
+            If no matrix is given, a probe is zero, or several are not of one order or not all from random probes.
 
         References
         ----------
         Ubaru, Chen, Saad, SIMAX 38(4), 2017; Golub and Meurant, 2010, section 6.6.
         """
-        ritz = RitzPairs.of(tridiagonal)
-        return cls([ritz.values] * tridiagonal.probes, list(ritz.weights), size=tridiagonal.size, _ritz=ritz)
+        _check_runs(tridiagonals)
+        runs = tuple(RunSpectrum.of(tridiagonal) for tridiagonal in tridiagonals)
+        nodes = [run.ritz.values for run in runs for _ in range(run.probes)]
+        weights = [row for run in runs for row in run.ritz.weights]
+        return cls(nodes, weights, size=tridiagonals[0].size, _runs=runs)
 
     @property
-    def tridiagonal(self) -> BlockTridiagonal | None:
-        """Where the measure comes from; None for a bare one."""
-        return None if self.ritz is None else self.ritz.tridiagonal
+    def tridiagonals(self) -> tuple[BlockTridiagonal, ...]:
+        """Where the measure comes from; empty for a bare one."""
+        return tuple(run.tridiagonal for run in self.runs)
 
     @cached_property
     def converged(self) -> ConvergedEigenvalues:
-        """Which nodes are eigenvalues with known eigenvectors, whose share is 1/n exactly; none of a bare measure."""
-        return none_converged(self.nodes[0].size) if self.ritz is None else find_converged(self.ritz)
+        """Which nodes are eigenvalues with known eigenvectors, whose share is 1/n exactly; none of a bare measure.
+
+        Of several runs: the eigenvalues that each run knows, in the part that its probes have in the mean.
+        """
+        if not self.runs:
+            return none_converged(self.nodes[0].size)
+        return pooled([(run.converged, run.probes / self.probes) for run in self.runs])
 
     @property
     def probes(self) -> int:
@@ -138,14 +150,12 @@ class SpectralMeasure:
     @property
     def rounding(self) -> float:
         """Roundoff relative to ``max|node|`` up to which a node is known; double precision for a bare measure."""
-        return RITZ_ROUNDING * max(2.0**-52, self.tridiagonal.epsilon if self.tridiagonal is not None else 0.0)
+        return RITZ_ROUNDING * max(2.0**-52, *(matrix.epsilon for matrix in self.tridiagonals), 0.0)
 
     @property
     def noise(self) -> float:
         """How far rounding and noisy products may have moved a node."""
-        if self.tridiagonal is None:
-            return self.rounding * self.largest_magnitude
-        return self.tridiagonal.noise(self.largest_magnitude)
+        return max([run.noise for run in self.runs], default=self.rounding * self.largest_magnitude)
 
     @property
     def largest_magnitude(self) -> float:
@@ -155,10 +165,7 @@ class SpectralMeasure:
     @cached_property
     def jacobi(self) -> tuple[Jacobi, ...]:
         """The Jacobi matrix of each probe's measure; empty for a bare measure."""
-        if self.tridiagonal is None:
-            return ()
-        matrix = self.tridiagonal.matrix()
-        return tuple(jacobi_of_probe(self.tridiagonal, matrix, probe) for probe in range(self.probes))
+        return tuple(jacobi for run in self.runs for jacobi in run.jacobi)
 
     def integrate(self, function: ArrayFunction) -> float:
         """Return the integral of ``function``, which maps an array of nodes to an array, averaged over the probes."""
@@ -263,25 +270,20 @@ class SpectralMeasure:
         return -self._extreme(-1.0)
 
     def _extreme(self, sign: float) -> Estimate:
-        """Return the estimate of the largest eigenvalue of ``sign * H``."""
+        """Return the estimate of the largest eigenvalue of ``sign * H``.
+
+        How far beyond it an eigenvalue can hide is what the first run says, alone: the least of what several say would
+        be wrong more often than any of them.
+        """
         extremes = [float((sign * x).max()) for x in self.nodes]
         value = max(extremes)
-        if self.ritz is None:
+        if not self.runs:
             return Estimate(value, min(extremes), value, "the nodes of the measure, range over its probes")
         method = (
             "room that the moments leave for an eigenvalue the probes have missed" if self.random else "residual norm"
         )
-        beyond = self._beyond[0 if sign < 0.0 else 1]
-        return Estimate(value, value - self.noise, value + beyond + self.noise, f"{method}, and noise")
-
-    @cached_property
-    def _beyond(self) -> tuple[float, float]:
-        """How far below the smallest and above the largest Ritz value an eigenvalue may lie."""
-        if self.ritz is None:
-            return 0.0, 0.0
-        if not self.random:
-            return float(self.ritz.residuals[0]), float(self.ritz.residuals[-1])
-        return missed_eigenvalue_distance(self.ritz, -1.0), missed_eigenvalue_distance(self.ritz, 1.0)
+        beyond = extremes[0] + self.runs[0].missed[0 if sign < 0.0 else 1]
+        return Estimate(value, value - self.noise, max(value, beyond) + self.noise, f"{method}, and noise")
 
     @property
     def trace(self) -> Estimate:
@@ -297,7 +299,7 @@ class SpectralMeasure:
         if self.size is None:
             raise ProblemError("the trace needs the order of the matrix, got size=None; pass size=n to SpectralMeasure")
         mean = self.mean()
-        if self.ritz is None:
+        if not self.runs:
             means = [float(w @ x) for x, w in self.pairs]
             margin, method = 2.0 * standard_error_of_mean(means), "two standard errors over the measure's probes"
         else:
@@ -312,7 +314,7 @@ class SpectralMeasure:
         An error ``r`` of a unit probe ``z`` moves ``z^T H z`` by ``2 r ||H z||``; the recurrence error is the noise of
         such a product.
         """
-        noise = 0.0 if self.tridiagonal is None else self.tridiagonal.recurrence_error or 0.0
+        noise = max([matrix.recurrence_error or 0.0 for matrix in self.tridiagonals], default=0.0)
         return 2.0 * self.rounding * math.sqrt(self._second_moment) + noise
 
     @property
@@ -324,7 +326,7 @@ class SpectralMeasure:
     @property
     def random(self) -> bool:
         """Whether the probes are random, so that a sampling error is known."""
-        return self.ritz is not None and self.ritz.random
+        return bool(self.runs) and all(run.ritz.random for run in self.runs)
 
     @property
     def sampling(self) -> SamplingError:
@@ -343,29 +345,26 @@ class SpectralMeasure:
     def unconverged_square_bound(self) -> float:
         """An upper estimate of the sum of squares, over n, of the eigenvalues that have not converged."""
         square = self._second_moment
-        if self.ritz is None:
+        if not self.runs:
             return square
-        largest = self.largest_magnitude + max(self._beyond)
-        rest = self.sampling.unconverged_square(self.ritz, self.converged, square, largest)
-        return rest + self.rounding * square
+        return sum(run.unconverged_square * run.probes for run in self.runs) / self.probes + self.rounding * square
 
     @property
     def largest_unconverged(self) -> float:
         """The largest magnitude of an eigenvalue that has not converged, hidden ones included."""
-        mask = self.converged.mask
-        candidates = [0.0, *np.abs(self.nodes[0][~mask])]
-        for end, extreme in ((0, -self.lambda_min.low), (-1, self.lambda_max.high)):
-            if not mask[end]:
-                candidates.append(extreme)
-        return float(max(candidates))
+        candidates = [0.0]
+        for values, mask in [(run.ritz.values, run.converged.mask) for run in self.runs]:
+            candidates += np.abs(values[~mask]).tolist()
+            candidates += [] if mask[0] else [-self.lambda_min.low]
+            candidates += [] if mask[-1] else [self.lambda_max.high]
+        return max(candidates) if self.runs else self.largest_magnitude
 
     @cached_property
     def _second_moment(self) -> float:
         """``||H z||^2 / ||z||^2`` averaged over the probes, exact also after one step."""
-        if self.tridiagonal is None:
+        if not self.runs:
             return self.moment(2)
-        # alpha_1^2 + beta_1^2 is the second moment of a Jacobi matrix, beta_1 known even if no second step was taken.
-        return float(np.mean([j.diagonal[0] ** 2 + j.offdiagonal[0] ** 2 for j in self.jacobi]))
+        return sum(run.second_moment * run.probes for run in self.runs) / self.probes
 
     def _merged(self) -> tuple[Array, Array]:
         """Return the nodes of all probes in ascending order and their weights in the mean measure."""
@@ -373,6 +372,25 @@ class SpectralMeasure:
         weights = np.concatenate(self.weights) / self.probes
         order = np.argsort(nodes, kind="stable")
         return nodes[order], weights[order]
+
+
+def _check_runs(tridiagonals: Sequence[BlockTridiagonal]) -> None:
+    """Raise a ProblemError unless the matrices are those of runs that can be averaged."""
+    for matrix in tridiagonals:
+        if not isinstance(matrix, BlockTridiagonal):
+            raise ProblemError(f"from_tridiagonal got {type(matrix).__name__}; give what block_lanczos returns")
+    if not tridiagonals:
+        raise ProblemError("from_tridiagonal got no matrix; give what block_lanczos returns")
+    if len(tridiagonals) == 1:
+        return
+    sizes = sorted({matrix.size for matrix in tridiagonals})
+    if len(sizes) > 1:
+        raise ProblemError(f"the runs are on matrices of orders {sizes}; wanted runs on one operator")
+    for matrix in tridiagonals:
+        if matrix.probe_kind not in RANDOM_PROBES:
+            raise ProblemError(
+                f"a run has probe_kind={matrix.probe_kind!r}; several runs are averaged only if all probes are random"
+            )
 
 
 def _check_measure(nodes: list[Array], weights: list[Array], size: int | None) -> None:

@@ -119,7 +119,7 @@ def test_a_linear_loss_has_a_zero_spectrum_and_no_error():
     report = hesd.analyze(model, lambda m, b: m(b).mean(), torch.randn(20, 4).double(), progress=False)
     assert report.hesd_type is HESDType.QS
     assert report.lambda_max.value == report.lambda_min.value == 0.0
-    assert report.measure.tridiagonal.steps == 1
+    assert report.measure.tridiagonals[0].steps == 1
     assert report.cost.hvps <= 4
     assert str(report)
 
@@ -136,7 +136,7 @@ def test_one_parameter_is_enough():
 def test_published_protocol_is_what_it_says(case):
     model, loss, batches, _ = case
     report = hesd.analyze(model, loss, batches, protocol="lla", seed=3, progress=False)
-    tridiagonal = report.measure.tridiagonal
+    tridiagonal = report.measure.tridiagonals[0]
     assert report.settings == RunSettings(
         operator="hessian",
         block_size=1,
@@ -163,8 +163,8 @@ def test_seeds_and_reruns(case):
     first, second, other = (
         hesd.analyze(model, loss, batches, max_steps=8, seed=seed, progress=False) for seed in (0, 0, 1)
     )
-    assert first.measure.tridiagonal.to_dict() == second.measure.tridiagonal.to_dict()
-    assert first.measure.tridiagonal.to_dict() != other.measure.tridiagonal.to_dict()
+    assert first.measure.tridiagonals[0].to_dict() == second.measure.tridiagonal.to_dict()
+    assert first.measure.tridiagonals[0].to_dict() != other.measure.tridiagonal.to_dict()
 
 
 def test_numpy_integers_are_integers(case, tmp_path):
@@ -213,7 +213,7 @@ def test_a_problem_and_its_parts_give_the_same(case):
     model, loss, batches, _ = case
     whole = hesd.analyze(hesd.Problem(model, loss, batches), max_steps=5, progress=False)
     parts = hesd.analyze(model, loss, batches, max_steps=5, progress=False)
-    assert whole.measure.tridiagonal.to_dict() == parts.measure.tridiagonal.to_dict()
+    assert whole.measure.tridiagonals[0].to_dict() == parts.measure.tridiagonal.to_dict()
     assert whole.problem == parts.problem
 
 
@@ -392,4 +392,4 @@ def test_a_plan_is_what_the_run_goes_by(case, monkeypatch, options):
     report = hesd.analyze(problem, progress=False, **options)
     assert used == [dataclasses.replace(planned, products=None, peak_bytes=None)]
     assert report.cost.hvps <= planned.hvps
-    assert report.measure.tridiagonal.basis_place == planned.basis.place
+    assert report.measure.tridiagonals[0].basis_place == planned.basis.place

@@ -94,7 +94,7 @@ def test_the_band_is_the_classical_one_at_the_gauss_nodes() -> None:
 @pytest.mark.parametrize("name", list(SPECTRA))
 def test_jacobi_matrix_of_a_probe_has_its_moments(name: str) -> None:
     z = rademacher(3, SIZE, 1)
-    t = run(name, z, 6).tridiagonal
+    t = run(name, z, 6).tridiagonals[0]
     assert t is not None
     for j in range(3):
         jacobi = jacobi_of_probe(t, t.matrix(), j)
@@ -146,7 +146,7 @@ def test_tail_moment_counts_what_lies_beyond_the_last_point() -> None:
 
 def test_a_coarser_roundoff_widens_the_band() -> None:
     z = rademacher(1, SIZE, 0)
-    fine = run("indefinite", z, 10).tridiagonal
+    fine = run("indefinite", z, 10).tridiagonals[0]
     assert fine is not None
     points = np.linspace(-2.0, 2.0, 41)
     widths = []
