@@ -35,7 +35,7 @@ _RUN_OPTIONS: tuple[Decorator, ...] = (
         callback=lambda _context, _option, value: "auto" if value is None else value,
         help="Number of probes.  [default: 4]",
     ),
-    click.option("--max-steps", type=int, help="Block Lanczos steps.  [default: 100]"),
+    click.option("--max-steps", type=int, help="Block Lanczos steps, at most.  [default: 100]"),
     click.option(
         "--reorthogonalization",
         type=click.Choice(choices.REORTHOGONALIZATIONS),

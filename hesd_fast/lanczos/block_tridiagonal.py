@@ -62,8 +62,8 @@ class BlockTridiagonal:
     breakdown : bool
         Whether the Krylov space became invariant, so that all results are exact up to rounding.
     probe_kind : str
-        ``"sphere"``, ``"gaussian"`` or ``"rademacher"`` for random probes. Any other word means vectors that somebody chose; then no
-        sampling error is attached to anything.
+        ``"sphere"``, ``"gaussian"`` or ``"rademacher"`` for random probes. Any other word means vectors that somebody
+        chose; then no sampling error is attached to anything.
     recurrence_error : float or None
         Largest deviation of the measured projections ``Q H Q^T`` from a symmetric block tridiagonal matrix, in the
         units of ``H``: the noise and asymmetry of the Hessian products. None when it was not measured.

@@ -89,7 +89,7 @@ class LanczosRun:
     def _start(self, probes: Tensor | None) -> None:
         work = self._working[self._engine.work_row : self._engine.work_row + self._settings.block_size]
         if probes is None:
-            _fill_probes(work, self._settings)
+            fill_probes(work, self._settings)
         else:
             work.copy_(probes.detach())
         try:
@@ -170,7 +170,8 @@ class LanczosRun:
         )
 
 
-def _fill_probes(work: Tensor, settings: LanczosSettings) -> None:
+def fill_probes(work: Tensor, settings: LanczosSettings) -> None:
+    """Fill a panel with the random probes that the settings choose."""
     sphere = settings.probe_kind == "sphere"
     kind = "gaussian" if sphere else settings.probe_kind
     kernels.fill_probes(work, settings.seed, first_probe=settings.first_probe, kind=kind)

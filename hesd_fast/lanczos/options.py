@@ -14,9 +14,9 @@ from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES
 RANDOM_PROBES = ("sphere", "gaussian", "rademacher")
 """Distributions of random probes.
 
-On the sphere of radius ``sqrt(n)``, the default: no eigenvector is special, so what is said of a vector that probes miss
-holds for every one, and each probe's weights sum to 1. Signs have a smaller variance of the trace where the diagonal
-dominates, and miss vectors on a few equal coordinates: one on two of them with probability 1/2.
+On the sphere of radius ``sqrt(n)``, the default: no eigenvector is special, so what is said of a vector that probes
+miss holds for every one, and each probe's weights sum to 1. Signs have a smaller variance of the trace where the
+diagonal dominates, and miss vectors on a few equal coordinates: one on two of them with probability 1/2.
 """
 
 
@@ -91,5 +91,7 @@ class LanczosSettings:
 
 PROTOCOLS = {
     # Loss Landscape Analysis: one Rademacher probe, 100 steps against the last 10 vectors (arXiv 2412.10146).
-    "lla": LanczosSettings(block_size=1, max_steps=100, reorthogonalization="window", window=10, probe_kind="rademacher"),
+    "lla": LanczosSettings(
+        block_size=1, max_steps=100, reorthogonalization="window", window=10, probe_kind="rademacher"
+    ),
 }

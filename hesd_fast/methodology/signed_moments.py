@@ -125,7 +125,7 @@ def signed_moments(measure: SpectralMeasure, exponent: float, threshold: float) 
     squares = [_mean([band.tail_moment(threshold, 2.0 * exponent) for band in side]).high for side in sides]
     low, high = (bounds.tolist() for bounds in measure.cdf_bounds([-threshold, threshold]))
     inside = Interval(max(0.0, low[1] - high[0]), max(0.0, min(1.0, high[1] - low[0])))
-    unresolved = _share(measure, inside)
+    unresolved = measure.share_between(-threshold, threshold)
     if exponent == 1.0:
         masses = Interval(1.0 - high[1], 1.0 - low[1]), Interval(low[0], high[0])
         of_probes = _first_moments(measure, threshold, masses, inside)
@@ -138,13 +138,6 @@ def signed_moments(measure: SpectralMeasure, exponent: float, threshold: float) 
     of_probes = SignedIntervals(plus, minus, anything)
     of_matrix = SignedIntervals(plus.widened(errors[0]), minus.widened(errors[1]), anything)
     return SignedMoments(unresolved, of_probes, of_probes, of_matrix)
-
-
-def _share(measure: SpectralMeasure, inside: Interval) -> Estimate:
-    """Return the share of the eigenvalues that are not resolved, from that of the probes."""
-    # A share and its complement have the same variance.
-    error = measure.sampling.two_standard_errors(min(inside.high, 1.0 - inside.low), 1.0)
-    return Estimate(inside.middle(), max(0.0, inside.low - error), min(1.0, inside.high + error), BOUNDED)
 
 
 def _first_moments(

@@ -23,6 +23,8 @@ class Cost:
         How products were made.
     plan : str
         What was tried to find that; empty where it was given.
+    unmet : tuple of str
+        Of each number that is not as certain as the tolerance wanted: how far it is from that, and what it would take.
     """
 
     hvps: int
@@ -30,6 +32,7 @@ class Cost:
     peak_bytes: int
     strategy: str
     plan: str = ""
+    unmet: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

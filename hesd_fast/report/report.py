@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hesd_fast.errors import CheckpointError, ProblemError
 from hesd_fast.estimate import Estimate
+from hesd_fast.lanczos.lanczos_run import LanczosRun
 from hesd_fast.methodology.comparability import check_reports
 from hesd_fast.methodology.generalization_criteria import Criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence
@@ -52,6 +53,8 @@ class Report:
         How the spectrum was computed.
     versions : dict
         The software that made it.
+    first_run : LanczosRun or None
+        The first run with its vectors, if they were to be kept; what is loaded has none.
 
     Examples
     --------
@@ -73,6 +76,7 @@ class Report:
     checks: tuple[Check, ...]
     settings: RunSettings
     versions: dict[str, str]
+    first_run: LanczosRun | None = field(default=None, repr=False)
 
     @property
     def lambda_max(self) -> Estimate:
@@ -99,6 +103,11 @@ class Report:
         """The trace of the matrix."""
         return self.measure.trace
 
+    @property
+    def frobenius_norm(self) -> Estimate:
+        """The Frobenius norm of the matrix."""
+        return self.measure.frobenius_norm
+
     def plot(self, path: str | os.PathLike[str] | None = None, *, sigma: float | None = None) -> Figure:
         """Draw the density on a logarithmic scale, and write it to the path if one is given; see `plot_densities`."""
         return plot_densities({self.problem.model: self}, path, sigma=sigma)
@@ -120,14 +129,14 @@ class Report:
             raise CheckpointError(
                 "the report's measure has no block tridiagonal matrix; only reports of a run can be saved"
             )
-        kept = {name: value for name, value in vars(self).items() if name not in ("measure", "settings")}
+        kept = {name: value for name, value in vars(self).items() if name not in ("measure", "settings", "first_run")}
         return SavedReport(tridiagonals=self.measure.tridiagonals, options=self.settings, **kept)
 
     def top(self, k: int, which: str = "largest") -> tuple[Estimate, ...]:
         """Return the ``k`` largest eigenvalues that the run has found, in descending order, or the smallest, ascending.
 
-        They are Ritz values of the first run, ``which`` is "largest" or "smallest", and each interval certainly holds an eigenvalue;
-        :meth:`BlockTridiagonal.top`, which this is, says what else is certain and what is not.
+        They are Ritz values of the first run, ``which`` is "largest" or "smallest", and each interval certainly holds
+        an eigenvalue; :meth:`BlockTridiagonal.top`, which this is, says what else is certain and what is not.
 
         Raises
         ------
@@ -141,9 +150,17 @@ class Report:
             )
         return self.measure.tridiagonals[0].top(k, which)
 
+    @property
+    def run_length(self) -> str:
+        """Probes and steps of each run, in words."""
+        runs = [f"{one.probes} probes x {one.steps} steps" for one in self.measure.tridiagonals]
+        return " and ".join(
+            f"{runs.count(text)} times {text}" if runs.count(text) > 1 else text for text in dict.fromkeys(runs)
+        )
+
     def __str__(self) -> str:
         problem, cost, found = self.problem, self.cost, self.criteria
-        steps = "".join(f"{one.probes} probes x {one.steps} steps, " for one in self.measure.tridiagonals)
+        peak = cost.peak_bytes / 2**20
         rows: list[tuple[str, str]] = [
             ("loss", f"{problem.function}; {problem.batches:,} {'batch' if problem.batches == 1 else 'batches'}"),
             *[
@@ -156,11 +173,14 @@ class Report:
             ("lambda_max", f"{self.lambda_max}"),
             ("lambda_min", f"{self.lambda_min}"),
             ("trace", f"{self.trace}"),
+            ("norm", f"{self.frobenius_norm}   of Frobenius"),
             ("r_e", f"{found.r_e}"),
             ("K_Hn", f"{found.k_hn}   n = {found.exponent:g}; its interval is a spread, not a bound"),
             ("k_mass", f"{found.k_mass}"),
             ("balance", f"{found.balance}"),
-            ("cost", f"{steps}{cost.hvps} products in {cost.seconds:.1f} s, peak {cost.peak_bytes / 2**20:.0f} MiB"),
+            ("near zero", f"{found.unresolved_mass}   of the eigenvalues, below the resolution {found.resolution:.2g}"),
+            ("cost", f"{self.run_length}, {cost.hvps} products in {cost.seconds:.1f} s, peak {peak:.0f} MiB"),
+            *[("not yet", text) for text in cost.unmet],
             ("products", cost.strategy),
             *[("check", f"{'ok' if check.passed else 'FAILED'}: {check.detail}") for check in self.checks],
         ]

@@ -12,7 +12,7 @@ from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, find_
 from hesd_fast.spectrum.extreme_eigenvalues import missed_eigenvalue_distance
 from hesd_fast.spectrum.jacobi_matrix import Jacobi, jacobi_of_probe
 from hesd_fast.spectrum.ritz_pairs import RitzPairs
-from hesd_fast.spectrum.sampling_error import SamplingError
+from hesd_fast.spectrum.sampling_error import FEWEST_STEPS, SamplingError
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,3 +83,12 @@ class RunSpectrum:
         """An upper estimate of the sum of squares, over n, of the eigenvalues that have not converged."""
         largest = self.largest_magnitude + max(self.missed)
         return self.sampling.unconverged_square(self.ritz, self.converged, self.second_moment, largest)
+
+    @property
+    def unconverged_fourth(self) -> float:
+        """The mean fourth power, over n, of the eigenvalues that have not converged, as the probes see it."""
+        rest = ~self.converged.mask
+        fourth = float(self.ritz.weights.mean(axis=0)[rest] @ self.ritz.values[rest] ** 4)
+        if self.tridiagonal.steps >= FEWEST_STEPS:
+            return fourth
+        return max(fourth, (self.largest_magnitude + max(self.missed)) ** 2 * self.second_moment)

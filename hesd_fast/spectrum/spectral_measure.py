@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
-from hesd_fast.lanczos.block_tridiagonal import RITZ_ROUNDING, Array, BlockTridiagonal
+from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, RITZ_ROUNDING, Array, BlockTridiagonal
 from hesd_fast.lanczos.options import RANDOM_PROBES
 from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, none_converged, pooled
 from hesd_fast.spectrum.jacobi_matrix import Jacobi
@@ -91,7 +91,9 @@ class SpectralMeasure:
         for name, value in {
             "nodes": tuple(_readonly(x[order]) for x, order in zip(given, orders, strict=True)),
             "weights": tuple(_readonly(w.clip(0.0)[order]) for w, order in zip(masses, orders, strict=True)),
-            "weight_sums": _readonly(np.array([x for run in _runs for x in run.ritz.weight_sums] or [*map(sum, masses)])),
+            "weight_sums": _readonly(
+                np.array([x for run in _runs for x in run.ritz.weight_sums] or [*map(sum, masses)])
+            ),
             "size": size,
             "runs": _runs,
         }.items():
@@ -301,11 +303,109 @@ class SpectralMeasure:
         mean = self.mean()
         if not self.runs:
             means = [float(w @ x) for x, w in self.pairs]
-            margin, method = 2.0 * standard_error_of_mean(means), "two standard errors over the measure's probes"
+            margin = 2.0 * standard_error_of_mean(means)
         else:
             mean, margin = mean + self.converged.correction(np.positive), self.mean_error
-            method = "two standard errors of the random probes" if self.random else "rounding; the probes were given"
-        return Estimate(self.size * mean, self.size * (mean - margin), self.size * (mean + margin), method)
+        return Estimate(self.size * mean, self.size * (mean - margin), self.size * (mean + margin), self._sampled)
+
+    @property
+    def frobenius_norm(self) -> Estimate:
+        """``||H||_F``, the root of the sum of squares: as the trace is estimated, that of ``H^2``.
+
+        Raises
+        ------
+        ProblemError
+            If the measure does not know the size of the matrix.
+        """
+        if self.size is None:
+            raise ProblemError("the norm needs the order of the matrix, got size=None; pass size=n to SpectralMeasure")
+        square = self._second_moment
+        if not self.runs:
+            squares = [float(w @ x**2) for x, w in self.pairs]
+            margin = 2.0 * standard_error_of_mean(squares)
+        else:
+            square += self.converged.correction(np.square)
+            fourth = sum(run.unconverged_fourth * run.probes for run in self.runs) / self.probes
+            sampled = self.sampling.two_standard_errors(fourth, self.largest_unconverged**2)
+            rounding = 2.0 * self.mean_rounding * math.sqrt(self._second_moment)
+            margin = sampled + self.converged.uncertainty(np.square) + rounding
+        ends = (square, square - margin, square + margin)
+        value, low, high = (math.sqrt(self.size * max(end, 0.0)) for end in ends)
+        return Estimate(value, low, high, self._sampled)
+
+    def share_between(self, low: float, high: float) -> Estimate:
+        """Return the share of the eigenvalues in ``[low, high]``; either end may be infinite.
+
+        Follows from `cdf_bounds` at the ends, with converged eigenvalues counted exactly and two standard errors of the
+        others. Costs what `cdf_bounds` does.
+
+        Raises
+        ------
+        ProblemError
+            If ``low`` is not below or at ``high``.
+        """
+        if not low <= high:
+            raise ProblemError(f"low is {low!r} and high is {high!r}; wanted low <= high")
+        below, up_to = self._band(np.array([low, high]))
+        inside = max(0.0, below[1] - up_to[0]), max(0.0, min(1.0, up_to[1] - below[0]))
+        if not self.runs:
+            shares = [float(w @ ((low <= x) & (x <= high))) for x, w in self.pairs]
+            error, moved, rest = 2.0 * standard_error_of_mean(shares), 0.0, 0.0
+        else:
+            moved, rest, uncertain = self._converged_between(low, high, inside)
+            error = self.sampling.two_standard_errors(rest, 1.0) + uncertain
+        ends = (0.5 * (inside[0] + inside[1]), inside[0] - error, inside[1] + error)
+        value, least, most = (min(max(end + moved, 0.0), 1.0) for end in ends)
+        return Estimate(value, least, most, self._sampled)
+
+    def _band(self, points: Array) -> tuple[Array, Array]:
+        """Return `cdf_bounds` at points that may be infinite."""
+        finite = np.isfinite(points)
+        below, up_to = (np.where(points > 0.0, 1.0, 0.0) for _ in range(2))
+        below[finite], up_to[finite] = self.cdf_bounds(points[finite])
+        return below, up_to
+
+    def _converged_between(self, low: float, high: float, inside: tuple[float, float]) -> tuple[float, float, float]:
+        """Return what converged eigenvalues add to the probes' share, what the variance is of, and the uncertainty."""
+        known = self.converged
+        clear = np.minimum(np.abs(known.eigenvalues - low), np.abs(known.eigenvalues - high)) > self.noise
+        within = (low < known.eigenvalues) & (known.eigenvalues < high)
+        moved = float((known.share - known.seen)[clear & within].sum())
+        uncertain = float((2.0 * known.angle * (known.seen + known.share))[clear & within].sum())
+        in_it, out_of_it = (float(known.seen[clear & part].sum()) for part in (within, ~within))
+        rest = min(inside[1] - in_it, 1.0 - inside[0] - out_of_it)
+        return moved, max(rest, 0.0), uncertain
+
+    def count_above(self, x: float) -> Estimate:
+        """Return the number of eigenvalues above ``x``, in whole numbers.
+
+        From `share_between`, and not less than the Ritz values of a run above ``x``, by more than the noise: in a basis
+        kept orthogonal, there are at least as many eigenvalues (Cauchy's interlacing theorem).
+
+        Raises
+        ------
+        ProblemError
+            If the measure does not know the size of the matrix, or ``x`` is not finite.
+        """
+        if self.size is None:
+            raise ProblemError("a number needs the order of the matrix, got size=None; pass size=n to SpectralMeasure")
+        point = float(_points(x))
+        share = self.share_between(np.nextafter(point, np.inf), np.inf)
+        certain = [
+            int(np.count_nonzero(run.ritz.values > point + self.noise))
+            for run in self.runs
+            if run.tridiagonal.reorthogonalization in ORTHOGONAL_MODES
+        ]
+        least = max([*certain, math.ceil(self.size * share.low * (1.0 - self.rounding))])
+        most = max(least, math.floor(self.size * share.high * (1.0 + self.rounding)))
+        return Estimate(float(min(max(round(self.size * share.value), least), most)), least, most, share.method)
+
+    @property
+    def _sampled(self) -> str:
+        """What an interval with a sampling error accounts for."""
+        if not self.runs:
+            return "two standard errors over the measure's probes"
+        return "two standard errors of the random probes" if self.random else "rounding; the probes were given"
 
     @property
     def mean_rounding(self) -> float:
