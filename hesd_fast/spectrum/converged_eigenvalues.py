@@ -81,10 +81,14 @@ def find_converged(ritz: RitzPairs) -> ConvergedEigenvalues:
     (Parlett, *The Symmetric Eigenvalue Problem*, 1998, theorem 11.7.1). A multiple eigenvalue shows up as several Ritz
     values without a gap, as long as there are two probes whose projections onto its eigenspace differ. None counts
     where copies of converged Ritz values share their weight, without full or partial reorthogonalization, or for probes
-    that are not random.
+    that are not random. Where the basis is the whole space, all have, whatever their multiplicity.
     """
     values, tridiagonal = ritz.values, ritz.tridiagonal
     orthogonal = tridiagonal.reorthogonalization in ORTHOGONAL_MODES
+    if orthogonal and ritz.random and values.size == tridiagonal.size:
+        share = np.full(values.size, 1.0 / values.size)
+        seen = ritz.weights.mean(axis=0)
+        return ConvergedEigenvalues(np.ones(values.size, dtype=np.bool_), values, seen, np.zeros(values.size), share)
     padded = np.concatenate(([-np.inf], values, [np.inf]))
     gap = np.minimum(values - padded[:-2], padded[2:] - values)
     mask = (gap > 0.0) & (ritz.residuals <= LARGEST_ANGLE * gap)

@@ -370,11 +370,14 @@ class SpectralMeasure:
         known = self.converged
         clear = np.minimum(np.abs(known.eigenvalues - low), np.abs(known.eigenvalues - high)) > self.noise
         within = (low < known.eigenvalues) & (known.eigenvalues < high)
-        moved = float((known.share - known.seen)[clear & within].sum())
-        uncertain = float((2.0 * known.angle * (known.seen + known.share))[clear & within].sum())
-        in_it, out_of_it = (float(known.seen[clear & part].sum()) for part in (within, ~within))
-        rest = min(inside[1] - in_it, 1.0 - inside[0] - out_of_it)
-        return moved, max(rest, 0.0), uncertain
+        # The share and its complement are estimated alike; better is the one of which less is left to the probes.
+        choices = []
+        for sign, part, most in ((1.0, clear & within, inside[1]), (-1.0, clear & ~within, 1.0 - inside[0])):
+            moved = sign * float((known.share - known.seen)[part].sum())
+            uncertain = float((2.0 * known.angle * (known.seen + known.share))[part].sum())
+            choices.append((max(most - float(known.seen[part].sum()), 0.0), moved, uncertain))
+        rest, moved, uncertain = min(choices)
+        return moved, rest, uncertain
 
     def count_above(self, x: float) -> Estimate:
         """Return the number of eigenvalues above ``x``, in whole numbers.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 
 import hesd_fast as hesd
 from hesd_fast.analysis.stopping import DEFAULT_NUMBERS, NUMBERS, Findings, StoppingRule, tolerances, widths
-from hesd_fast.estimate import Estimate
+from hesd_fast.lanczos.drive import drive, multiply_by, start_run
+from hesd_fast.lanczos.options import LanczosSettings
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,23 @@ def problem():
 def eigenvalues(problem):
     matrix = hesd.HessianOperator(problem).matmat(torch.eye(problem.size, dtype=torch.float64))
     return np.linalg.eigvalsh(matrix.numpy())
+
+
+class Diagonal(nn.Module):
+    """Parameters whose loss has a Hessian of known eigenvalues."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.parameter = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+    def forward(self, eigenvalues):
+        return 0.5 * (eigenvalues * self.parameter**2).sum()
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A spectrum of one wide bulk, of which a probe sees everything but exactly."""
+    return hesd.Problem(Diagonal(2000), lambda model, batch: model(batch), torch.linspace(0.5, 1.5, 2000).double())
 
 
 def analyze(problem, **options):
@@ -69,21 +88,25 @@ def test_a_looser_tolerance_takes_fewer_steps(problem):
     assert hvps[0] < hvps[2]
 
 
-def test_fresh_probes_follow_where_they_are_what_is_missing(problem, eigenvalues):
-    wanted = {"trace": 0.03}
-    report = analyze(problem, tolerance=wanted, max_steps=400)
+def test_fresh_probes_follow_where_they_are_what_is_missing(wide):
+    report = analyze(wide, tolerance={"trace": 0.01}, max_steps=400)
     runs = report.measure.tridiagonals
     assert len(runs) > 2
     assert len({run.steps for run in runs}) == 1
-    assert not np.array_equal(runs[0].diagonal[0], runs[1].diagonal[0])
     assert report.measure.probes == 4 * len(runs)
     assert report.cost.unmet == ()
-    assert report.trace.high - report.trace.low <= 2 * 0.03 * report.trace.value
-    assert report.trace.low <= eigenvalues.sum() <= report.trace.high
+    assert report.trace.high - report.trace.low <= 2 * 0.01 * report.trace.value
+    assert report.trace.low <= 2000.0 <= report.trace.high
     assert report.cost.hvps == sum(run.products for run in runs)
-    one = hesd.SpectralMeasure.from_tridiagonal(runs[0])
-    assert one.trace.high - one.trace.low > 2 * 0.03 * one.trace.value
+    shorter = hesd.SpectralMeasure.from_tridiagonal(*runs[:-1])
+    assert shorter.trace.high - shorter.trace.low > 2 * 0.01 * shorter.trace.value
     assert f"{len(runs)} times 4 probes x {runs[0].steps} steps" in str(report)
+    # they are the runs of the probes that follow those of the first
+    assert hesd.SpectralMeasure.from_tridiagonal(runs[1]).nodes[0].tolist() == report.measure.nodes[4].tolist()
+    fourth = LanczosSettings(4, runs[0].steps, first_probe=12)
+    run = start_run(hesd.HessianOperator(wide), fourth)
+    drive({"": run}, multiply_by(hesd.HessianOperator(wide)))
+    assert run.so_far().to_dict()["diagonal"] == runs[3].to_dict()["diagonal"]
 
 
 def test_what_is_not_met_is_named_with_what_it_would_take(problem):
@@ -96,8 +119,11 @@ def test_what_is_not_met_is_named_with_what_it_would_take(problem):
     assert f"not yet     {report.cost.unmet[0]}" in str(report)
     with pytest.warns(hesd.ToleranceWarning, match="lambda_max is .*; it takes more steps"):
         analyze(problem, tolerance={"lambda_max": 1e-12}, max_steps=9)
+
+
+def test_the_number_of_probes_that_are_missing_is_stated(wide):
     with pytest.warns(hesd.ToleranceWarning, match="sampling error of 4 probes is what is left, about [0-9]+ would do"):
-        analyze(problem, tolerance={"trace": 1e-2}, max_steps=20)
+        analyze(wide, tolerance={"trace": 1e-2}, max_steps=12)
 
 
 def test_noise_is_named_where_it_is_what_is_wide():
@@ -151,7 +177,9 @@ def test_a_run_goes_on_without_doing_a_product_again(problem):
     counted = Counting(problem)
     second = analyze(problem, tolerance=None, max_steps=40, continue_from=first)
     assert counted.restored() == 32 + 2  # each step a panel of four; two products check the operator
-    assert second.measure.tridiagonals[0].to_dict() == whole.measure.tridiagonals[0].to_dict()
+    found, wanted = (one.measure.tridiagonals[0].to_dict() for one in (second, whole))
+    assert found.pop("basis_vectors_read") > wanted.pop("basis_vectors_read")  # its orthogonality was measured twice
+    assert found == wanted
     assert second.criteria == whole.criteria
     assert second.cost.hvps == 160
     assert first.measure.tridiagonals[0].steps == 8
@@ -177,23 +205,23 @@ class Counting:
         return self.calls
 
 
-def test_fresh_probes_join_a_report_that_was_saved(problem, eigenvalues, tmp_path):
-    first = analyze(problem, tolerance={"trace": 0.3}, max_steps=40)
+def test_fresh_probes_join_a_report_that_was_saved(wide, tmp_path):
+    first = analyze(wide, tolerance={"trace": 0.3}, max_steps=40)
     first.save(tmp_path / "first.hesd.json")
     loaded = hesd.load_report(tmp_path / "first.hesd.json")
-    second = analyze(problem, tolerance={"trace": 0.05}, max_steps=400, continue_from=loaded)
+    second = analyze(wide, tolerance={"trace": 0.015}, max_steps=400, continue_from=loaded)
     runs = second.measure.tridiagonals
     assert runs[0].to_dict() == first.measure.tridiagonals[0].to_dict()
     assert len(runs) > 1
     assert second.cost.hvps == sum(run.products for run in runs)
     assert second.cost.seconds > loaded.cost.seconds
-    assert second.trace.low <= eigenvalues.sum() <= second.trace.high
+    assert second.trace.low <= 2000.0 <= second.trace.high
     firsts = [tuple(run.diagonal[0].ravel()) for run in runs]
     assert len(set(firsts)) == len(firsts)  # every run has probes of its own
     second.save(tmp_path / "second.hesd.json")
     assert hesd.load_report(tmp_path / "second.hesd.json").criteria == second.criteria
     # what was known is enough: nothing is multiplied
-    third = analyze(problem, tolerance={"trace": 0.05}, max_steps=400, continue_from=second)
+    third = analyze(wide, tolerance={"trace": 0.015}, max_steps=400, continue_from=second)
     assert third.cost.hvps == second.cost.hvps
     assert third.criteria == second.criteria
     assert third.checks == second.checks
@@ -223,34 +251,34 @@ def test_each_group_stops_by_itself(problem):
     assert all(report.cost.unmet == () for report in reports.values())
 
 
-class Fixed:
-    """Findings with intervals that are given."""
+@pytest.mark.parametrize(("sampled", "least", "most"), [(0.4, 20, 32), (0.05, 12, 14)])
+def test_steps_are_weighed_against_probes(monkeypatch, sampled, least, most):
+    # With q(s) = 8 / s^2 and e = 0.4 the steps in all, s (e / (t - q))^2, are least at s = 20; with e = 0.05 one run
+    # is enough from q + e <= t on.
+    def probes_needed(self, runs):
+        left = 0.1 - 8.0 / runs[0].steps ** 2
+        return max(1.0, (sampled / left) ** 2) if left > 0.0 else math.inf
 
-    def __init__(self, half, share_of_steps=0.0):
-        self.estimate, self.share_of_steps = Estimate(1.0, 1.0 - half, 1.0 + half), share_of_steps
-
-
-def test_the_rule_weighs_steps_against_probes(monkeypatch):
-    # q(s) = 8 / s^2 falls with the steps and e = 0.4 does not: s (e / (t - q))^2 is least at s = sqrt(40 / t)
-    halves = {}
-
-    def findings(measure):
-        steps = measure.steps
-        q = 8.0 / steps**2
-        half = halves[steps] = q + 0.4
-        return dataclasses.replace(Width, name=half, q=q)
-
-    Width = dataclasses.make_dataclass("Width", ["name", "q"], frozen=True)(0.0, 0.0)
+    monkeypatch.setattr(StoppingRule, "probes_needed", probes_needed)
     rule = StoppingRule({"trace": 0.1}, 10_000)
-    monkeypatch.setattr(
-        StoppingRule,
-        "probes_needed",
-        lambda self, runs: max(1.0, (0.4 / max(0.1 - 8.0 / runs[0].steps ** 2, 1e-9)) ** 2),
-    )
+    runs = (SimpleNamespace(steps=steps, block_sizes=(1,) * steps, size=10**6) for steps in range(1, 1000))
+    enough = next(run.steps for run in runs if rule.is_due(run.steps) and rule.is_enough([run]))
+    assert least <= enough <= most
 
-    @dataclasses.dataclass
-    class Run:
-        steps: int
 
-    steps = next(s for s in range(1, 1000) if rule.is_due(s) and rule.is_enough([Run(s)]))
-    assert 20 <= steps <= 20 * 1.25**2
+def test_where_probes_would_cost_as_much_as_the_whole_space_the_run_goes_on(problem):
+    report = analyze(problem, tolerance={"trace": 1e-6}, max_steps=400)
+    (run,) = report.measure.tridiagonals
+    assert run.products > problem.size / 2
+    assert report.cost.unmet == ()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_definite_and_zero_matrices_meet_every_tolerance(sign):
+    wanted = dict.fromkeys(NUMBERS, 0.1)
+    definite = hesd.Problem(Diagonal(3), lambda m, b: m(b), sign * torch.tensor([1.0, 2.0, 4.0]).double())
+    assert analyze(definite, tolerance=wanted, block_size=1).cost.unmet == ()
+    zero = hesd.Problem(Diagonal(300), lambda m, b: m(b), 0.0 * torch.ones(300).double())
+    report = analyze(zero, tolerance=wanted)
+    assert report.cost.hvps == 4
+    assert report.cost.unmet == ()
