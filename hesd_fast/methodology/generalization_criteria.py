@@ -197,7 +197,10 @@ def _k_hn_over_steps(
         return Estimate(0.0, 0.0, math.inf, "no node above the resolution")
     ends = [value]
     for count in sorted({round(x) for x in np.linspace(max(1, math.ceil(steps / 2)), steps, STEP_COUNTS)}):
-        shorter = measure if count == steps else SpectralMeasure.from_tridiagonal(tridiagonal.truncated(count))
+        shorter = measure
+        if count < steps:
+            nodes, weights = tridiagonal.quadrature(count)
+            shorter = SpectralMeasure([nodes] * measure.probes, list(weights))
         for shift in (-threshold, threshold):
             spread = _mean_of_probes(_k_hn(shorter, exponent, threshold, shift), 0.0, math.inf)
             ends += [spread.low, spread.high]

@@ -16,7 +16,7 @@ from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import RITZ_ROUNDING, Array, BlockTridiagonal
 from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, find_converged, none_converged
 from hesd_fast.spectrum.extreme_eigenvalues import missed_eigenvalue_distance
-from hesd_fast.spectrum.jacobi_matrix import Jacobi, jacobi_of_probe
+from hesd_fast.spectrum.jacobi_matrix import Jacobi, jacobi_matrices
 from hesd_fast.spectrum.moment_bounds import cdf_bounds
 from hesd_fast.spectrum.ritz_pairs import RitzPairs
 from hesd_fast.spectrum.sampling_error import SamplingError, standard_error_of_mean
@@ -155,10 +155,7 @@ class SpectralMeasure:
     @cached_property
     def jacobi(self) -> tuple[Jacobi, ...]:
         """The Jacobi matrix of each probe's measure; empty for a bare measure."""
-        if self.tridiagonal is None:
-            return ()
-        matrix = self.tridiagonal.matrix()
-        return tuple(jacobi_of_probe(self.tridiagonal, matrix, probe) for probe in range(self.probes))
+        return () if self.ritz is None else jacobi_matrices(self.ritz)
 
     def integrate(self, function: ArrayFunction) -> float:
         """Return the integral of ``function``, which maps an array of nodes to an array, averaged over the probes."""
