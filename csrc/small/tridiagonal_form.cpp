@@ -280,7 +280,6 @@ struct GrowingJacobi {
 
    private:
     double& link_above(std::int64_t row) { return row == 0 ? mass : beta[static_cast<std::size_t>(row - 1)]; }
-
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Symmetric tridiagonal forms of what block Lanczos leaves behind, by orthogonal transformations, in float64. Numbers are
-// expected near 1 (squares must neither overflow nor underflow): callers divide by a power of two.
+// Symmetric tridiagonal forms of what block Lanczos leaves behind, by orthogonal transformations, in float64. Numbers
+// are expected near 1 (squares must neither overflow nor underflow): callers divide by a power of two.
 #pragma once
 
 #include <cstdint>
