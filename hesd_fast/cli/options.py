@@ -28,6 +28,7 @@ progress_option: Decorator = click.option(
     "--progress/--no-progress", default=True, help="Show a progress bar on a terminal."
 )
 
+
 def tolerance_of(_context: click.Context, _option: click.Parameter, value: str) -> Any:
     """Return what ``hesd.analyze`` takes for ``0.02``, ``r_e=0.01,k_mass=0.05``, ``auto`` or ``none``."""
     if value in ("auto", "none"):

@@ -218,8 +218,9 @@ def _k_hn_over_steps(measure: SpectralMeasure, exponent: float, threshold: float
 
 def _after(measure: SpectralMeasure, steps: int) -> SpectralMeasure:
     """Return the measure as it was after so many steps of each run, or all of a shorter one."""
-    return SpectralMeasure.from_tridiagonal(
-        *(tridiagonal.truncated(min(steps, tridiagonal.steps)) for tridiagonal in measure.tridiagonals)
+    rules = [(one.probes, *one.quadrature(min(steps, one.steps))) for one in measure.tridiagonals]
+    return SpectralMeasure(
+        [nodes for probes, nodes, _ in rules for _ in range(probes)], [row for *_, weights in rules for row in weights]
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
 from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, find_converged
 from hesd_fast.spectrum.extreme_eigenvalues import missed_eigenvalue_distance
-from hesd_fast.spectrum.jacobi_matrix import Jacobi, jacobi_of_probe
+from hesd_fast.spectrum.jacobi_matrix import Jacobi, jacobi_matrices
 from hesd_fast.spectrum.ritz_pairs import RitzPairs
 from hesd_fast.spectrum.sampling_error import FEWEST_STEPS, SamplingError
 
@@ -54,8 +54,7 @@ class RunSpectrum:
     @cached_property
     def jacobi(self) -> tuple[Jacobi, ...]:
         """The Jacobi matrix of each probe's measure."""
-        matrix = self.tridiagonal.matrix()
-        return tuple(jacobi_of_probe(self.tridiagonal, matrix, probe) for probe in range(self.probes))
+        return jacobi_matrices(self.ritz)
 
     @cached_property
     def missed(self) -> tuple[float, float]:

@@ -152,7 +152,7 @@ class SpectralMeasure:
     @property
     def rounding(self) -> float:
         """Roundoff relative to ``max|node|`` up to which a node is known; double precision for a bare measure."""
-        return RITZ_ROUNDING * max(2.0**-52, *(matrix.epsilon for matrix in self.tridiagonals), 0.0)
+        return max([matrix.rounding for matrix in self.tridiagonals], default=RITZ_ROUNDING * 2.0**-52)
 
     @property
     def noise(self) -> float:

@@ -65,7 +65,8 @@ def test_all_eigenvalues_when_the_space_is_exhausted(name: str, probes: int) -> 
     assert sum(t.block_sizes) == SIZE
     values, _, residuals = t.ritz()
     np.testing.assert_allclose(values, np.sort(SPECTRA[name]), atol=1e3 * EPSILON * scale_of(name))
-    assert residuals.max() <= 16 * EPSILON * scale_of(name) * (1 + 1e-12)
+    assert residuals.max() <= t.noise(scale_of(name)) * (1 + 1e-12)
+    assert t.noise(1.0) == 8 * EPSILON * SIZE**0.5
 
 
 @pytest.mark.parametrize(("name", "probes", "steps"), CASES)
