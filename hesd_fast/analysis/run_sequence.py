@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hesd_fast.analysis.run_plan import RunPlan
-from hesd_fast.analysis.stopping import StoppingRule
-from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
+from hesd_fast.analysis.stopping import MOST_PROBES, StoppingRule
+from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
 from hesd_fast.lanczos.lanczos_run import LanczosRun
 from hesd_fast.lanczos.options import LanczosSettings
 from hesd_fast.operators.base import ProblemOperator
@@ -60,7 +60,7 @@ class RunSequence:
     def __init__(self, operator: ProblemOperator, plan: RunPlan, group: str, goal: Goal) -> None:
         self._operator, self._plan, self._group, self._goal = operator, plan, group, goal
         self._settings = plan.settings.for_size(operator.size)
-        self._rule = StoppingRule(goal.wanted, plan.settings.max_steps)
+        self._rule = StoppingRule(goal.wanted, self._settings, self._widest_run())
         earlier = goal.earlier
         self._done = [] if earlier is None else list(earlier.measure.tridiagonals)
         self._first = None if earlier is None else earlier.first_run
@@ -85,9 +85,10 @@ class RunSequence:
             self._current = self._first = self._new_run(self._settings)
         elif self._first_goes_on():
             self._current = self._first
-        elif steps := self._steps_of_next():
-            probes = sum(one.probes for one in self._done)
-            self._current = self._new_run(replace(self._settings, max_steps=steps, first_probe=probes))
+        elif (next_run := self._probes_and_steps()) != (0, 0):
+            (probes, steps), before = next_run, sum(one.probes for one in self._done)
+            settings = replace(self._settings, block_size=probes, max_steps=steps, first_probe=before)
+            self._current = self._new_run(settings)
         return self._current
 
     def is_enough(self) -> bool:
@@ -118,16 +119,24 @@ class RunSequence:
             return False
         return not (self._rule.is_due(self._first.step, self._done[1:]) and self._rule.is_enough(self._done))
 
-    def _steps_of_next(self) -> int:
-        """Return the steps of a run with fresh probes; 0 where none follows."""
+    def _probes_and_steps(self) -> tuple[int, int]:
+        """Return those of a run with fresh probes; 0 where none follows."""
         if not self._goal.wanted and self._goal.earlier is None:
-            return 0
-        return self._rule.steps_of_next(self._done)
+            return 0, 0
+        return self._rule.next_run(self._done)
+
+    def _widest_run(self) -> int:
+        """Return how many probes a run may have: more than the first one's where vectors are as many in all."""
+        in_memory = self._plan.memory.basis.place == "memory"
+        if in_memory and self._settings.reorthogonalization in ORTHOGONAL_MODES:
+            return max(MOST_PROBES, self._settings.block_size)
+        return self._settings.block_size
 
     def _new_run(self, settings: LanczosSettings) -> LanczosRun:
+        size, memory = self._operator.size, self._plan.memory
         probes = _probes_of_all(self._operator, settings.block_size)
-        memory = self._plan.memory
-        basis = memory.basis if self._group == WHOLE else memory.basis_of(settings, self._operator.size)
+        whole = replace(memory.basis, rows=settings.history_rows(size))
+        basis = whole if self._group == WHOLE else memory.basis_of(settings, size)
         return LanczosRun(self._operator, settings, basis, probes)
 
 

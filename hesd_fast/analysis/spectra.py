@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from hesd_fast.engine import _engine, cuda
 from hesd_fast.engine.memory import peak_memory
 from hesd_fast.errors import HESDWarning, ToleranceWarning
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
-from hesd_fast.lanczos.drive import Multiply, drive
+from hesd_fast.lanczos.drive import Multiply, Panels, drive
 from hesd_fast.methodology.generalization_criteria import criteria
 from hesd_fast.methodology.hesd_type import classify
 from hesd_fast.operators.base import ProblemOperator
@@ -58,6 +59,7 @@ def spectra_of(
     problem.prepare()
     for operator in operators.values():
         _ = operator.problem.fingerprint  # of the weights as they are now
+    multiply = _in_parts(multiply, plan.settings.block_size)
     with problem.session():
         sequences = {name: RunSequence(operator, plan, name, goal) for name, operator in operators.items()}
         check = LinearityCheck(multiply)
@@ -78,18 +80,31 @@ def spectra_of(
     reports = {}
     for name, operator in operators.items():
         runs_of_one = sequences.pop(name)
-        settings = _settings_of(plan, runs_of_one.done[0], names, goal, name)
+        settings = _settings_of(plan, runs_of_one.done, names, goal, name)
         reports[name] = _report_of(operator, runs_of_one, check.found.get(name), settings, goal, started)
         _warn_of_failures(reports[name], goal, name)
     return reports
 
 
-def _settings_of(plan: RunPlan, tridiagonal: BlockTridiagonal, names: Names, goal: Goal, group: str) -> RunSettings:
-    """Return the settings of a run as reports keep them."""
+def _in_parts(multiply: Multiply, rows: int) -> Multiply:
+    """Return the products of panels of any width, by as many vectors at a time as they were planned for."""
+
+    def in_parts(panels: Panels, products: Panels) -> None:
+        for begin in range(0, max(map(len, panels.values())), rows):
+            part = slice(begin, begin + rows)
+            names = [name for name, panel in panels.items() if len(panel) > begin]
+            multiply({name: panels[name][part] for name in names}, {name: products[name][part] for name in names})
+
+    return in_parts
+
+
+def _settings_of(plan: RunPlan, runs: Sequence[BlockTridiagonal], names: Names, goal: Goal, group: str) -> RunSettings:
+    """Return the settings of the runs as reports keep them; of runs continued with fewer steps, those they have."""
+    tridiagonal, vectors = runs[0], sum(sum(run.block_sizes) for run in runs)
     return RunSettings(
         operator=names.operator,
         block_size=tridiagonal.probes,
-        max_steps=plan.settings.max_steps,
+        max_steps=max(plan.settings.max_steps, math.ceil(vectors / tridiagonal.probes)),
         reorthogonalization=plan.settings.reorthogonalization,
         basis=tridiagonal.basis_place,
         basis_dtype=tridiagonal.basis_dtype,

@@ -13,6 +13,7 @@ import numpy as np
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
+from hesd_fast.lanczos.options import LanczosSettings
 from hesd_fast.methodology.generalization_criteria import Criteria, criteria, extreme_ratio, resolution_of
 from hesd_fast.methodology.hesd_type import TypeThresholds
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
@@ -30,6 +31,9 @@ SMALLEST_UNIT = 0.05
 FIRST_CHECK, GROWTH = 8, 1.25
 """Steps of a run before the intervals are looked at, and the factor from one look to the next."""
 
+
+MOST_PROBES = 16
+"""Of one run: orthogonalization takes time that grows with the square of their number."""
 
 NOISE_SHARE = 4.0
 """Part of the noise in a width from which on nothing narrows it but products of higher precision."""
@@ -204,41 +208,53 @@ class StoppingRule:
     the variance of the probes smaller. Then runs of as many steps with probes of their own follow; but where they would
     take as many products as the matrix has rows, the first goes on, for its space then holds the whole spectrum.
 
+    The probes that are missing are put into as few runs as there is memory for: the space of a wide block holds more of
+    the large eigenvalues, and what it holds has no sampling error.
+
     Parameters
     ----------
     wanted : mapping of str to float
         The tolerance of each number, see `tolerances`; empty for one run of all its steps.
-    max_steps : int
-        Of all runs together.
+    settings : LanczosSettings
+        Of the first run: all runs together have no more products than it would with all its steps.
+    widest : int
+        Probes that a run may have.
     """
 
-    def __init__(self, wanted: Mapping[str, float], max_steps: int) -> None:
-        self._wanted, self._max_steps = wanted, max_steps
+    def __init__(self, wanted: Mapping[str, float], settings: LanczosSettings, widest: int) -> None:
+        self._wanted, self._widest = wanted, widest
+        self._max_steps, self._block_size = settings.max_steps, settings.block_size
         self._next_check, self._cost = FIRST_CHECK, math.inf
 
     def is_due(self, steps: int, others: Sequence[BlockTridiagonal] = ()) -> bool:
         """Return whether the intervals are to be looked at after so many steps of the first run, beside others."""
-        return steps >= self._max_steps - _steps_of(others) or (bool(self._wanted) and steps >= self._next_check)
+        left = self._max_steps * self._block_size - sum(map(_products_of, others))
+        return (steps + 1) * self._block_size > left or (bool(self._wanted) and steps >= self._next_check)
 
     def is_enough(self, runs: Sequence[BlockTridiagonal]) -> bool:
         """Return whether the first of these runs, the only one that can go on, is to end."""
-        left, steps = self._max_steps - _steps_of(runs), runs[0].steps
-        if left <= 0:
+        done, steps = sum(map(_products_of, runs)), runs[0].steps
+        left = self._max_steps * self._block_size - done
+        if left < self._block_size:
             return True
         self._next_check = math.ceil(steps * GROWTH)
         needed = self.probes_needed(runs)
         cost, before = needed * steps, self._cost
         self._cost = cost
-        is_exact_cheaper = needed * sum(_products_of(run) for run in runs) >= runs[0].size
-        return needed <= 1.0 or (before <= cost < math.inf and left >= steps and not is_exact_cheaper)
+        is_worth_it = left >= steps * self._block_size and needed * done < runs[0].size
+        return needed <= 1.0 or (before <= cost < math.inf and is_worth_it)
 
-    def steps_of_next(self, done: Sequence[BlockTridiagonal]) -> int:
-        """Return the steps of the run with fresh probes that is to follow those done; 0 for none."""
-        steps = done[0].steps
-        exact = any(_products_of(one) == one.size for one in done)
-        if exact or _steps_of(done) + steps > self._max_steps or (self._wanted and self.probes_needed(done) <= 1.0):
-            return 0
-        return steps
+    def next_run(self, done: Sequence[BlockTridiagonal]) -> tuple[int, int]:
+        """Return the probes and steps of the run with fresh probes that is to follow those done; 0 for none."""
+        steps, size = done[0].steps, done[0].size
+        left = self._max_steps * self._block_size - sum(map(_products_of, done))
+        most = min(left // steps, (self._max_steps + 1) * self._block_size // (steps + 1), self._widest, size)
+        if most < 1 or any(_products_of(one) == size for one in done):
+            return 0, 0
+        if not self._wanted:
+            return min(self._block_size, most), steps
+        missing = (self.probes_needed(done) - 1.0) * sum(one.probes for one in done)
+        return (math.ceil(min(missing, most)), steps) if missing > 0.0 else (0, 0)
 
     def probes_needed(self, done: Sequence[BlockTridiagonal]) -> float:
         """Return how many times the probes of these runs would be enough for all tolerances."""
@@ -252,10 +268,6 @@ class StoppingRule:
 
 def _products_of(run: BlockTridiagonal) -> int:
     return sum(run.block_sizes)
-
-
-def _steps_of(runs: Sequence[BlockTridiagonal]) -> int:
-    return sum(run.steps for run in runs)
 
 
 def _half_width(estimate: Estimate) -> float:

@@ -210,17 +210,20 @@ def _wrong_settings(content: SavedReport) -> Iterator[str]:
         yield f"options.operator is {shown(options.operator)}; wanted one of {', '.join(OPERATORS)}"
     for i, matrix in enumerate(content.tridiagonals):
         for name, option, found in (
-            ("block_size", options.block_size, matrix.probes),
+            ("block_size", options.block_size, matrix.probes if i == 0 else options.block_size),
             ("reorthogonalization", options.reorthogonalization, matrix.reorthogonalization),
             ("basis", options.basis, matrix.basis_place),
             ("basis_dtype", options.basis_dtype, matrix.basis_dtype),
         ):
             if option != found:
                 yield f"options.{name} is {shown(option)}, and of tridiagonals[{i}] it is {shown(found)}"
-    steps = sum(matrix.steps for matrix in content.tridiagonals)
-    exact = any(matrix.breakdown for matrix in content.tridiagonals)
-    if steps > options.max_steps or (steps < options.max_steps and options.tolerance is None and not exact):
-        yield f"options.max_steps is {options.max_steps}, and tridiagonals have {steps} steps"
+    vectors = sum(sum(matrix.block_sizes) for matrix in content.tridiagonals)
+    if vectors > options.max_steps * options.block_size:
+        most = f"{options.max_steps} and options.block_size {options.block_size}"
+        yield f"options.max_steps is {most}, and tridiagonals have {vectors} vectors"
+    wanted, first = min(options.max_steps, content.problem.size), content.tridiagonals[0]
+    if options.tolerance is None and len(content.tridiagonals) == 1 and first.steps < wanted and not first.breakdown:
+        yield f"options.max_steps is {options.max_steps}, and tridiagonals[0] has {first.steps} steps"
     if options.seed < 0:
         yield f"options.seed is {options.seed}; wanted at least 0"
     if options.protocol is None:

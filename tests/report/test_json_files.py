@@ -128,7 +128,7 @@ def refusal(path, content):
         ("cost.hvps", 7, "cost.hvps is 7 and tridiagonals have 12 products"),
         ("cost.seconds", -1, "cost.seconds is -1.0; wanted at least 0"),
         ("options.block_size", 3, "options.block_size is 3, and of tridiagonals[0] it is 2"),
-        ("options.max_steps", 5, "options.max_steps is 5, and tridiagonals have 6 steps"),
+        ("options.max_steps", 5, "options.max_steps is 5 and options.block_size 2, and tridiagonals have 12 vectors"),
         ("options.reorthogonalization", "none", "options.reorthogonalization is 'none', and of tridiagonals[0]"),
         ("options.basis", "disk", "options.basis is 'disk', and of tridiagonals[0] it is 'memory'"),
         ("options.basis_dtype", "float16", "options.basis_dtype is 'float16', and of tridiagonals[0]"),

@@ -142,7 +142,7 @@ def test_what_is_not_a_report_is_refused(report, tmp_path):
     with pytest.raises(hesd.CheckpointError, match="not a report"):
         hesd.load_report(path)
     report.save(path)
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 99'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 99'))
     with pytest.raises(hesd.CheckpointError, match="format version 99"):
         hesd.load_report(path)
 
