@@ -12,9 +12,10 @@ from hesd_fast.estimate import Estimate
 from hesd_fast.methodology.comparability import check_reports
 from hesd_fast.methodology.generalization_criteria import Criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence
-from hesd_fast.report.density_plot import plot_densities
+from hesd_fast.report.density_plot import Scale, plot_densities
 from hesd_fast.report.facts import Check, Cost, ProblemFacts, RunSettings
 from hesd_fast.report.json_files import SavedReport, read_file, write_file
+from hesd_fast.spectrum.outliers import Outliers
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 from hesd_fast.terminal import printable
 
@@ -99,9 +100,16 @@ class Report:
         """The trace of the matrix."""
         return self.measure.trace
 
-    def plot(self, path: str | os.PathLike[str] | None = None, *, sigma: float | None = None) -> Figure:
-        """Draw the density on a logarithmic scale, and write it to the path if one is given; see `plot_densities`."""
-        return plot_densities({self.problem.model: self}, path, sigma=sigma)
+    @property
+    def outliers(self) -> Outliers:
+        """The eigenvalues that stand apart from the bulk, with their number; unknown where eigenvalues have copies."""
+        return self.measure.outliers
+
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, *, scale: Scale = "symlog", sigma: float | None = None
+    ) -> Figure:
+        """Draw density, outliers and distribution function, and write them to a path if given; see `plot_densities`."""
+        return plot_densities({self.problem.model: self}, path, scale=scale, sigma=sigma)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON; the file is replaced whole or not at all.

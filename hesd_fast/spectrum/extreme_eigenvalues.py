@@ -52,7 +52,7 @@ def missed_eigenvalue_distance(ritz: RitzPairs, side: float) -> float:
     couplings = ritz.couplings / scale
 
     def has_room(distances: Array) -> Array:
-        return np.asarray(_masses(ritz.seen, couplings, 1.0 / (offsets - side * distances[:, None])) >= needed)
+        return np.asarray(matrix_masses(ritz.seen, couplings, 1.0 / (offsets - side * distances[:, None])) >= needed)
 
     last = -1
     for end in range(DISTANCES.size, 0, -CHUNK):  # from far away, where there is no room
@@ -72,7 +72,7 @@ def missed_eigenvalue_distance(ritz: RitzPairs, side: float) -> float:
     return high * scale
 
 
-def _masses(seen: Array, couplings: Array, inverse: Array) -> Array:
+def matrix_masses(seen: Array, couplings: Array, inverse: Array) -> Array:
     """Return ``||M(x)||`` at each point, from the diagonals of ``D`` there: shape (points, k)."""
     columns = couplings.shape[1]
     # I + B^T D^2 B = R^T R, without forming it: its condition would be that of D B squared.
