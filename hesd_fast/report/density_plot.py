@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_che
 
 import numpy as np
 
+from hesd_fast.choices import is_one_of
 from hesd_fast.errors import ProblemError
 from hesd_fast.lanczos.block_tridiagonal import Array
 from hesd_fast.methodology.assessment import TypedReport
@@ -33,8 +34,8 @@ PIXELS = 400
 BAND_POINTS = 128
 """Places where the distribution function is bounded."""
 
-BESIDE = 10.0
-"""Residual norms from an outlier to where the distribution function is bounded on either side of it."""
+STEEPEST, BESIDE = 12, 10.0
+"""Nodes of largest magnitude and of largest weight that have a bound on either side, so many residual norms away."""
 
 DECADES = 8.0
 """How far below its peak a density is drawn at most."""
@@ -131,7 +132,7 @@ def _check(reports: Mapping[str, DensityReport | SpectralMeasure], scale: str, s
         check_reports(reports, "plot_densities", (DensityReport, SpectralMeasure))
     if not reports:
         raise ProblemError("there is no report to draw; give at least one")
-    if scale not in SCALES:
+    if not is_one_of(scale, SCALES):
         raise ProblemError(f"scale is {scale!r}; wanted {', '.join(map(repr, SCALES[:-1]))} or {SCALES[-1]!r}")
     if sigma is not None and not (sigma > 0.0 and math.isfinite(sigma)):
         raise ProblemError(f"sigma must be positive and finite, got {sigma!r}; pass a width in units of the axis")
@@ -196,7 +197,7 @@ def _figure(spectra: Sequence[Spectrum], scale: Scale, sigma: float | None) -> F
     from matplotlib.figure import Figure
 
     axes = axes_of([spectrum.atoms for spectrum in spectra], scale)
-    figure = Figure(figsize=(8.0, 6.0), layout="constrained")
+    figure = Figure(figsize=(8.0, 5.6 + 0.2 * len(spectra)), layout="constrained")
     FigureCanvasAgg(figure)
     sizes = {"height_ratios": (3, 2), "width_ratios": [axis.length for axis in axes]}
     panels = figure.subplots(2, len(axes), squeeze=False, sharex="col", sharey="row", gridspec_kw=sizes)
@@ -254,9 +255,9 @@ def _draw_outliers(panel: Axes, spectrum: Spectrum, axis: EigenvalueAxis, width:
 def _draw_hiding_places(panel: Axes, spectrum: Spectrum, axis: EigenvalueAxis) -> None:
     """Shade where an eigenvalue may lie beyond the extreme nodes, up to the end of the axis."""
     first, last = axis.eigenvalue(np.array([axis.low, axis.high]))
-    for extreme in (spectrum.measure.lambda_min, spectrum.measure.lambda_max):
-        shown = extreme if axis.sign > 0 else -extreme
-        low, high = max(shown.low, first), min(shown.high, last)
+    lowest, highest = spectrum.measure.lambda_min, spectrum.measure.lambda_max
+    for place, bound in ((lowest.value, lowest.low), (highest.value, highest.high)):
+        low, high = np.clip(sorted((axis.sign * place, axis.sign * bound)), first, last)
         from_, to = axis.coordinate(np.array([low, high]))
         if to - from_ > axis.length / PIXELS:
             panel.axvspan(low, high, color=spectrum.color, alpha=0.12, linewidth=0)
@@ -282,35 +283,34 @@ def _draw_distribution(panel: Axes, spectrum: Spectrum, axis: EigenvalueAxis) ->
 
 
 def _points_of_band(spectrum: Spectrum, axis: EigenvalueAxis, steps: Array) -> Array:
-    """Return where the distribution function is bounded: evenly on the axis, among the nodes, and beside outliers."""
+    """Return where the distribution function is bounded: evenly, among the nodes, and beside steep steps."""
     coordinates = np.quantile(axis.coordinate(steps), np.linspace(0.0, 1.0, BAND_POINTS // 2))
     even = np.linspace(axis.low, axis.high, BAND_POINTS // 2)
-    widest = sorted(spectrum.outliers.all, key=lambda one: -abs(one.value))[: BAND_POINTS // 8]
-    beside = [
-        axis.sign * (one.value + BESIDE * side)
-        for one in widest
-        for side in (one.low - one.value, one.high - one.value)
-    ]
+    atoms = spectrum.atoms
+    steepest = np.union1d(np.argsort(-np.abs(atoms.places))[:STEEPEST], np.argsort(-atoms.weights)[:STEEPEST])
+    errors = BESIDE * atoms.errors[steepest]
+    beside = axis.sign * np.concatenate((atoms.places[steepest] - errors, atoms.places[steepest] + errors))
     points = np.concatenate((axis.eigenvalue(np.append(coordinates, even)), beside))
     return np.unique(np.clip(points, steps[0], steps[-1]))
 
 
 def _set_up_heights(panels: Any, heights: list[float], spectra: Sequence[Spectrum], scale: Scale) -> None:
     """Give scales, ends and labels to the vertical axes."""
+    highest, lowest = (max(heights), min(heights)) if heights else (1.0, 1.0)
+    panels[0, 0].set_ylim(max(min(0.3 * lowest, 0.01 * highest), highest * 10.0**-DECADES), 3.0 * highest)
     for panel in panels[0]:
         panel.set_yscale("log")
         if scale != "log":
             panel.axvline(0.0, color="0.6", linewidth=0.6, zorder=0)
-    if heights:
-        highest = max(heights)
-        panels[0, 0].set_ylim(max(0.3 * min(heights), highest * 10.0**-DECADES), 3.0 * highest)
+        if not heights:
+            panel.text(0.5, 0.5, "no eigenvalue exceeds the noise", ha="center", transform=panel.transAxes)
     panels[0, 0].set_ylabel("share of eigenvalues\nper " + ("unit" if scale == "linear" else "decade"))
     panels[1, 0].set_ylabel("share of eigenvalues\n" + ("farther from zero" if scale == "log" else "below"))
     if scale == "log":
+        smallest = min(1.0 / (spectrum.measure.size or 1e4) for spectrum in spectra)
+        panels[1, 0].set_ylim(0.1 * smallest, 1.5)
         for panel in panels[1]:
             panel.set_yscale("log")
-        smallest = min(1.0 / (spectrum.measure.size or 1e4) for spectrum in spectra)
-        panels[1, 0].set_ylim(0.3 * smallest, 1.5)
     else:
         panels[1, 0].set_ylim(-0.02, 1.02)
 

@@ -20,6 +20,12 @@ SCALES = ("symlog", "linear", "log")
 MARGIN = 0.04
 """Room beyond the extreme nodes, in lengths of the axis."""
 
+FEWEST_TICKS = 3
+"""Up to this many powers of ten, and zero, are too few to read an axis by."""
+
+SAME = 1e-6
+"""Range, relative to the larger end, up to which all places are drawn as one."""
+
 MOST_DECADES = 8.0
 """Decades below the largest magnitude that a logarithmic axis shows at most."""
 
@@ -77,17 +83,41 @@ class EigenvalueAxis:
 
     def set_up(self, axes: Axes) -> None:
         """Give scale, ends and label to the axis of a picture."""
-        low, high = self.eigenvalue(np.array([self.low, self.high]))
+        from matplotlib.ticker import NullFormatter
+
+        low, high = self.eigenvalue(np.array([self.low, self.high])).tolist()
         if self.scale == "symlog":
             axes.set_xscale("asinh", linear_width=self.center)
+            self._set_ticks(axes, low, high)
         elif self.scale == "log":
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(*((low, high) if self.sign > 0 else (high, low)))
-        axes.set_xlabel(
-            "eigenvalue" if self.scale != "log" else f"{'negative' if self.sign < 0 else 'positive'} eigenvalue"
-        )
+        side = "" if self.scale != "log" else "negative " if self.sign < 0 else "positive "
+        axes.set_xlabel(f"{side}eigenvalue")
         if self.sign < 0:
-            axes.xaxis.set_major_formatter(lambda x, _: rf"$-10^{{{math.log10(x):.0f}}}$")
+            axes.xaxis.set_major_formatter(lambda x, _: _power(-x))
+
+    def _set_ticks(self, axes: Axes, low: float, high: float) -> None:
+        """Put ticks at zero and at powers of ten on its logarithmic parts; where these are short, at round numbers."""
+        from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+
+        first, last = math.ceil(math.log10(2.0 * self.center)), math.floor(math.log10(max(-low, high)))
+        powers = [10.0**power for power in range(first, last + 1)]
+        ticks = [tick for tick in [*(-x for x in reversed(powers)), 0.0, *powers] if low <= tick <= high]
+        if len(ticks) > FEWEST_TICKS:
+            axes.set_xticks(ticks, [_power(tick) for tick in ticks])
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _power(number: float) -> str:
+    """Return zero or a power of ten, with its sign, as it is printed beside a tick."""
+    if number == 0.0:
+        return "0"
+    return rf"${'-' if number < 0.0 else ''}10^{{{math.log10(abs(number)):.0f}}}$"
 
 
 def coordinate(scale: str, center: float, eigenvalues: Array) -> Array:
@@ -101,7 +131,7 @@ def coordinate(scale: str, center: float, eigenvalues: Array) -> Array:
 
 def axes_of(spectra: Sequence[Atoms], scale: str) -> list[EigenvalueAxis]:
     """Return the axes that show some spectra, from left to right: one, or one for each sign there is."""
-    places = np.concatenate([atoms.places for atoms in spectra])
+    places = np.concatenate([_reach(atoms) for atoms in spectra])
     largest = float(np.abs(places).max()) or 1.0
     noise = max(float(atoms.noise.max()) for atoms in spectra)
     if scale != "log":
@@ -114,10 +144,21 @@ def axes_of(spectra: Sequence[Atoms], scale: str) -> list[EigenvalueAxis]:
     return [_around(np.log10(side), scale, sign, lowest) for sign, side in shown]
 
 
+def _reach(atoms: Atoms) -> Array:
+    """Return the places, and how far the eigenvalues of the outermost may be beyond them."""
+    ends = [atoms.places[0] - atoms.errors[0], atoms.places[-1] + atoms.errors[-1]]
+    return np.append(atoms.places, ends)
+
+
 def _around(coordinates: Array, scale: str, sign: float, center: float) -> EigenvalueAxis:
     """Return the axis that shows some coordinates, with room beyond them."""
     low, high = float(coordinates.min()), float(coordinates.max())
-    room = MARGIN * ((high - low) or (abs(high) if scale == "linear" else 0.0) or 1.0)
+    spread = high - low
+    if spread <= SAME * max(abs(low), abs(high)):
+        spread = max(abs(low), abs(high)) if scale == "linear" else 1.0
+    room = MARGIN * (spread or 1.0)
+    if scale == "log":  # panels of two signs stand side by side, each with room for its ticks
+        room = max(room, 0.5 * (1.0 - (high - low)))
     return EigenvalueAxis(scale, sign, low - room, high + room, center)
 
 

@@ -144,32 +144,36 @@ def count_beyond_gap(values: Array, residuals: Array, shares: Array, size: int) 
 def _number(ritz: RitzPairs, side: float, found: int, beyond: float) -> Estimate:
     """Return how many eigenvalues there are beyond the bulk at the upper (side = 1) or lower end."""
     if not found:
-        return Estimate(
-            0.0, 0.0, math.inf, "no gap in the spectrum is wide enough to call what lies beyond it outliers"
-        )
+        return Estimate(0.0, 0.0, math.inf, "no gap is wide enough to call what lies beyond it outliers")
     if not ritz.random or ritz.tridiagonal.probes < FEWEST_PROBES:
-        return Estimate(found, found, math.inf, "interlacing; fewer than two random probes cannot exclude others")
+        return Estimate(
+            float(found), float(found), math.inf, "interlacing; fewer than two random probes cannot exclude others"
+        )
     if _has_room(ritz, side, found, beyond):
-        return Estimate(found, found, math.inf, "interlacing; the moments leave room for others")
-    return Estimate(found, found, found, "interlacing, and the moments leave no room for others at a risk of 2.5 %")
+        return Estimate(float(found), float(found), math.inf, "interlacing; the moments leave room for others")
+    return Estimate(
+        float(found),
+        float(found),
+        float(found),
+        "interlacing, and the moments leave no room for others at a risk of 2.5 %",
+    )
 
 
 def _has_room(ritz: RitzPairs, side: float, found: int, beyond: float) -> bool:
     """Whether an eigenvalue that the probes have missed may lie outside the gap, not beside those found."""
     order = slice(None, None, -1) if side > 0 else slice(None)
     values, residuals = side * ritz.values[order][: found + 1], BESIDE * ritz.residuals[order][:found]
-    if beyond > residuals[0]:
+    if beyond > residuals[0] or residuals.max() > 0.25 * (values[found - 1] - values[found]):
         return True
     coupling = ritz.tridiagonal.offdiagonal[-1]
     if coupling.shape[1] == 0:
         return False
-    upper = values[:found] - residuals
-    lower = np.append(values[1:found] + residuals[1:], 0.5 * (values[found - 1] + values[found]))
-    fractions = np.geomspace(1e-4, 0.5, POINTS)
-    fractions = np.concatenate(([0.0], fractions, 1.0 - fractions, [1.0]))
-    points = np.concatenate(
-        [low + (high - low) * fractions for low, high in zip(lower, upper, strict=True) if low < high]
-    )
+    ends = np.append(values[1:found] + residuals[1:], 0.5 * (values[found - 1] + values[found]))
+    free = np.column_stack((ends, values[:found] - residuals))
+    low, high = free[free[:, 0] < free[:, 1]].T  # the last is there always, from the middle of the gap
+    near = np.geomspace(1e-4, 0.5, POINTS)
+    fractions = np.concatenate(([0.0], near, 1.0 - near, [1.0]))
+    points = (low[:, None] + (high - low)[:, None] * fractions).ravel()
     # the chi-squared quantile; scipy.stats has it by name, and takes long to import
     needed = 2.0 * float(scipy.special.gammaincinv(ritz.tridiagonal.probes / 2, HIDING_RISK))
     for begin in range(0, points.size, CHUNK):
