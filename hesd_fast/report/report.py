@@ -171,6 +171,7 @@ class Report:
             ("K_Hn", f"{found.k_hn}   n = {found.exponent:g}; its interval is a spread, not a bound"),
             ("k_mass", f"{found.k_mass}"),
             ("balance", f"{found.balance}"),
+            ("outliers", f"{self.outliers}"),
             ("cost", f"{steps}{cost.hvps} products in {cost.seconds:.1f} s, peak {cost.peak_bytes / 2**20:.0f} MiB"),
             ("products", cost.strategy),
             *[("check", f"{'ok' if check.passed else 'FAILED'}: {check.detail}") for check in self.checks],
