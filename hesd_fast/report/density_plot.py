@@ -95,7 +95,7 @@ def plot_densities(
     Returns
     -------
     matplotlib.figure.Figure
-        The figure. Costs 128 symmetric eigenproblems of order ``m + 1`` for each probe.
+        The figure. Costs about 180 symmetric eigenproblems of order ``m + 1`` for each probe.
 
     Raises
     ------

@@ -19,14 +19,14 @@ Equal Gaussians of half their distance add up to a constant within 1.4 %. Narrow
 density, wider ones blur it without need.
 """
 
-BROADEST = 0.01
+BROADEST = 0.02
 """Width up to which a node is smoothed whose eigenvalue is known, relative to the distance of the extreme nodes."""
 
-ENOUGH = 32.0
+ENOUGH = 64.0
 """Squares of random numbers that a node shares its Gaussian with on either side, so that they average out.
 
 A probe sees an eigenvalue by the square of one random number; the relative standard error of the density is about
-``sqrt(1.1 / ENOUGH)``, a fifth. Nodes of an unresolved bulk stand for many eigenvalues each, and need no others.
+``sqrt(1.1 / ENOUGH)``, an eighth. Nodes of an unresolved bulk stand for many eigenvalues each, and need no others.
 """
 
 SMALLEST = 1e-12

@@ -11,7 +11,7 @@ import hesd_fast as hesd
 from hesd_fast.spectrum.smoothing import BROADEST, ENOUGH, WIDTH, Atoms, atoms_of, smoothed_density
 
 EPSILON = 2.0**-52
-SIZE = 4000
+SIZE = 20_000  # so that no node stands for few eigenvalues
 
 
 def semicircle_density(x):
@@ -81,7 +81,7 @@ def test_a_known_eigenvalue_far_from_others_stays_a_peak_and_an_unknown_one_does
 def test_random_weights_are_averaged_over_enough_of_them():
     places = np.linspace(0.0, 1.0, 1001)
     widths = atoms(places, enough=20.0 / places.size).widths()  # as many eigenvalues as 20 random numbers see
-    np.testing.assert_allclose(widths[40:-40], BROADEST, rtol=1e-12)  # half of 20 distances
+    np.testing.assert_allclose(widths[40:-40], WIDTH * 20.0 * 0.001, rtol=0.06)  # the 20th or, after rounding, the 21st
     measure = measure_of(TRUE["normal"][0], 12, 4)
     assert atoms_of(measure.nodes, measure.weights, measure.ritz).enough == ENOUGH / (4 * SIZE)
 
