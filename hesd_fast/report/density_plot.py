@@ -127,9 +127,7 @@ def plot_densities(
 
 def _check(reports: Mapping[str, DensityReport | SpectralMeasure], scale: str, sigma: float | None) -> None:
     """Raise a ProblemError for what cannot be drawn."""
-    measures = isinstance(reports, Mapping) and all(isinstance(one, SpectralMeasure) for one in reports.values())
-    if not measures:
-        check_reports(reports, "plot_densities", (DensityReport, SpectralMeasure))
+    check_reports(reports, "plot_densities", (DensityReport, SpectralMeasure))
     if not reports:
         raise ProblemError("there is no report to draw; give at least one")
     if not is_one_of(scale, SCALES):
