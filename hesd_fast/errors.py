@@ -118,6 +118,24 @@ class HESDWarning(UserWarning):
     """
 
 
+class ToleranceWarning(HESDWarning):
+    """A run has taken all the steps it may take, and an interval is wider than was asked for.
+
+    Examples
+    --------
+    >>> import torch, warnings, hesd_fast as hesd
+    >>> loss, data = hesd.losses.supervised(torch.nn.MSELoss()), (torch.eye(60), torch.ones(60, 1))
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", hesd.ToleranceWarning)
+    ...     hesd.analyze(
+    ...         torch.nn.Linear(60, 1), loss, data, max_steps=2, tolerance={"k_mass": 1e-9}
+    ...     )  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    hesd_fast.errors.ToleranceWarning: the tolerance is not met after 4 probes x 2 steps: k_mass is ...
+    """
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -20,6 +20,7 @@ from hesd_fast.errors import (
     OperatorError,
     PlanError,
     ProblemError,
+    ToleranceWarning,
 )
 from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
@@ -79,6 +80,7 @@ __all__ = [
     "Report",
     "RunPlan",
     "SpectralMeasure",
+    "ToleranceWarning",
     "TypeEvidence",
     "TypeThresholds",
     "Verdict",

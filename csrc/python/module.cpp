@@ -87,6 +87,7 @@ PYBIND11_MODULE(_engine, module) {
     module.def("build_info", &build_info);
     module.def("select_target", &hesd::select_target, pybind11::arg("name"));
     register_kernels(module);
+    register_small_matrices(module);
     register_block_lanczos(module);
 #if defined(HESD_EMULATION)
     register_emulation(module);

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from hesd_fast.analysis.run_plan import plan_run
+from hesd_fast.analysis.run_sequence import Goal
 from hesd_fast.analysis.settings import RunOptions, as_problem
 from hesd_fast.analysis.spectra import Names, spectra_of
+from hesd_fast.analysis.stopping import Tolerance
 from hesd_fast.engine.memory import one_look
 from hesd_fast.errors import ProblemError
 from hesd_fast.operators.hessian_blocks import GroupedHessianOperator, Groups
@@ -35,6 +37,7 @@ def analyze_groups(
     count: Count | None = None,
     block_size: int | str = "auto",
     max_steps: int | None = None,
+    tolerance: Tolerance = "auto",
     reorthogonalization: str | None = None,
     basis: str | os.PathLike[str] = "auto",
     basis_dtype: str | torch.dtype = "auto",
@@ -52,8 +55,9 @@ def analyze_groups(
 
     Parameters
     ----------
-    model, loss, data, mode, count, block_size, max_steps, ..., progress
-        As in :func:`~hesd_fast.analyze`. A group of no more than ``block_size`` parameters has an exact spectrum.
+    model, loss, data, mode, count, block_size, max_steps, tolerance, ..., progress
+        As in :func:`~hesd_fast.analyze`; each group stops when its own intervals are as narrow as wanted. A group of no
+        more than ``block_size`` parameters has an exact spectrum.
     groups : mapping of str to selection, "modules" or "parameters"
         By name: selections as in :class:`~hesd_fast.Problem`, which may overlap; or the parameters that each module
         owns itself; or every parameter by itself.
@@ -75,12 +79,13 @@ def analyze_groups(
     """
     problem = _problem(model, loss, data, groups, mode, count)
     started = time.perf_counter()
-    settings = RunOptions(block_size, max_steps, reorthogonalization, protocol, seed).settings(problem.size)
+    options = RunOptions(block_size, max_steps, reorthogonalization, protocol, seed, tolerance)
+    settings, goal = options.settings(problem.size), Goal(options.wanted(), tolerance != "auto")
     operator = GroupedHessianOperator(problem, groups, hvp=hvp)
     run = plan_run(operator.problem, settings, [block.size for block in operator.blocks.values()], basis, basis_dtype)
     operator.strategy.memory_limit = run.memory.products_bytes
     names = Names("hessian", hvp, protocol)
-    return spectra_of(operator.problem, operator.blocks, operator.matmats, run, names, progress, started)
+    return spectra_of(operator.problem, operator.blocks, operator.matmats, run, names, goal, progress, started)
 
 
 @alone

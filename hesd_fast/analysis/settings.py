@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from hesd_fast.analysis.stopping import Tolerance, tolerances
 from hesd_fast.choices import is_one_of
 from hesd_fast.errors import ProblemError
-from hesd_fast.lanczos.options import PROTOCOLS, LanczosSettings
+from hesd_fast.lanczos.options import PROTOCOLS, RANDOM_PROBES, LanczosSettings
 from hesd_fast.problem.description import Loss
 from hesd_fast.problem.parameters import Selection
 from hesd_fast.problem.problem import Problem
 from hesd_fast.problem.term_counts import Count
+from hesd_fast.report.report import Report
 
 DEFAULT_BLOCK_SIZE = 4
 DEFAULT_MAX_STEPS = 100
@@ -28,6 +30,18 @@ class RunOptions:
     reorthogonalization: str | None = None
     protocol: str | None = None
     seed: int = 0
+    tolerance: Tolerance = "auto"
+
+    def wanted(self) -> dict[str, float]:
+        """Return the width that is asked for by the name of each number; a ProblemError for what none can have."""
+        if self.protocol is not None:
+            if self.tolerance not in ("auto", None):
+                raise ProblemError(
+                    f"tolerance is {self.tolerance!r}, and protocol={self.protocol!r} takes all its steps; "
+                    "leave one out"
+                )
+            return {}
+        return tolerances(self.tolerance)
 
     def settings(self, size: int) -> LanczosSettings:
         """Return what they say for ``size`` parameters, with the defaults; a ProblemError for what does not fit."""
@@ -72,3 +86,26 @@ def as_problem(
         missing = "loss" if loss is None else "data"
         raise ProblemError(f"analyze got no {missing}; call analyze(model, loss, data) or analyze(Problem(...))")
     return Problem(model, loss, data, parameters=parameters, mode=mode or "eval", count=count)
+
+
+def continued(options: RunOptions, report: Any, problem: Problem, operator: str) -> RunOptions:
+    """Return the options that go on from a report, with its settings where none are given; a ProblemError otherwise."""
+    if not isinstance(report, Report):
+        raise ProblemError(f"continue_from is of type {type(report).__name__}; give the report of an earlier run")
+    settings, remedy = report.settings, "give a report of the same problem and settings, or leave continue_from out"
+    if report.problem.fingerprint != problem.fingerprint:
+        raise ProblemError(f"continue_from is of other weights, parameters, mode or data than the problem; {remedy}")
+    given = {
+        "operator": (operator, settings.operator),
+        "protocol": (options.protocol, None),
+        "the report's protocol": (settings.protocol, None),
+        "the report's group": (settings.group, None),
+        "block_size": (options.block_size, settings.block_size),
+        "reorthogonalization": (options.reorthogonalization, settings.reorthogonalization),
+    }
+    for name, (value, wanted) in given.items():
+        if value != wanted and not (name in ("block_size", "reorthogonalization") and value in ("auto", None)):
+            raise ProblemError(f"{name} is {value!r}, and continue_from needs {wanted!r}; {remedy}")
+    if any(run.probe_kind not in RANDOM_PROBES for run in report.measure.tridiagonals):
+        raise ProblemError("continue_from is of probes that are not random, so nothing is left to be narrowed by more")
+    return replace(options, block_size=settings.block_size, reorthogonalization=settings.reorthogonalization)

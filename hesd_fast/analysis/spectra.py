@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hesd_fast.analysis.checks import checks_of_run
 from hesd_fast.analysis.progress import ProductProgress
 from hesd_fast.analysis.run_plan import RunPlan
+from hesd_fast.analysis.run_sequence import WHOLE, Goal, RunSequence
+from hesd_fast.analysis.stopping import Findings, outcome
 from hesd_fast.engine import _engine, cuda
 from hesd_fast.engine.memory import peak_memory
-from hesd_fast.errors import HESDWarning
+from hesd_fast.errors import HESDWarning, ToleranceWarning
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
 from hesd_fast.lanczos.drive import Multiply, drive
-from hesd_fast.lanczos.lanczos_run import LanczosRun
 from hesd_fast.methodology.generalization_criteria import criteria
 from hesd_fast.methodology.hesd_type import classify
 from hesd_fast.operators.base import ProblemOperator
@@ -40,16 +41,13 @@ class Names(NamedTuple):
     protocol: str | None
 
 
-WHOLE = ""
-"""The name of the one run that is of all parameters; no group is called so."""
-
-
 def spectra_of(
     problem: Problem,
     operators: Mapping[str, ProblemOperator],
     multiply: Multiply,
     plan: RunPlan,
     names: Names,
+    goal: Goal,
     progress: bool,
     started: float,
 ) -> dict[str, Report]:
@@ -61,36 +59,32 @@ def spectra_of(
     for operator in operators.values():
         _ = operator.problem.fingerprint  # of the weights as they are now
     with problem.session():
-        runs = {name: _run_of(operator, plan, name) for name, operator in operators.items()}
+        sequences = {name: RunSequence(operator, plan, name, goal) for name, operator in operators.items()}
         check = LinearityCheck(multiply)
         with ProductProgress(plan.hvps, enabled=progress) as bar:
-            drive(runs, multiply, on_products=check, on_step=bar.update)
+            while runs := {name: run for name, one in sequences.items() if (run := one.next_run()) is not None}:
+                drive(
+                    runs,
+                    multiply,
+                    on_products=check,
+                    on_step=bar.update,
+                    stop=lambda name, _: sequences[name].is_enough(),
+                )
+                del runs
+                for one in sequences.values():
+                    one.end_run()
     for operator in operators.values():
         operator.release()
     reports = {}
     for name, operator in operators.items():
-        tridiagonal = runs.pop(name).result()  # one basis less
-        settings = _settings_of(plan, tridiagonal, names, name)
-        reports[name] = _report_of(operator, tridiagonal, check.found[name], settings, started)
-        _warn_of_failures(reports[name], name)
+        runs_of_one = sequences.pop(name)
+        settings = _settings_of(plan, runs_of_one.done[0], names, goal, name)
+        reports[name] = _report_of(operator, runs_of_one, check.found.get(name), settings, goal, started)
+        _warn_of_failures(reports[name], goal, name)
     return reports
 
 
-def _run_of(operator: ProblemOperator, plan: RunPlan, group: str) -> LanczosRun:
-    settings = plan.settings.for_size(operator.size)
-    probes = _probes_of_all(operator, settings.block_size)
-    basis = plan.memory.basis if group == WHOLE else plan.memory.basis_of(settings, operator.size)
-    return LanczosRun(operator, settings, basis, probes)
-
-
-def _probes_of_all(operator: ProblemOperator, block_size: int) -> Tensor | None:
-    """Return unit vectors as long as random ones where there are not more than probes: so few signs often span less."""
-    if operator.size > block_size:
-        return None
-    return torch.eye(operator.size, dtype=operator.dtype, device=operator.device).mul_(operator.size**0.5)
-
-
-def _settings_of(plan: RunPlan, tridiagonal: BlockTridiagonal, names: Names, group: str) -> RunSettings:
+def _settings_of(plan: RunPlan, tridiagonal: BlockTridiagonal, names: Names, goal: Goal, group: str) -> RunSettings:
     """Return the settings of a run as reports keep them."""
     return RunSettings(
         operator=names.operator,
@@ -102,34 +96,49 @@ def _settings_of(plan: RunPlan, tridiagonal: BlockTridiagonal, names: Names, gro
         hvp=names.hvp,
         protocol=names.protocol,
         seed=plan.settings.seed,
+        tolerance=goal.wanted or None,
         group=None if group == WHOLE else group,
     )
 
 
 def _report_of(
     operator: ProblemOperator,
-    tridiagonal: BlockTridiagonal,
-    deviations: Deviations,
+    runs: RunSequence,
+    deviations: Deviations | None,
     settings: RunSettings,
+    goal: Goal,
     started: float,
 ) -> Report:
-    """Return what a run has found: measure, criteria, type and checks."""
+    """Return what the runs have found: measure, criteria, type and checks."""
     problem = operator.problem
     facts = _facts_of(problem)
-    measure = SpectralMeasure.from_tridiagonal(tridiagonal)
+    measure = SpectralMeasure.from_tridiagonal(*runs.done)
     found = criteria(measure)
     hesd_type, evidence = classify(
         measure, found, loss_value=facts.loss, parameter_norm_squared=facts.parameter_norm_squared
     )
-    checks = checks_of_run(tridiagonal, measure, deviations, operator, problem)
+    earlier = goal.earlier
+    if deviations is None:  # nothing was multiplied that the earlier report has no checks of
+        checks = () if earlier is None else earlier.checks
+    else:
+        checks = checks_of_run(_worst_of(runs.done), measure, deviations, operator, problem)
     cost = Cost(
-        hvps=tridiagonal.products,
-        seconds=time.perf_counter() - started,
+        hvps=sum(run.products for run in runs.done),
+        seconds=time.perf_counter() - started + (0.0 if earlier is None else earlier.cost.seconds),
         peak_bytes=_peak_bytes(problem),
         strategy=operator.method,
         plan=str(getattr(operator, "plan", None) or ""),
+        unmet=outcome(Findings(measure, found), goal.wanted),
     )
-    return Report(hesd_type, evidence, found, measure, facts, cost, checks, settings, _versions(problem.device))
+    versions = _versions(problem.device)
+    return Report(hesd_type, evidence, found, measure, facts, cost, checks, settings, versions, runs.first_run)
+
+
+def _worst_of(runs: Sequence[BlockTridiagonal]) -> BlockTridiagonal:
+    """Return the first run with the largest errors of all of them."""
+    errors = [run.recurrence_error for run in runs if run.recurrence_error is not None]
+    overlaps = [run.orthogonality for run in runs if run.orthogonality is not None]
+    return replace(runs[0], recurrence_error=max(errors, default=None), orthogonality=max(overlaps, default=None))
 
 
 def _facts_of(problem: Problem) -> ProblemFacts:
@@ -151,13 +160,16 @@ def _facts_of(problem: Problem) -> ProblemFacts:
     )
 
 
-def _warn_of_failures(report: Report, group: str) -> None:
-    """Give a HESDWarning for each check that failed."""
+def _warn_of_failures(report: Report, goal: Goal, group: str) -> None:
+    """Give a HESDWarning for each check that failed, and one for a tolerance that was asked for and is not met."""
+    which = f" of group {group!r}" if group != WHOLE else ""
     for check in report.checks:
         if not check.passed and check.name != "derivatives":  # of which the operator has warned
-            which = f" of group {group!r}" if group != WHOLE else ""
             text = printable(f"the check of {check.name}{which} failed: {check.detail}")
             warnings.warn(text, HESDWarning, stacklevel=5)  # past the look at the memory
+    if report.cost.unmet and goal.is_asked_for:
+        text = printable(f"the tolerance{which} is not met after {report.run_length}: {'; '.join(report.cost.unmet)}")
+        warnings.warn(text, ToleranceWarning, stacklevel=5)
 
 
 def _versions(device: torch.device) -> dict[str, str]:

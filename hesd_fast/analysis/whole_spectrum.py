@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from hesd_fast.analysis.run_plan import RunPlan, plan_run
-from hesd_fast.analysis.settings import RunOptions, as_problem
-from hesd_fast.analysis.spectra import WHOLE, Names, spectra_of
+from hesd_fast.analysis.run_sequence import WHOLE, Goal
+from hesd_fast.analysis.settings import RunOptions, as_problem, continued
+from hesd_fast.analysis.spectra import Names, spectra_of
+from hesd_fast.analysis.stopping import Tolerance
 from hesd_fast.choices import is_one_of
 from hesd_fast.engine.memory import one_look
 from hesd_fast.errors import OperatorError
@@ -45,17 +47,20 @@ def analyze(
     operator: str = "hessian",
     block_size: int | str = "auto",
     max_steps: int | None = None,
+    tolerance: Tolerance = "auto",
     reorthogonalization: str | None = None,
     basis: str | os.PathLike[str] = "auto",
     basis_dtype: str | torch.dtype = "auto",
     hvp: str = "auto",
     protocol: str | None = None,
     seed: int = 0,
+    keep_run: bool = False,
+    continue_from: Report | None = None,
     progress: bool = True,
 ) -> Report:
     """Compute the Hessian eigenvalue spectral density of a model, its type and its criteria.
 
-    Costs m b Hessian-vector products over all of the data, and two that check the operator.
+    Costs at most m b Hessian-vector products over all of the data, and two that check the operator.
 
     Parameters
     ----------
@@ -64,8 +69,13 @@ def analyze(
     operator : {"hessian", "gauss_newton", "empirical_fisher"}
         The matrix; the others are :class:`~hesd_fast.GaussNewtonOperator`, :class:`~hesd_fast.EmpiricalFisherOperator`.
     block_size, max_steps, seed : int
-        Probes b, 4 by default (where b = n, unit vectors take the place of random ones); block steps m, 100 by default,
-        fewer only when the Krylov space becomes invariant; what chooses the probes.
+        Probes b of a run, 4 by default (where b = n, unit vectors take the place of random ones); block steps m of all
+        runs together at most, 100 by default; what chooses the probes.
+    tolerance : float, mapping of str to float, "auto" or None
+        How wide intervals may be: see :func:`~hesd_fast.analysis.stopping.tolerances`. The run stops when all are met;
+        where probes are what is missing, runs with fresh ones follow the first. What is not met within ``max_steps``
+        gives a :class:`~hesd_fast.ToleranceWarning` and a line of the report. "auto" is 0.02 without the warning, and
+        None in a protocol. None: one run of ``max_steps``, fewer only when the Krylov space becomes invariant.
     reorthogonalization, basis, basis_dtype
         As in :func:`~hesd_fast.block_lanczos`; "full" by default.
     hvp : str
@@ -73,6 +83,11 @@ def analyze(
         one that fits, found within 5 % of the predicted run: the last bits of the result then depend on the machine.
     protocol : {"lla"}, optional
         Published settings, for numbers that compare with those of Loss Landscape Analysis.
+    keep_run : bool
+        Keep the Lanczos vectors of the first run in memory, as part of the report, so that it can go on.
+    continue_from : Report, optional
+        A report of the same problem, of which no product is done again: its first run goes on if it was kept (up to the
+        ``max_steps`` that it began with), and runs with fresh probes follow. ``max_steps`` counts the steps of all.
 
     Raises
     ------
@@ -89,11 +104,14 @@ def analyze(
     """
     problem = as_problem(model, loss, data, parameters, mode, count)
     _check_operator(operator, hvp)
-    settings = RunOptions(block_size, max_steps, reorthogonalization, protocol, seed).settings(problem.size)
-    run = plan_run(problem, settings, [problem.size], basis, basis_dtype)
+    options = RunOptions(block_size, max_steps, reorthogonalization, protocol, seed, tolerance)
+    if continue_from is not None:
+        options = continued(options, continue_from, problem, operator)
+    run = plan_run(problem, options.settings(problem.size), [problem.size], basis, basis_dtype)
+    goal = Goal(options.wanted(), tolerance != "auto", keep_run, continue_from)
     matrix, started = _operator_of(problem, operator, hvp, run), time.perf_counter()
     names = Names(operator, hvp, protocol)
-    return spectra_of(problem, {WHOLE: matrix}, multiply_by(matrix), run, names, progress, started)[WHOLE]
+    return spectra_of(problem, {WHOLE: matrix}, multiply_by(matrix), run, names, goal, progress, started)[WHOLE]
 
 
 def _check_operator(operator: str, hvp: str) -> None:

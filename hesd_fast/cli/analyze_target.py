@@ -9,7 +9,7 @@ import click
 
 import hesd_fast as hesd
 from hesd_fast import choices
-from hesd_fast.cli.options import out_option, progress_option, run_options
+from hesd_fast.cli.options import out_option, progress_option, run_options, tolerance_option
 from hesd_fast.cli.output import make_folder, write_reports
 from hesd_fast.cli.targets import load_problem
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.argument("target")
 @out_option("hesd-report")
 @run_options
+@tolerance_option
 @click.option(
     "--operator",
     type=click.Choice(choices.OPERATORS),

@@ -28,6 +28,30 @@ progress_option: Decorator = click.option(
     "--progress/--no-progress", default=True, help="Show a progress bar on a terminal."
 )
 
+
+def tolerance_of(_context: click.Context, _option: click.Parameter, value: str) -> Any:
+    """Return what ``hesd.analyze`` takes for ``0.02``, ``r_e=0.01,k_mass=0.05``, ``auto`` or ``none``."""
+    if value in ("auto", "none"):
+        return None if value == "none" else value
+    try:
+        if "=" not in value:
+            return float(value)
+        return {name.strip(): float(width) for name, width in (part.split("=") for part in value.split(","))}
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is no tolerance; wanted a number, NAME=NUMBER,NAME=NUMBER, auto or none"
+        ) from None
+
+
+tolerance_option: Decorator = click.option(
+    "--tolerance",
+    default="auto",
+    show_default=True,
+    callback=tolerance_of,
+    help="Half the width of the intervals at which the run stops: 0.02, or r_e=0.01,k_mass=0.05; none for all steps. "
+    "auto is 0.02, but in a protocol.",
+)
+
 _RUN_OPTIONS: tuple[Decorator, ...] = (
     click.option(
         "--block-size",
@@ -35,7 +59,7 @@ _RUN_OPTIONS: tuple[Decorator, ...] = (
         callback=lambda _context, _option, value: "auto" if value is None else value,
         help="Number of probes.  [default: 4]",
     ),
-    click.option("--max-steps", type=int, help="Block Lanczos steps.  [default: 100]"),
+    click.option("--max-steps", type=int, help="Block Lanczos steps, at most.  [default: 100]"),
     click.option(
         "--reorthogonalization",
         type=click.Choice(choices.REORTHOGONALIZATIONS),

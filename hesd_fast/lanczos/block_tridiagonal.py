@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from hesd_fast.engine import _engine
 from hesd_fast.errors import CheckpointError, ProblemError
 from hesd_fast.estimate import Estimate
 from hesd_fast.records import read_record
@@ -21,6 +23,13 @@ ORTHOGONAL_MODES = ("full", "partial")
 
 RITZ_ROUNDING = 16.0
 """Rounding allowance of a Ritz value, in units of ``epsilon * max|Ritz value|``."""
+
+SOLVER_ROUNDING = 8.0
+"""The same for the eigenvalue problem of order ``k``, in units of ``2^-52 * sqrt(k) * max|Ritz value|``.
+
+About ``k`` rotations act on each entry; independent rounding errors add up like the square root of their number. Runs
+with known spectra were off by up to ``2 sqrt(k)``, those with many copies of converged Ritz values most.
+"""
 
 NOISE_MULTIPLE = 8.0
 """Allowance of a Ritz value for the noise of the products, in units of the measured recurrence error.
@@ -62,8 +71,8 @@ class BlockTridiagonal:
     breakdown : bool
         Whether the Krylov space became invariant, so that all results are exact up to rounding.
     probe_kind : str
-        ``"rademacher"`` or ``"gaussian"`` for random probes. Any other word means vectors that somebody chose; then no
-        sampling error is attached to anything.
+        ``"sphere"``, ``"gaussian"`` or ``"rademacher"`` for random probes. Any other word means vectors that somebody
+        chose; then no sampling error is attached to anything.
     recurrence_error : float or None
         Largest deviation of the measured projections ``Q H Q^T`` from a symmetric block tridiagonal matrix, in the
         units of ``H``: the noise and asymmetry of the Hessian products. None when it was not measured.
@@ -185,6 +194,15 @@ class BlockTridiagonal:
                 dense[following, here] = self.offdiagonal[step].T
         return dense
 
+    @property
+    def norm_bound(self) -> float:
+        """The largest sum of magnitudes in a row of ``T``, and the norm of the last coupling: never below ``||T||``."""
+        above = [np.zeros(self.block_sizes[0]), *(np.abs(c).sum(axis=0) for c in self.offdiagonal[:-1])]
+        below = [*(np.abs(c).sum(axis=1) for c in self.offdiagonal[:-1]), np.zeros(self.block_sizes[-1])]
+        rows = [np.abs(a).sum(axis=1) + u + v for a, u, v in zip(self.diagonal, above, below, strict=True)]
+        last = self.offdiagonal[-1]
+        return max(float(row.max()) for row in rows) + (float(np.linalg.norm(last, 2)) if last.size else 0.0)
+
     def truncated(self, steps: int) -> BlockTridiagonal:
         """Return what block Lanczos would have left after its first ``steps`` steps; exact.
 
@@ -193,8 +211,7 @@ class BlockTridiagonal:
         ProblemError
             If ``steps`` is not in ``1 ... m``.
         """
-        if not 1 <= steps <= self.steps:
-            raise ProblemError(f"steps must be between 1 and {self.steps}, got {steps}; nothing longer was computed")
+        steps = self._checked_steps(steps)
         return replace(
             self,
             diagonal=self.diagonal[:steps],
@@ -203,9 +220,47 @@ class BlockTridiagonal:
             breakdown=self.breakdown and steps == self.steps,
         )
 
+    @cached_property
+    def _band(self) -> tuple[int, Array, Array]:
+        """``T / 2^e`` as the engine wants band matrices, ``e``, and ``C_{m-1} / 2^e``, all in another basis.
+
+        Blocks ``U_j`` with ``U_0 = I`` make each ``U_j^T C_j U_{j+1}`` triangular, which halves the bandwidth. The
+        leading rows are those of fewer steps.
+        """
+        largest = max(float(np.abs(block).max(initial=0.0)) for block in (*self.diagonal, *self.offdiagonal))
+        exponent = math.frexp(largest)[1]
+        width = max(self.block_sizes)
+        band = np.zeros((sum(self.block_sizes), width + 1))
+        basis, coupling, row = np.eye(self.block_sizes[0]), np.empty((0, self.block_sizes[0])), 0
+        for a, c in zip(self.diagonal, self.offdiagonal, strict=True):
+            # the rows of T that begin in this block: what couples it to the block before, and its lower triangle
+            rows = np.ldexp(np.concatenate((coupling.T, basis.T @ a @ basis), axis=1), -exponent)
+            for i, values in enumerate(rows):
+                length = min(coupling.shape[0] + i, width) + 1
+                end = coupling.shape[0] + i + 1
+                band[row + i, width + 1 - length :] = values[end - length : end]
+            row += len(rows)
+            coupling = basis.T @ c
+            if width > 1 and row < len(band):
+                basis, triangle = np.linalg.qr(coupling.T)
+                coupling = triangle.T
+            else:
+                basis = np.eye(c.shape[1])
+        return exponent, band, np.ldexp(coupling, -exponent)
+
+    def _checked_steps(self, steps: int) -> int:
+        if not 1 <= steps <= self.steps:
+            raise ProblemError(f"steps must be between 1 and {self.steps}, got {steps}; nothing longer was computed")
+        return steps
+
     def noise(self, largest: float) -> float:
         """Return how far rounding and noise may have moved a Ritz value, ``largest`` being the largest magnitude."""
-        return max(RITZ_ROUNDING * self.epsilon * largest, NOISE_MULTIPLE * (self.recurrence_error or 0.0))
+        return max(self.rounding * largest, NOISE_MULTIPLE * (self.recurrence_error or 0.0))
+
+    @property
+    def rounding(self) -> float:
+        """Rounding allowance of a Ritz value, relative to the largest magnitude: of the run and of the solver."""
+        return max(RITZ_ROUNDING * self.epsilon, SOLVER_ROUNDING * 2.0**-52 * math.sqrt(sum(self.block_sizes)))
 
     def ritz(self) -> tuple[Array, Array, Array]:
         """Return Ritz values (k,) in ascending order, the eigenvectors of ``T`` (k, k) as columns, residual norms (k,).
@@ -220,11 +275,57 @@ class BlockTridiagonal:
         """
         values, vectors = np.linalg.eigh(self.matrix())
         coupling = self.offdiagonal[-1]
-        residuals = np.linalg.norm(coupling.T @ vectors[-coupling.shape[0] :], axis=0)
-        scale = float(np.abs(values).max())
-        if coupling.size:
-            scale = max(scale, float(np.linalg.norm(coupling, 2)))
-        return values, vectors, residuals + self.noise(scale)
+        return values, vectors, self.residual_norms(values, vectors[-coupling.shape[0] :].T @ coupling)
+
+    def residual_norms(self, values: Array, couplings: Array) -> Array:
+        """Return the residual norms (k,) of Ritz values that couple like that to the next step, noise included."""
+        return np.asarray(np.linalg.norm(couplings, axis=1) + self.noise(self.scale(values)))
+
+    def scale(self, values: Array) -> float:
+        """Return a bound of the order of ``||H||``, given the Ritz values.
+
+        These may cancel where the products do not: one step from a probe with ``z^T H z = 0``.
+        """
+        coupling = self.offdiagonal[-1]
+        return max(float(np.abs(values).max()), float(np.linalg.norm(coupling, 2)) if coupling.size else 0.0)
+
+    def ritz_ends(self) -> tuple[Array, Array, Array]:
+        """Return Ritz values (k,), ``L_0 E_1^T S`` of shape (b, k), and ``S^T E_m C_{m-1}`` of shape (k, p_m).
+
+        That is all that quadrature needs of the eigenvectors ``S``: what each probe sees of each Ritz vector, and how
+        each Ritz vector couples to the step that was not taken. With ``w`` the block size, about ``6 k^2 w`` operations
+        for a tridiagonal matrix with the same eigenvalues, and ``16 k^2 w`` for these; `ritz` takes ``9 k^3``.
+        """
+        exponent, _, coupling = self._band
+        values, ends = self._ends(self.steps, coupling)
+        return values, ends[:, : self.probes].T, np.ldexp(ends[:, self.probes :], exponent)
+
+    def quadrature(self, steps: int | None = None) -> tuple[Array, Array]:
+        """Return the nodes (k,) and, for each probe, the weights (b, k) of the Gauss rule of the first ``steps`` steps.
+
+        Those of `SpectralMeasure.from_tridiagonal(tridiagonal.truncated(steps))`, for less. All steps by default.
+
+        Raises
+        ------
+        ProblemError
+            If ``steps`` is not in ``1 ... m``.
+        """
+        steps = self._checked_steps(self.steps if steps is None else steps)
+        values, ends = self._ends(steps, np.empty((self.block_sizes[steps - 1], 0)))
+        seen = ends.T**2
+        return values, seen / seen.sum(axis=1, keepdims=True)
+
+    def _ends(self, steps: int, coupling: Array) -> tuple[Array, Array]:
+        """Return the Ritz values of ``steps`` steps in ascending order, and ``S^T [E_1 L_0^T, E_m coupling]``."""
+        exponent, band, _ = self._band
+        order = sum(self.block_sizes[:steps])
+        rows = np.zeros((order, self.probes + coupling.shape[1]))
+        rows[: self.start.shape[1], : self.probes] = self.start.T
+        rows[order - coupling.shape[0] :, self.probes :] = coupling
+        diagonal, offdiagonal, rows = _engine.tridiagonalize_band(band[:order], rows)
+        values, ends = _engine.tridiagonal_eigenvalues(diagonal[None], offdiagonal[None], rows[None])
+        ascending = np.argsort(values[0], kind="stable")
+        return np.ldexp(values[0, ascending], exponent), ends[0, ascending]
 
     def top(self, k: int, which: str = "largest") -> tuple[Estimate, ...]:
         """Return the ``k`` largest Ritz values in descending order, or the smallest in ascending order.
@@ -240,7 +341,7 @@ class BlockTridiagonal:
         - Intervals that overlap may hold the same eigenvalue.
 
         Residual norms include the noise of the products, which is measured on the run and allowed for with a margin,
-        see `noise`; it is not a bound. Costs one dense symmetric eigenproblem of order ``sum(block_sizes)``.
+        see `noise`; it is not a bound. Costs what `ritz_ends` does.
 
         Parameters
         ----------
@@ -260,7 +361,8 @@ class BlockTridiagonal:
         Parlett, *The Symmetric Eigenvalue Problem*, SIAM 1998, theorems 4.5.1 and 10.1.1.
         """
         self._check_top(k, which)
-        values, _, residuals = self.ritz()
+        values, _, couplings = self.ritz_ends()
+        residuals = self.residual_norms(values, couplings)
         order = slice(None, None, -1) if which == "largest" else slice(None)
         pairs = zip(values[order][:k].tolist(), residuals[order][:k].tolist(), strict=True)
         return tuple(Estimate(value, value - error, value + error, "residual norm and noise") for value, error in pairs)

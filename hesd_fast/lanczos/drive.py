@@ -55,6 +55,7 @@ def drive(
     *,
     on_products: Callable[[Panels, Panels], object] | None = None,
     on_step: Callable[[LanczosProgress], object] | None = None,
+    stop: Callable[[str, LanczosRun], bool] | None = None,
 ) -> None:
     """Take all runs to their end, a step of each at a time.
 
@@ -68,8 +69,11 @@ def drive(
         Told the panels and products of a step before the runs take them; it must leave both as they are.
     on_step : callable, optional
         Told the progress of all runs together after each step.
+    stop : callable, optional
+        Asked after each step, for every run that could take another, whether it is not to.
     """
-    while active := {name: run for name, run in runs.items() if not run.finished}:
+    active = {name: run for name, run in runs.items() if not run.finished}
+    while active:
         panels = {name: run.panel for name, run in active.items()}
         products = {name: run.product for name, run in active.items()}
         multiply(panels, products)
@@ -79,6 +83,9 @@ def drive(
             run.take_step()
         if on_step is not None:
             on_step(_progress(runs))
+        active = {name: run for name, run in active.items() if not run.finished}
+        if stop is not None:
+            active = {name: run for name, run in active.items() if not stop(name, run)}
 
 
 def _progress(runs: Mapping[str, LanczosRun]) -> LanczosProgress:
@@ -110,7 +117,7 @@ def block_lanczos(
     seed: int = 0,
     reorthogonalization: str = "full",
     window: int = 10,
-    probe_kind: str = "rademacher",
+    probe_kind: str = "sphere",
     probes: Tensor | None = None,
     basis: str | os.PathLike[str] = "auto",
     basis_dtype: str | torch.dtype = "auto",
@@ -129,8 +136,10 @@ def block_lanczos(
         where an estimate of the overlaps passes the square root of epsilon (the same memory and spectrum for fewer
         reads); against the last ``window`` vectors, two blocks or more; or the three-term recurrence alone (3 b n
         elements), where converged Ritz values reappear as copies that share their weight.
-    probe_kind, probes : {"rademacher", "gaussian"}, tensor (b, n)
-        Distribution of random probes; or the probes themselves, for results without a sampling error.
+    probe_kind, probes : {"sphere", "gaussian", "rademacher"}, tensor (b, n)
+        Distribution of random probes, by default uniform on the sphere of radius sqrt(n), for which every stated risk
+        holds (signs miss an eigenvector on two equal coordinates with probability 1/2); or the probes themselves, for
+        results without a sampling error.
     basis, basis_dtype
         Where and in what precision vectors are kept that are not at work: see :func:`~hesd_fast.lanczos.basis_storage.
         plan_basis`.

@@ -89,7 +89,7 @@ class LanczosRun:
     def _start(self, probes: Tensor | None) -> None:
         work = self._working[self._engine.work_row : self._engine.work_row + self._settings.block_size]
         if probes is None:
-            kernels.fill_probes(work, self._settings.seed, kind=self._settings.probe_kind)
+            fill_probes(work, self._settings)
         else:
             work.copy_(probes.detach())
         try:
@@ -144,11 +144,14 @@ class LanczosRun:
 
     def result(self) -> BlockTridiagonal:
         """Return what the steps so far have found; in an orthogonal mode the basis is read once."""
+        found = self.so_far()  # before the measurement, which reads vectors once more
+        if self._settings.reorthogonalization not in ORTHOGONAL_MODES:
+            return found
+        return replace(found, orthogonality=self._engine.measure_orthogonality())
+
+    def so_far(self) -> BlockTridiagonal:
+        """Return what the steps so far have found, without a look at the basis."""
         engine = self._engine
-        vectors_read = engine.vectors_read  # before the measurement, which reads them once more
-        orthogonality = None
-        if self._settings.reorthogonalization in ORTHOGONAL_MODES:
-            orthogonality = engine.measure_orthogonality()
         return BlockTridiagonal(
             size=self._operator.size,
             start=engine.start_factor,
@@ -157,14 +160,24 @@ class LanczosRun:
             epsilon=self._epsilon,
             reorthogonalization=self._settings.reorthogonalization,
             products=self.products,
-            orthogonality=orthogonality,
+            orthogonality=None,
             breakdown=engine.invariant,
             probe_kind=self._settings.probe_kind,
             recurrence_error=engine.recurrence_error,
             basis_dtype=str(self._basis.dtype).removeprefix("torch."),
             basis_place=self._basis.place,
-            basis_vectors_read=vectors_read,
+            basis_vectors_read=engine.vectors_read,
         )
+
+
+def fill_probes(work: Tensor, settings: LanczosSettings) -> None:
+    """Fill a panel with the random probes that the settings choose."""
+    sphere = settings.probe_kind == "sphere"
+    kind = "gaussian" if sphere else settings.probe_kind
+    kernels.fill_probes(work, settings.seed, first_probe=settings.first_probe, kind=kind)
+    if sphere:
+        squares = torch.as_tensor(kernels.panel_gram(work, work)).diagonal()
+        work.mul_((work.shape[1] / squares).sqrt().to(work.device, work.dtype)[:, None])
 
 
 def _check_symmetry(error: float, scale: float, epsilon: float) -> None:

@@ -11,7 +11,13 @@ from hesd_fast.choices import REORTHOGONALIZATIONS, is_one_of
 from hesd_fast.errors import ProblemError
 from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES
 
-RANDOM_PROBES = ("rademacher", "gaussian")
+RANDOM_PROBES = ("sphere", "gaussian", "rademacher")
+"""Distributions of random probes.
+
+On the sphere of radius ``sqrt(n)``, the default: no eigenvector is special, so what is said of a vector that probes
+miss holds for every one, and each probe's weights sum to 1. Signs have a smaller variance of the trace where the
+diagonal dominates, and miss vectors on a few equal coordinates: one on two of them with probability 1/2.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,8 @@ class LanczosSettings:
         Probes b and block steps m.
     reorthogonalization, window : str, int
         See :func:`~hesd_fast.block_lanczos`.
-    seed, probe_kind : int, str
-        Choose the probes.
+    seed, probe_kind, first_probe : int, str, int
+        Choose the probes: those from ``first_probe`` on of all that a seed has.
     """
 
     block_size: int
@@ -33,7 +39,8 @@ class LanczosSettings:
     reorthogonalization: str = "full"
     window: int = 10
     seed: int = 0
-    probe_kind: str = "rademacher"
+    probe_kind: str = "sphere"
+    first_probe: int = 0
 
     def checked(self, size: int) -> LanczosSettings:
         """Return these settings in Python's own integers; a ProblemError if vectors of ``size`` cannot have them."""
@@ -84,5 +91,7 @@ class LanczosSettings:
 
 PROTOCOLS = {
     # Loss Landscape Analysis: one Rademacher probe, 100 steps against the last 10 vectors (arXiv 2412.10146).
-    "lla": LanczosSettings(block_size=1, max_steps=100, reorthogonalization="window", window=10),
+    "lla": LanczosSettings(
+        block_size=1, max_steps=100, reorthogonalization="window", window=10, probe_kind="rademacher"
+    ),
 }

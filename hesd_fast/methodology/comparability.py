@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hesd_fast.errors import ProblemError
-from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, BlockTridiagonal
+from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES
 
 UNKNOWN = object()
 """What a report says of a property that it does not have; a measure made by hand has hardly any."""
@@ -124,11 +124,12 @@ def notes(reports: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _run_length(report: Any) -> Any:
-    tridiagonal = _attribute(report, "measure.tridiagonal")
-    if not isinstance(tridiagonal, BlockTridiagonal):
+    tridiagonals = _attribute(report, "measure.tridiagonals")
+    if not isinstance(tridiagonals, tuple) or not tridiagonals:
         return UNKNOWN
-    copies = "" if tridiagonal.reorthogonalization in ORTHOGONAL_MODES else ", and copies among them"
-    return f"{tridiagonal.steps} Lanczos steps of {tridiagonal.probes} probes{copies}"
+    copies = any(matrix.reorthogonalization not in ORTHOGONAL_MODES for matrix in tridiagonals)
+    runs = [f"{matrix.steps} Lanczos steps of {matrix.probes} probes" for matrix in tridiagonals]
+    return " and ".join(runs) + (", and copies among them" if copies else "")
 
 
 def _differing(reports: Mapping[str, Any], one: Property) -> Iterator[tuple[str, Any, str, Any]]:

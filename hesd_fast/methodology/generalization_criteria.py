@@ -15,7 +15,7 @@ import numpy as np
 
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
-from hesd_fast.lanczos.block_tridiagonal import Array, BlockTridiagonal
+from hesd_fast.lanczos.block_tridiagonal import Array
 from hesd_fast.methodology.signed_moments import BOUNDED, Interval, balance, ratio, signed_moments
 from hesd_fast.spectrum.sampling_error import standard_error_of_mean
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
@@ -55,6 +55,8 @@ class Criteria:
         bounds that the moments allow, which are rigorous for the probes' measure, and two standard errors of the
         probes. The value is the middle of what the bounds leave for ``E_plus`` and ``E_minus`` before the standard
         errors, so no node of arbitrary sign decides it.
+    e_plus, e_minus : Estimate
+        ``E_plus`` and ``E_minus`` themselves, means over the eigenvalues: n times as much is a sum over them.
     balance : Estimate
         ``(E_plus - E_minus) / (E_plus + E_minus)`` in ``[-1, 1]``: 1 for positive, -1 for negative spectra.
     probe_balance : Estimate
@@ -78,6 +80,8 @@ class Criteria:
     r_e: Estimate
     k_hn: Estimate
     k_mass: Estimate
+    e_plus: Estimate
+    e_minus: Estimate
     balance: Estimate
     probe_balance: Estimate
     exponent: float
@@ -127,13 +131,15 @@ def criteria(
             raise ProblemError(f"{name} must be positive and finite, got {value!r}; the published exponent is 0.5")
     if resolution is not None and not (resolution >= 0.0 and math.isfinite(resolution)):
         raise ProblemError(f"resolution must be finite and not negative, got {resolution!r}; leave it out if unknown")
-    # never zero, so that a zero spectrum is within it
-    threshold = max(measure.noise, resolution or 0.0, float(np.finfo(np.float64).tiny))
-    if measure.tridiagonal is None:
-        found = _of_bare_measure(measure, exponent, mass_exponent, threshold)
-    else:
-        found = _of_run(measure, measure.tridiagonal, exponent, mass_exponent, threshold)
+    threshold = max(resolution_of(measure), resolution or 0.0)
+    of_measure = _of_runs if measure.runs else _of_bare_measure
+    found = of_measure(measure, exponent, mass_exponent, threshold)
     return Criteria(exponent=exponent, mass_exponent=mass_exponent, resolution=threshold, **found)
+
+
+def resolution_of(measure: SpectralMeasure) -> float:
+    """Return the magnitude below which an eigenvalue is noise; never zero, so that a zero spectrum is within it."""
+    return max(measure.noise, float(np.finfo(np.float64).tiny))
 
 
 def _of_bare_measure(
@@ -145,18 +151,18 @@ def _of_bare_measure(
         "r_e": _mean_of_probes([ratio(abs(float(x[0])), abs(float(x[-1]))) for x in measure.nodes], 0.0, math.inf),
         "k_hn": _mean_of_probes(_k_hn(measure, exponent, 0.0, 0.0), 0.0, math.inf),
         "k_mass": _mean_of_probes([ratio(minus, plus) for plus, minus in parts], 0.0, math.inf),
+        "e_plus": _mean_of_probes([plus for plus, _ in parts], 0.0, math.inf),
+        "e_minus": _mean_of_probes([minus for _, minus in parts], 0.0, math.inf),
         "balance": balances,
         "probe_balance": balances,
         "unresolved_mass": _mean_of_probes([float(w @ (np.abs(x) <= threshold)) for x, w in measure.pairs], 0.0, 1.0),
     }
 
 
-def _of_run(
-    measure: SpectralMeasure, tridiagonal: BlockTridiagonal, exponent: float, mass_exponent: float, threshold: float
-) -> dict[str, Estimate]:
+def _of_runs(measure: SpectralMeasure, exponent: float, mass_exponent: float, threshold: float) -> dict[str, Estimate]:
     published = {
-        "r_e": _extreme_ratio(measure, threshold),
-        "k_hn": _k_hn_over_steps(measure, tridiagonal, exponent, threshold),
+        "r_e": extreme_ratio(measure, threshold),
+        "k_hn": _k_hn_over_steps(measure, exponent, threshold),
     }
     moments = signed_moments(measure, mass_exponent, threshold)
     # Between bounds that hold nothing but rounding there is no value in the middle.
@@ -165,13 +171,20 @@ def _of_run(
     return {
         **published,
         "k_mass": moments.of_matrix.k_mass(values, BOUNDED),
+        "e_plus": _estimate(moments.of_matrix.plus, values[0]),
+        "e_minus": _estimate(moments.of_matrix.minus, values[1]),
         "balance": moments.of_matrix.balance(values, BOUNDED),
         "probe_balance": moments.of_probes.balance(of_probes, PROBES_ONLY),
         "unresolved_mass": moments.unresolved,
     }
 
 
-def _extreme_ratio(measure: SpectralMeasure, threshold: float) -> Estimate:
+def _estimate(interval: Interval, value: float) -> Estimate:
+    """Return an interval with its value, which a bound of the other sign's moment may have moved beyond an end."""
+    return Estimate(min(max(value, interval.low), interval.high), *interval, BOUNDED)
+
+
+def extreme_ratio(measure: SpectralMeasure, threshold: float) -> Estimate:
     """Return ``|lambda_min / lambda_max|`` with the interval that the extreme Ritz values leave."""
     smallest, largest = measure.lambda_min, measure.lambda_max
     negative = Interval(max(0.0, -smallest.high), max(0.0, -smallest.low))
@@ -187,22 +200,28 @@ def _extreme_ratio(measure: SpectralMeasure, threshold: float) -> Estimate:
     return Estimate(value, negative.low / positive.high, ratio(negative.high, positive.low), method)
 
 
-def _k_hn_over_steps(
-    measure: SpectralMeasure, tridiagonal: BlockTridiagonal, exponent: float, threshold: float
-) -> Estimate:
+def _k_hn_over_steps(measure: SpectralMeasure, exponent: float, threshold: float) -> Estimate:
     """Return K_Hn with its range over step counts, probes, and signs of the nodes within the threshold."""
-    steps = tridiagonal.steps
+    steps = max(tridiagonal.steps for tridiagonal in measure.tridiagonals)
     value = float(np.mean(_k_hn(measure, exponent, 0.0, 0.0)))
     if measure.largest_magnitude <= threshold:
         return Estimate(0.0, 0.0, math.inf, "no node above the resolution")
     ends = [value]
     for count in sorted({round(x) for x in np.linspace(max(1, math.ceil(steps / 2)), steps, STEP_COUNTS)}):
-        shorter = measure if count == steps else SpectralMeasure.from_tridiagonal(tridiagonal.truncated(count))
+        shorter = measure if count == steps else _after(measure, count)
         for shift in (-threshold, threshold):
             spread = _mean_of_probes(_k_hn(shorter, exponent, threshold, shift), 0.0, math.inf)
             ends += [spread.low, spread.high]
     method = "range over step counts, two standard errors over the probes; not a bound"
     return Estimate(value, min(ends), max(ends), method)
+
+
+def _after(measure: SpectralMeasure, steps: int) -> SpectralMeasure:
+    """Return the measure as it was after so many steps of each run, or all of a shorter one."""
+    rules = [(one.probes, *one.quadrature(min(steps, one.steps))) for one in measure.tridiagonals]
+    return SpectralMeasure(
+        [nodes for probes, nodes, _ in rules for _ in range(probes)], [row for *_, weights in rules for row in weights]
+    )
 
 
 def _k_hn(measure: SpectralMeasure, exponent: float, threshold: float, shift: float) -> list[float]:

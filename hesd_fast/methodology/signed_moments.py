@@ -11,7 +11,7 @@ import numpy as np
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import Array
-from hesd_fast.spectrum.moment_bounds import cdf_band, hinge_bounds
+from hesd_fast.spectrum.moment_bounds import cdf_band, greatest_square_beyond, hinge_bounds
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 BOUNDED = "tightest bounds from the moments and two standard errors of the probes"
@@ -112,25 +112,30 @@ def signed_moments(measure: SpectralMeasure, exponent: float, threshold: float) 
     ProblemError
         If the measure is bare, or ``exponent`` needs more moments than the Lanczos steps give.
     """
-    tridiagonal = measure.tridiagonal
-    if tridiagonal is None:
+    if not measure.runs:
         raise ProblemError("signed moments need the recurrence, got bare nodes; use SpectralMeasure.from_tridiagonal")
-    if not tridiagonal.breakdown and exponent > tridiagonal.steps:
-        raise ProblemError(
-            f"mass_exponent={exponent:g} needs the moment of order {2 * exponent:g}, got {tridiagonal.steps} steps, "
-            f"which give the moments up to {2 * tridiagonal.steps}; take more steps"
-        )
-    bands = [cdf_band(jacobi, threshold, exponent) for jacobi in measure.jacobi]
-    sides = (bands, [band.reflected() for band in bands])
-    squares = [_mean([band.tail_moment(threshold, 2.0 * exponent) for band in side]).high for side in sides]
+    for tridiagonal in measure.tridiagonals:
+        if not tridiagonal.breakdown and exponent > tridiagonal.steps:
+            raise ProblemError(
+                f"mass_exponent={exponent:g} needs the moment of order {2 * exponent:g}, got {tridiagonal.steps} "
+                f"steps, which give the moments up to {2 * tridiagonal.steps}; take more steps"
+            )
     low, high = (bounds.tolist() for bounds in measure.cdf_bounds([-threshold, threshold]))
     inside = Interval(max(0.0, low[1] - high[0]), max(0.0, min(1.0, high[1] - low[0])))
-    unresolved = _share(measure, inside)
+    unresolved = measure.share_between(-threshold, threshold)
     if exponent == 1.0:
         masses = Interval(1.0 - high[1], 1.0 - low[1]), Interval(low[0], high[0])
         of_probes = _first_moments(measure, threshold, masses, inside)
+        mirrored = [jacobi.reflected() for jacobi in measure.jacobi]
+        squares = [
+            float(np.mean([greatest_square_beyond(jacobi, threshold) for jacobi in side]))
+            for side in (measure.jacobi, mirrored)
+        ]
         slack = threshold * (unresolved.high - inside.high)
         return SignedMoments(unresolved, of_probes, *_of_matrix(measure, of_probes, threshold, squares, slack))
+    bands = [cdf_band(jacobi, threshold, exponent) for jacobi in measure.jacobi]
+    sides = (bands, [band.reflected() for band in bands])
+    squares = [_mean([band.tail_moment(threshold, 2.0 * exponent) for band in side]).high for side in sides]
     plus, minus = (_mean([band.tail_moment(threshold, exponent) for band in side]) for side in sides)
     largest = max(measure.lambda_max.high, -measure.lambda_min.low) ** exponent
     errors = [measure.sampling.two_standard_errors(square, largest) for square in squares]
@@ -138,13 +143,6 @@ def signed_moments(measure: SpectralMeasure, exponent: float, threshold: float) 
     of_probes = SignedIntervals(plus, minus, anything)
     of_matrix = SignedIntervals(plus.widened(errors[0]), minus.widened(errors[1]), anything)
     return SignedMoments(unresolved, of_probes, of_probes, of_matrix)
-
-
-def _share(measure: SpectralMeasure, inside: Interval) -> Estimate:
-    """Return the share of the eigenvalues that are not resolved, from that of the probes."""
-    # A share and its complement have the same variance.
-    error = measure.sampling.two_standard_errors(min(inside.high, 1.0 - inside.low), 1.0)
-    return Estimate(inside.middle(), max(0.0, inside.low - error), min(1.0, inside.high + error), BOUNDED)
 
 
 def _first_moments(

@@ -175,8 +175,8 @@ class Spectrum:
         outliers = measure.outliers
         if outliers.all:
             facts.append(f"outliers: {outliers}")
-        atoms = atoms_of(measure.nodes, measure.weights, measure.ritz)
-        low, high = outliers.bulk if outliers.all else (-math.inf, math.inf)
+        atoms = atoms_of(measure.nodes, measure.weights, [run.ritz for run in measure.runs])
+        low, high = outliers.ends_of_bulk
         return cls(
             label=printable(name) + (f": {', '.join(facts)}" if facts else ""),
             measure=measure,

@@ -23,6 +23,8 @@ class Cost:
         How products were made.
     plan : str
         What was tried to find that; empty where it was given.
+    unmet : tuple of str
+        Of each number that is not as certain as the tolerance wanted: how far it is from that, and what it would take.
     """
 
     hvps: int
@@ -30,6 +32,7 @@ class Cost:
     peak_bytes: int
     strategy: str
     plan: str = ""
+    unmet: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class RunSettings:
         As in :func:`~hesd_fast.analyze`.
     basis, basis_dtype : str or None
         Where the Lanczos vectors were kept ("memory" or "disk"), and in what precision.
+    tolerance : dict of str to float, or None
+        The width at which each number was to be good enough; None where the run was to take all its steps.
     group : str or None
         The group of parameters that the matrix is the block of; None where the run was not one of groups.
     """
@@ -116,4 +121,5 @@ class RunSettings:
     hvp: str
     protocol: str | None
     seed: int
+    tolerance: dict[str, float] | None
     group: str | None = field(default=None, metadata=MAY_BE_MISSING)

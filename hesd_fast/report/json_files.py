@@ -7,7 +7,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from hesd_fast.report.facts import Check, Cost, ProblemFacts, RunSettings
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 FORMAT = "hesd-fast report"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 LARGEST_FILE = 2**30
 """Bytes of the largest file that is read; a report of 128 probes and 1000 steps is smaller."""
@@ -67,7 +67,7 @@ class SavedReport:
     hesd_type: HESDType
     type_evidence: TypeEvidence
     criteria: Criteria
-    tridiagonal: BlockTridiagonal
+    tridiagonals: tuple[BlockTridiagonal, ...]
     problem: ProblemFacts
     cost: Cost
     checks: tuple[Check, ...]
@@ -76,7 +76,8 @@ class SavedReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as values of JSON; numbers come back bit for bit."""
-        content = {**asdict(self), "hesd_type": self.hesd_type.name, "tridiagonal": self.tridiagonal.to_dict()}
+        matrices = [matrix.to_dict() for matrix in self.tridiagonals]
+        content = {**asdict(self), "hesd_type": self.hesd_type.name, "tridiagonals": matrices}
         if self.options.group is None:
             del content["options"]["group"]
         return {name: _plain(value) for name, value in content.items()}
@@ -114,9 +115,10 @@ def read_file(path: str | os.PathLike[str]) -> tuple[SavedReport, SpectralMeasur
     entries = {key: value for key, value in content.items() if key not in ("format", "format_version")}
     try:
         report = read_record(SavedReport, entries)
-        check_symmetric(report.tridiagonal, entries["tridiagonal"]["diagonal"], "tridiagonal.diagonal")
+        for i, (matrix, written) in enumerate(zip(report.tridiagonals, entries["tridiagonals"], strict=True)):
+            check_symmetric(matrix, written["diagonal"], f"tridiagonals[{i}].diagonal")
         _check_content(report)
-        _check_memory(report.tridiagonal)
+        _check_memory(report.tridiagonals)
         return report, _checked_measure(report)
     except CheckpointError as error:
         raise CheckpointError(f"{name} is damaged: {error}; run the analysis again") from error
@@ -126,9 +128,9 @@ def read_file(path: str | os.PathLike[str]) -> tuple[SavedReport, SpectralMeasur
         ) from error
 
 
-def _check_memory(matrix: BlockTridiagonal) -> None:
+def _check_memory(matrices: Sequence[BlockTridiagonal]) -> None:
     """Raise a MemoryError before a small file with many steps takes all the memory."""
-    vectors, free = sum(matrix.block_sizes), available_memory()
+    vectors, free = max(sum(matrix.block_sizes) for matrix in matrices), available_memory()
     wanted = WORKING_MATRICES * 8 * vectors**2
     if free is not None and wanted > free:
         raise MemoryError(
@@ -138,13 +140,13 @@ def _check_memory(matrix: BlockTridiagonal) -> None:
 
 def _check_content(content: SavedReport) -> None:
     """Raise a CheckpointError for the first contradiction that shows without computing the spectrum."""
-    for sources in (_wrong_facts, _wrong_matrix, _wrong_settings, _wrong_type):
+    for sources in (_wrong_facts, _wrong_matrices, _wrong_settings, _wrong_type):
         for text in sources(content):
             raise CheckpointError(text)
 
 
 def _wrong_facts(content: SavedReport) -> Iterator[str]:
-    facts, cost, matrix = content.problem, content.cost, content.tridiagonal
+    facts, cost, matrices = content.problem, content.cost, content.tridiagonals
     for name, value, least in (
         ("problem.size", facts.size, 1),
         ("problem.batches", facts.batches, 1),
@@ -174,10 +176,12 @@ def _wrong_facts(content: SavedReport) -> Iterator[str]:
     if elements != facts.size:
         held = f"{elements}" if elements < 2**63 else "2**63 or more"
         yield f"problem.shapes holds {held} numbers and problem.size is {facts.size}"
-    if matrix.size != facts.size:
-        yield f"tridiagonal.size is {matrix.size} and problem.size is {facts.size}"
-    if cost.hvps != matrix.products:
-        yield f"cost.hvps is {cost.hvps} and tridiagonal.products is {matrix.products}"
+    for i, matrix in enumerate(matrices):
+        if matrix.size != facts.size:
+            yield f"tridiagonals[{i}].size is {matrix.size} and problem.size is {facts.size}"
+    products = sum(matrix.products for matrix in matrices)
+    if cost.hvps != products:
+        yield f"cost.hvps is {cost.hvps} and tridiagonals have {products} products"
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -188,31 +192,35 @@ def _elements(shape: tuple[int, ...]) -> int:
     return product
 
 
-def _wrong_matrix(content: SavedReport) -> Iterator[str]:
-    matrix = content.tridiagonal
-    vectors = sum(matrix.block_sizes)
-    if matrix.products < vectors:
-        yield f"tridiagonal.products is {matrix.products}; its blocks have {vectors} vectors, each multiplied"
-    if matrix.reorthogonalization not in REORTHOGONALIZATIONS:
-        wanted = ", ".join(REORTHOGONALIZATIONS)
-        yield f"tridiagonal.reorthogonalization is {shown(matrix.reorthogonalization)}; wanted one of {wanted}"
+def _wrong_matrices(content: SavedReport) -> Iterator[str]:
+    if not content.tridiagonals:
+        yield "tridiagonals is empty; wanted the matrix of each run"
+    for i, matrix in enumerate(content.tridiagonals):
+        where, vectors = f"tridiagonals[{i}]", sum(matrix.block_sizes)
+        if matrix.products < vectors:
+            yield f"{where}.products is {matrix.products}; its blocks have {vectors} vectors, each multiplied"
+        if matrix.reorthogonalization not in REORTHOGONALIZATIONS:
+            wanted = ", ".join(REORTHOGONALIZATIONS)
+            yield f"{where}.reorthogonalization is {shown(matrix.reorthogonalization)}; wanted one of {wanted}"
 
 
 def _wrong_settings(content: SavedReport) -> Iterator[str]:
-    options, matrix = content.options, content.tridiagonal
+    options = content.options
     if options.operator not in OPERATORS:
         yield f"options.operator is {shown(options.operator)}; wanted one of {', '.join(OPERATORS)}"
-    for name, option, found in (
-        ("block_size", options.block_size, matrix.probes),
-        ("reorthogonalization", options.reorthogonalization, matrix.reorthogonalization),
-        ("basis", options.basis, matrix.basis_place),
-        ("basis_dtype", options.basis_dtype, matrix.basis_dtype),
-    ):
-        if option != found:
-            yield f"options.{name} is {shown(option)}, and of the tridiagonal matrix it is {shown(found)}"
-    wanted = min(options.max_steps, matrix.size)
-    if matrix.steps > wanted or (matrix.steps < wanted and not matrix.breakdown):
-        yield f"options.max_steps is {options.max_steps}, and the tridiagonal matrix has {matrix.steps} steps"
+    for i, matrix in enumerate(content.tridiagonals):
+        for name, option, found in (
+            ("block_size", options.block_size, matrix.probes),
+            ("reorthogonalization", options.reorthogonalization, matrix.reorthogonalization),
+            ("basis", options.basis, matrix.basis_place),
+            ("basis_dtype", options.basis_dtype, matrix.basis_dtype),
+        ):
+            if option != found:
+                yield f"options.{name} is {shown(option)}, and of tridiagonals[{i}] it is {shown(found)}"
+    steps = sum(matrix.steps for matrix in content.tridiagonals)
+    exact = any(matrix.breakdown for matrix in content.tridiagonals)
+    if steps > options.max_steps or (steps < options.max_steps and options.tolerance is None and not exact):
+        yield f"options.max_steps is {options.max_steps}, and tridiagonals have {steps} steps"
     if options.seed < 0:
         yield f"options.seed is {options.seed}; wanted at least 0"
     if options.protocol is None:
@@ -250,35 +258,39 @@ def _wrong_type(content: SavedReport) -> Iterator[str]:
 
 
 def _checked_measure(content: SavedReport) -> SpectralMeasure:
-    """Return the measure of the file's matrix; a CheckpointError if criteria or extreme eigenvalues are others.
+    """Return the measure of the file's matrices; a CheckpointError if criteria or extreme eigenvalues are others.
 
     Some numbers are not determined to any digit: the weights of copies, or of one multiple eigenvalue, are shared out
     by rounding, and K_Hn with them. So where the first comparison fails, and not by far, the spread over matrices that
     are the same but for rounding decides.
     """
-    measure, found = _computed(content, content.tridiagonal)
+    measure, found = _computed(content, content.tridiagonals)
     mismatch = next(_mismatches(content, measure, [found]), None)
     if mismatch is not None and any(_mismatches(content, measure, [found], least=GROSS)):
         raise CheckpointError(mismatch)
     if mismatch is not None:
         rng = np.random.default_rng(0)
-        matrices = [_rounded(content.tridiagonal, measure.largest_magnitude, rng) for _ in range(SPREAD_SAMPLES)]
-        alike = [found, *(_computed(content, matrix)[1] for matrix in matrices)]
+        alike = [found]
+        for _ in range(SPREAD_SAMPLES):
+            matrices = [_rounded(matrix, measure.largest_magnitude, rng) for matrix in content.tridiagonals]
+            alike.append(_computed(content, matrices)[1])
         if next(_mismatches(content, measure, alike), None) is not None:
             raise CheckpointError(mismatch)
     return measure
 
 
-def _computed(content: SavedReport, matrix: BlockTridiagonal) -> tuple[SpectralMeasure, dict[str, Estimate | float]]:
-    """Return the measure of a matrix and, by name, what files hold of what follows from it."""
+def _computed(
+    content: SavedReport, matrices: Sequence[BlockTridiagonal]
+) -> tuple[SpectralMeasure, dict[str, Estimate | float]]:
+    """Return the measure of the runs' matrices and, by name, what files hold of what follows from it."""
     given = content.criteria
     try:
         with np.errstate(all="ignore"):
-            measure = SpectralMeasure.from_tridiagonal(matrix)
+            measure = SpectralMeasure.from_tridiagonal(*matrices)
             found = criteria(measure, given.exponent, given.mass_exponent, given.resolution)
             extremes = {f"type_evidence.{name}": getattr(measure, name) for name in ("lambda_max", "lambda_min")}
     except (HESDError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"no spectrum can be computed from tridiagonal and criteria: {error}") from error
+        raise CheckpointError(f"no spectrum can be computed from tridiagonals and criteria: {error}") from error
     return measure, {**extremes, **{f"criteria.{name}": getattr(found, name) for name in ("resolution", *CRITERIA)}}
 
 
@@ -317,7 +329,7 @@ def _mismatches(
             )
         methods = [one.method for one in found if isinstance(one, Estimate)]
         if given.method not in methods and not least:
-            yield f"{name}.method is {shown(given.method)}; the tridiagonal matrix gives {methods[0]!r}"
+            yield f"{name}.method is {shown(given.method)}; the tridiagonal matrices give {methods[0]!r}"
 
 
 def _mismatch(name: str, given: float, found: list[Any], scale: float, floor: float) -> Iterator[str]:
@@ -328,7 +340,7 @@ def _mismatch(name: str, given: float, found: list[Any], scale: float, floor: fl
     own, margin = _share(given / scale), high - low + floor
     near = any(abs(given - one) <= DIGITS * min(abs(given), abs(one)) for one in found)
     if not (near or low - margin <= own <= high + margin):
-        yield f"{name} is {given!r}; the tridiagonal matrix gives {found[0]!r}"
+        yield f"{name} is {given!r}; the tridiagonal matrices give {found[0]!r}"
 
 
 def _share(number: float) -> float:

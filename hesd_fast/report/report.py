@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hesd_fast.errors import CheckpointError, ProblemError
 from hesd_fast.estimate import Estimate
+from hesd_fast.lanczos.lanczos_run import LanczosRun
 from hesd_fast.methodology.comparability import check_reports
 from hesd_fast.methodology.generalization_criteria import Criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence
@@ -53,6 +54,8 @@ class Report:
         How the spectrum was computed.
     versions : dict
         The software that made it.
+    first_run : LanczosRun or None
+        The first run with its vectors, if they were to be kept; what is loaded has none.
 
     Examples
     --------
@@ -74,6 +77,7 @@ class Report:
     checks: tuple[Check, ...]
     settings: RunSettings
     versions: dict[str, str]
+    first_run: LanczosRun | None = field(default=None, repr=False)
 
     @property
     def lambda_max(self) -> Estimate:
@@ -105,6 +109,11 @@ class Report:
         """The eigenvalues that stand apart from the bulk, with their number; unknown where eigenvalues have copies."""
         return self.measure.outliers
 
+    @property
+    def frobenius_norm(self) -> Estimate:
+        """The Frobenius norm of the matrix."""
+        return self.measure.frobenius_norm
+
     def plot(
         self, path: str | os.PathLike[str] | None = None, *, scale: Scale = "symlog", sigma: float | None = None
     ) -> Figure:
@@ -124,37 +133,42 @@ class Report:
 
     def to_saved(self) -> SavedReport:
         """Return what a file holds of the report; a CheckpointError where its measure is not that of a run."""
-        tridiagonal = self.measure.tridiagonal
-        if tridiagonal is None:
+        if not self.measure.runs:
             raise CheckpointError(
                 "the report's measure has no block tridiagonal matrix; only reports of a run can be saved"
             )
-        kept = {name: value for name, value in vars(self).items() if name not in ("measure", "settings")}
-        return SavedReport(tridiagonal=tridiagonal, options=self.settings, **kept)
+        kept = {name: value for name, value in vars(self).items() if name not in ("measure", "settings", "first_run")}
+        return SavedReport(tridiagonals=self.measure.tridiagonals, options=self.settings, **kept)
 
     def top(self, k: int, which: str = "largest") -> tuple[Estimate, ...]:
         """Return the ``k`` largest eigenvalues that the run has found, in descending order, or the smallest, ascending.
 
-        They are Ritz values, ``which`` is "largest" or "smallest", and each interval certainly holds an eigenvalue;
-        :meth:`BlockTridiagonal.top`, which this is, says what else is certain and what is not.
+        They are Ritz values of the first run, ``which`` is "largest" or "smallest", and each interval certainly holds
+        an eigenvalue; :meth:`BlockTridiagonal.top`, which this is, says what else is certain and what is not.
 
         Raises
         ------
         ProblemError
             As there, and if the measure is not that of a run.
         """
-        tridiagonal = self.measure.tridiagonal
-        if tridiagonal is None:
+        if not self.measure.runs:
             raise ProblemError(
                 "the report's measure has no block tridiagonal matrix, so nothing is known of single eigenvalues; "
                 "give the report of a run"
             )
-        return tridiagonal.top(k, which)
+        return self.measure.tridiagonals[0].top(k, which)
+
+    @property
+    def run_length(self) -> str:
+        """Probes and steps of each run, in words."""
+        runs = [f"{one.probes} probes x {one.steps} steps" for one in self.measure.tridiagonals]
+        return " and ".join(
+            f"{runs.count(text)} times {text}" if runs.count(text) > 1 else text for text in dict.fromkeys(runs)
+        )
 
     def __str__(self) -> str:
         problem, cost, found = self.problem, self.cost, self.criteria
-        tridiagonal = self.measure.tridiagonal
-        steps = "" if tridiagonal is None else f"{tridiagonal.probes} probes x {tridiagonal.steps} steps, "
+        peak = cost.peak_bytes / 2**20
         rows: list[tuple[str, str]] = [
             ("loss", f"{problem.function}; {problem.batches:,} {'batch' if problem.batches == 1 else 'batches'}"),
             *[
@@ -167,12 +181,15 @@ class Report:
             ("lambda_max", f"{self.lambda_max}"),
             ("lambda_min", f"{self.lambda_min}"),
             ("trace", f"{self.trace}"),
+            ("norm", f"{self.frobenius_norm}   of Frobenius"),
             ("r_e", f"{found.r_e}"),
             ("K_Hn", f"{found.k_hn}   n = {found.exponent:g}; its interval is a spread, not a bound"),
             ("k_mass", f"{found.k_mass}"),
             ("balance", f"{found.balance}"),
             ("outliers", f"{self.outliers}"),
-            ("cost", f"{steps}{cost.hvps} products in {cost.seconds:.1f} s, peak {cost.peak_bytes / 2**20:.0f} MiB"),
+            ("near zero", f"{found.unresolved_mass}   of the eigenvalues, below the resolution {found.resolution:.2g}"),
+            ("cost", f"{self.run_length}, {cost.hvps} products in {cost.seconds:.1f} s, peak {peak:.0f} MiB"),
+            *[("not yet", text) for text in cost.unmet],
             ("products", cost.strategy),
             *[("check", f"{'ok' if check.passed else 'FAILED'}: {check.detail}") for check in self.checks],
         ]
@@ -254,5 +271,5 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     True
     """
     saved, measure = read_file(path)
-    kept = {name: value for name, value in vars(saved).items() if name not in ("tridiagonal", "options")}
+    kept = {name: value for name, value in vars(saved).items() if name not in ("tridiagonals", "options")}
     return Report(measure=measure, settings=saved.options, **kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,22 +31,22 @@ class ConvergedEigenvalues:
     Attributes
     ----------
     mask : ndarray of bool, shape (k,)
-        Which Ritz values have converged.
+        Which Ritz values have converged; of several runs, those of one after those of the other.
     eigenvalues : ndarray, shape (q,)
         Those Ritz values.
     seen : ndarray, shape (q,)
         Share of the spectrum that the probes gave to each, averaged over the probes.
     angle : ndarray, shape (q,)
         Bound of the sine of the angle between Ritz vector and eigenvector.
-    share : float
-        ``1 / n``.
+    share : ndarray, shape (q,)
+        What each should have: ``1 / n``, in all runs that know the eigenvalue together.
     """
 
     mask: npt.NDArray[np.bool_]
     eigenvalues: Array
     seen: Array
     angle: Array
-    share: float
+    share: Array
 
     def correction(self, function: Callable[[Array], Array]) -> float:
         """Return what has to be added to the probes' mean of ``trace f(H) / n``."""
@@ -60,7 +60,18 @@ class ConvergedEigenvalues:
 def none_converged(count: int) -> ConvergedEigenvalues:
     """Return what is known of that many nodes of which no eigenvector is."""
     nothing = np.empty(0)
-    return ConvergedEigenvalues(np.zeros(count, dtype=np.bool_), nothing, nothing, nothing, 0.0)
+    return ConvergedEigenvalues(np.zeros(count, dtype=np.bool_), nothing, nothing, nothing, nothing)
+
+
+def pooled(runs: Sequence[tuple[ConvergedEigenvalues, float]]) -> ConvergedEigenvalues:
+    """Return what several runs know, each with the part that it has in the mean over all."""
+    return ConvergedEigenvalues(
+        np.concatenate([one.mask for one, _ in runs]),
+        np.concatenate([one.eigenvalues for one, _ in runs]),
+        np.concatenate([one.seen * part for one, part in runs]),
+        np.concatenate([one.angle for one, _ in runs]),
+        np.concatenate([one.share * part for one, part in runs]),
+    )
 
 
 def find_converged(ritz: RitzPairs) -> ConvergedEigenvalues:
@@ -70,14 +81,18 @@ def find_converged(ritz: RitzPairs) -> ConvergedEigenvalues:
     (Parlett, *The Symmetric Eigenvalue Problem*, 1998, theorem 11.7.1). A multiple eigenvalue shows up as several Ritz
     values without a gap, as long as there are two probes whose projections onto its eigenspace differ. None counts
     where copies of converged Ritz values share their weight, without full or partial reorthogonalization, or for probes
-    that are not random.
+    that are not random. Where the basis is the whole space, all have, whatever their multiplicity.
     """
     values, tridiagonal = ritz.values, ritz.tridiagonal
     orthogonal = tridiagonal.reorthogonalization in ORTHOGONAL_MODES
+    if orthogonal and ritz.random and values.size == tridiagonal.size:
+        share = np.full(values.size, 1.0 / values.size)
+        seen = ritz.weights.mean(axis=0)
+        return ConvergedEigenvalues(np.ones(values.size, dtype=np.bool_), values, seen, np.zeros(values.size), share)
     padded = np.concatenate(([-np.inf], values, [np.inf]))
     gap = np.minimum(values - padded[:-2], padded[2:] - values)
     mask = (gap > 0.0) & (ritz.residuals <= LARGEST_ANGLE * gap)
     if not (orthogonal and ritz.random and tridiagonal.probes >= FEWEST_PROBES) or values.size == 1:
         mask = np.zeros(values.size, dtype=np.bool_)
     seen, angle = ritz.weights.mean(axis=0)[mask], ritz.residuals[mask] / gap[mask]
-    return ConvergedEigenvalues(mask, values[mask], seen, angle, 1.0 / tridiagonal.size)
+    return ConvergedEigenvalues(mask, values[mask], seen, angle, np.full(seen.size, 1.0 / tridiagonal.size))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import scipy  # its parts are loaded when they are first used, which takes as long as all the rest
 
-from hesd_fast.lanczos.block_tridiagonal import NOISE_MULTIPLE, Array, BlockTridiagonal
+from hesd_fast.engine import _engine
+from hesd_fast.lanczos.block_tridiagonal import NOISE_MULTIPLE, Array
+from hesd_fast.spectrum.ritz_pairs import RitzPairs
 
 ROUNDING = 8.0
 """Relative rounding allowance of the bounds, in units of the roundoff."""
@@ -50,18 +52,30 @@ class Jacobi:
 
     def reflected(self) -> Jacobi:
         """Return the Jacobi matrix of the measure of ``-H``."""
-        return Jacobi(-self.diagonal, self.offdiagonal, self.scale, self.rounding)
+        mirrored = Jacobi(-self.diagonal, self.offdiagonal, self.scale, self.rounding)
+        values, first, last = self.eigenvectors
+        # the same but for the signs of every other row, so the last entries all keep or all change theirs
+        vars(mirrored)["eigenvectors"] = (-values[::-1], first[::-1], last[::-1])
+        return mirrored
+
+    @cached_property
+    def eigenvectors(self) -> tuple[Array, Array, Array]:
+        """The eigenvalues, and the first and the last entries of their unit eigenvectors, each of shape (s,)."""
+        ends = np.zeros((1, self.diagonal.size, 2))
+        ends[0, 0, 0] = ends[0, -1, 1] = 1.0
+        values, ends = _eigen(self.diagonal[None], self.offdiagonal[None], ends)
+        return values[0], ends[0, :, 0], ends[0, :, 1]
 
     def gauss(self) -> tuple[Array, Array, Array]:
         """Return the ``s`` Gauss nodes, their weights, and the residual norms of the nodes, each of shape (s,)."""
-        values, vectors = _eigen(self.diagonal, self.offdiagonal[:-1])
-        return values, vectors[0] ** 2, self.offdiagonal[-1] * np.abs(vectors[-1])
+        values, first, last = self.eigenvectors
+        return values, first**2, self.offdiagonal[-1] * np.abs(last)
 
     def radau(self, points: Array) -> tuple[Array, Array]:
         """Return, for each point, the nodes and weights of the rule with ``s + 1`` nodes of which the point is one.
 
         Each rule has all the moments ``0 ... 2s`` of the measure. A point closer to a Gauss node than the rounding
-        allowance is moved by less than that allowance. Shapes are ``(points, s + 1)``; costs one symmetric
+        allowance is moved by less than that allowance. Shapes are ``(points, s + 1)``; costs one tridiagonal
         eigenproblem of order ``s + 1`` per point.
 
         References
@@ -75,22 +89,22 @@ class Jacobi:
             weights = np.tile(np.append(masses, 0.0), (points.size, 1))
             ascending = np.argsort(nodes, axis=1)
             return np.take_along_axis(nodes, ascending, axis=1), np.take_along_axis(weights, ascending, axis=1)
-        pivot = _keep_away_from_zero(self._last_pivot(points), self.position / 2)
-        last = points + self.offdiagonal[-1] ** 2 / pivot
-        nodes, weights = np.empty((points.size, order)), np.empty((points.size, order))
-        for point, entry in enumerate(last):
-            values, vectors = _eigen(np.append(self.diagonal, entry), self.offdiagonal)
-            nodes[point], weights[point] = values, vectors[0] ** 2
-        return nodes, weights
+        entry = points + self.offdiagonal[-1] ** 2 / _keep_away_from_zero(self._last_pivot(points), self.position / 2)
+        diagonal = np.empty((points.size, order))
+        diagonal[:, :-1], diagonal[:, -1] = self.diagonal, entry
+        offdiagonal = np.zeros((points.size, order))
+        offdiagonal[:, :-1] = self.offdiagonal
+        first = np.zeros((points.size, order, 1))
+        first[:, 0] = 1.0
+        nodes, first = _eigen(diagonal, offdiagonal, first)
+        return nodes, first[:, :, 0] ** 2
 
     def _last_pivot(self, points: Array) -> Array:
         """Return ``1 / (e_s^T (J - x I)^{-1} e_s)``, the last pivot of the factorization of ``J - x I``."""
-        # The least pivot keeps the next one finite; it moves a node by far less than rounding (as in Sturm counts).
-        least = np.finfo(np.float64).tiny * max(1.0, float((self.offdiagonal**2).max()))
-        pivot: Array = self.diagonal[0] - points
-        for alpha, beta in zip(self.diagonal[1:], self.offdiagonal[:-1], strict=True):
-            pivot = alpha - points - beta**2 / _keep_away_from_zero(pivot, least)
-        return pivot
+        values, _, last = self.eigenvectors
+        distances = _keep_away_from_zero(values - points[:, None], float(np.finfo(np.float64).eps) * self.position)
+        inverse = (last**2 / distances).sum(axis=1)
+        return np.asarray(1.0 / _keep_away_from_zero(inverse, float(np.finfo(np.float64).tiny)))
 
     def power_norm(self) -> tuple[float, float]:
         """Return ``q`` and ``(integral of |x|^q)^(1/q)`` for the largest order ``q`` known, exact up to rounding.
@@ -112,69 +126,56 @@ class Jacobi:
         return 2.0 * steps, float(self.scale * np.linalg.norm(vector) ** (1.0 / steps))
 
 
-def jacobi_of_probe(tridiagonal: BlockTridiagonal, matrix: Array, probe: int) -> Jacobi:
-    """Return the Jacobi matrix of one probe's spectral measure, by Lanczos on the small matrix ``T``.
+def jacobi_matrices(ritz: RitzPairs) -> tuple[Jacobi, ...]:
+    """Return the Jacobi matrix of each probe's spectral measure, by Lanczos on the Ritz values.
 
-    Takes at most ``m`` steps, because ``T`` has the probe's moments only up to ``2m``: the ``m`` diagonal and ``m - 1``
-    inner coefficients need the moments up to ``2m - 1``, and the last coupling, which needs moment ``2m``, takes
-    ``C_{m-1}`` as well. After a breakdown ``T`` has all moments, and the recurrence goes on to its own end. Fully
-    reorthogonalized, in double precision. Costs one product with ``T`` per step.
-
-    Parameters
-    ----------
-    tridiagonal : BlockTridiagonal
-        The block tridiagonal matrix.
-    matrix : ndarray, shape (k, k)
-        Its dense form, ``tridiagonal.matrix()``, made once for all probes.
-    probe : int
-        Which row of ``tridiagonal.start`` to start from.
+    Takes at most ``m`` steps, because the Ritz values have the probe's moments only up to ``2m``: the ``m`` diagonal
+    and ``m - 1`` inner coefficients need the moments up to ``2m - 1``, and the last coupling, which needs moment
+    ``2m``, takes ``C_{m-1}`` as well. After a breakdown they have all moments, and the recurrence goes on to its own
+    end. By orthogonal transformations, in double precision. Costs ``k m (30 + 6 b)`` operations per probe.
 
     References
     ----------
-    Golub and Meurant, 2010, sections 4.1 and 7.3.
+    Golub and Meurant, 2010, sections 4.1 and 7.3. Gragg and Harwood, *The numerically stable reconstruction of Jacobi
+    matrices from spectral data*, Numer. Math. 44, 1984.
     """
-    order = matrix.shape[0]
-    coupling = tridiagonal.offdiagonal[-1]
-    scale = float(np.abs(matrix).sum(axis=1).max()) + (float(np.linalg.norm(coupling, 2)) if coupling.size else 0.0)
-    negligible = 32.0 * order * np.finfo(np.float64).eps * scale
-    start = tridiagonal.start[probe]
-    vector = np.zeros(order)
-    vector[: start.size] = start / np.linalg.norm(start)
-    steps = order if tridiagonal.breakdown else tridiagonal.steps
-    basis = np.empty((steps, order))
-    alphas: list[float] = []
-    betas: list[float] = []
-    for step in range(steps):
-        basis[step] = vector
-        product = matrix @ vector
-        alphas.append(float(vector @ product))
-        for _ in range(2):  # twice is enough
-            product -= basis[: step + 1].T @ (basis[: step + 1] @ product)
-        beta = float(np.linalg.norm(product))
-        if step + 1 == steps:
-            beta = float(np.hypot(beta, np.linalg.norm(coupling.T @ vector[-coupling.shape[0] :])))
-        betas.append(beta if beta > negligible else 0.0)
-        if betas[-1] == 0.0:
-            break
-        vector = product / beta
+    tridiagonal, order = ritz.tridiagonal, ritz.values.size
+    scale = tridiagonal.norm_bound
+    exponent = math.frexp(scale)[1]
+    seen = ritz.seen / np.abs(ritz.seen).max(axis=1, keepdims=True)
+    diagonals, offdiagonals = _engine.jacobi_matrices(
+        np.ldexp(ritz.values, -exponent)[None],
+        seen / np.linalg.norm(seen, axis=1, keepdims=True),
+        np.ldexp(ritz.couplings, -exponent),
+        order if tridiagonal.breakdown else tridiagonal.steps,
+    )
     rounding = ROUNDING * max(tridiagonal.epsilon, SMALLEST_ROUNDOFF)
     if scale > 0.0:
         rounding = max(rounding, NOISE_MULTIPLE * (tridiagonal.recurrence_error or 0.0) / scale)
-    return Jacobi(np.array(alphas), np.array(betas), scale, rounding)
+    negligible = 32.0 * order * np.finfo(np.float64).eps * scale
+    found = []
+    for alphas, betas in zip(np.ldexp(diagonals, exponent), np.ldexp(offdiagonals, exponent), strict=True):
+        betas[betas <= negligible] = 0.0
+        end = int(np.argmin(betas)) + 1 if (betas == 0.0).any() else betas.size
+        found.append(Jacobi(alphas[:end], betas[:end], scale, rounding))
+    return tuple(found)
 
 
 def _keep_away_from_zero(values: Array, least: float) -> Array:
     return np.asarray(np.where(np.abs(values) < least, np.copysign(least, values), values))
 
 
-def _eigen(diagonal: Array, offdiagonal: Array) -> tuple[Array, Array]:
-    """Return eigenvalues and eigenvectors of a symmetric tridiagonal matrix, in ``O(s^2)``.
+def _eigen(diagonal: Array, offdiagonal: Array, rows: Array) -> tuple[Array, Array]:
+    """Return eigenvalues of many symmetric tridiagonal matrices, ascending, and rows of their eigenvectors, in O(s^2).
 
-    This driver calls no threaded BLAS. For many small matrices, threads cost far more than they bring. It gives up on
-    some matrices with many nearly equal eigenvalues, as ghost copies are; QR iteration does not.
+    Shapes are (matrices, s) of the diagonals and, their last entries without meaning, of what is beside them, and
+    (matrices, s, rows) of the transposed rows.
     """
-    try:
-        values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, offdiagonal, lapack_driver="stemr")
-    except np.linalg.LinAlgError:
-        values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, offdiagonal, lapack_driver="stev")
-    return np.asarray(values, dtype=np.float64), np.asarray(vectors, dtype=np.float64)
+    exponent = math.frexp(max(float(np.abs(diagonal).max()), float(np.abs(offdiagonal).max())))[1]
+    scaled = np.ldexp(diagonal, -exponent), np.ldexp(offdiagonal, -exponent)
+    values, rows = _engine.tridiagonal_eigenvalues(*scaled, rows)
+    ascending = np.argsort(values, axis=1, kind="stable")
+    return (
+        np.ldexp(np.take_along_axis(values, ascending, axis=1), exponent),
+        np.take_along_axis(rows, ascending[:, :, None], axis=1),
+    )

@@ -6,16 +6,104 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import scipy  # its parts are loaded when they are first used, which takes as long as all the rest
 
 from hesd_fast.lanczos.block_tridiagonal import Array
 from hesd_fast.spectrum.jacobi_matrix import Jacobi
 
-HINGE_POINTS = 40
-"""Rules tried before the best one is refined, when a hinge is bounded."""
+STEP = 0.3
+"""Of the integrals over ``log y``, whose error is ``exp(-pi^2 / STEP)``."""
+
+DECADES = 13
+"""Decades below the spectrum's scale that the integrals begin at; as many digits come out."""
+
+PHASES = 8
+"""Rules tried at each of the scales, when the best rule is searched for."""
+
+SCALES = 12
+
+ZOOMS = 6
+"""How often the best one is searched for more finely, sixteen times each."""
 
 GRID_POINTS = 48
 REFINED_NODES = 16
+
+
+class HingeFamily:
+    """The integrals of ``max(x - t, 0)`` and of its square by all rules with ``s + 1`` nodes and the moments ``0 ... 2s``.
+
+    These rules are those of the Jacobi matrix with one more row, whose diagonal entry ``gamma`` is free. With ``z = t +
+    iy``, the Gauss rule's ``F(z) = e_1^T (J - z)^{-1} e_1`` becomes
+
+        ``F(z) + beta_s^2 r(z)^2 / (gamma - z - beta_s^2 g(z))``,
+
+    where ``r`` and ``g`` are the entries ``(1, s)`` and ``(s, s)`` of ``(J - z)^{-1}``. From ``|d| = (2 / pi) integral of
+    d^2 / (d^2 + y^2) dy`` follows that the integral of the hinge is that of the Gauss rule and ``(1 / pi)`` times the
+    integral of ``-y`` times the imaginary part of what has been added; for the square it is ``-y^2`` and the real part.
+    The trapezoidal rule in ``log y`` converges geometrically. So a rule costs as many operations as there are ``y``, and
+    no eigenvalue problem.
+
+    Parameters
+    ----------
+    jacobi : Jacobi
+        A matrix of at least two rows, with a last coupling that is not zero.
+    threshold : float
+        The kink ``t``.
+    """
+
+    def __init__(self, jacobi: Jacobi, threshold: float) -> None:
+        values, first, last = jacobi.eigenvectors
+        self.unit = max(jacobi.scale, abs(threshold))
+        distances = (values - threshold) / self.unit
+        squared_coupling = (jacobi.offdiagonal[-1] / self.unit) ** 2
+        # r falls off like y^-s
+        most = math.log(10.0) * (2.0 + DECADES / (values.size - 1))
+        heights = np.exp(np.arange(-math.log(10.0) * DECADES, most, STEP))
+        inverse = 1.0 / (distances - 1j * heights[:, None])
+        corner, cross = inverse @ (last**2), inverse @ (first * last)
+        self.centres = 1j * heights + squared_coupling * corner
+        added = (STEP / math.pi) * squared_coupling * cross**2 * heights
+        self.factors = np.stack((1j * heights * added, -(heights**2) * added))
+        above = np.clip(distances, 0.0, None)
+        self.gauss = np.array([first**2 @ above, first**2 @ above**2])
+
+    def integrals(self, gammas: Array) -> Array:
+        """Return the two integrals, in units of ``self.unit`` and its square, by rules: shape (2, rules)."""
+        return self.gauss[:, None] + (self.factors @ (1.0 / (gammas - self.centres[:, None]))).real
+
+    def greatest(self, power: int) -> float:
+        """Return the greatest integral of ``max(x - t, 0)^power`` in the family, in units of the eigenvalues.
+
+        The rules are a circle, ``gamma`` being infinite for the Gauss rule, and either integral has one maximum on it:
+        where it is stationary, the polynomial of degree ``2s`` that touches the integrand at every node exists, and
+        differs from it in sign nowhere. Seen from ``centre`` the rules lie at even angles ``2 arccot((gamma -
+        Re centre) / Im centre)``, which is fit for what is as far from the kink as the centre's height.
+        """
+        chosen = self.centres[np.linspace(0, self.centres.size - 1, SCALES).astype(int)]
+        angles = (np.arange(PHASES) + 0.5) * math.pi / PHASES
+        gammas = np.sort((chosen.real[:, None] + chosen.imag[:, None] / np.tan(angles)).ravel())
+        found = self.integrals(gammas)[power - 1]
+        best = int(np.argmax(found))
+        ends = gammas[[best - 1, (best + 1) % gammas.size]]
+        # the centre from which the best one and its neighbours are farthest apart
+        spread = [np.diff(_angles(centre, np.array([ends[1], gammas[best], ends[0]]))) % math.pi for centre in chosen]
+        centre = chosen[int(np.argmax([gap.min() for gap in spread]))]
+        right, left = (float(angle) for angle in _angles(centre, ends)[::-1])
+        if left <= right:
+            left += math.pi
+        high = max(float(found[best]), float(self.gauss[power - 1]))
+        for _ in range(ZOOMS):
+            angles = np.linspace(right, left, 18)[1:-1]
+            found = self.integrals(centre.real + centre.imag / np.tan(angles))[power - 1]
+            best = int(np.argmax(found))
+            high = max(high, float(found[best]))
+            step = (left - right) / 17
+            right, left = float(angles[best]) - step, float(angles[best]) + step
+        return high * self.unit**power
+
+
+def _angles(centre: complex, gammas: Array) -> Array:
+    """Return the angles, from 0 to pi, at which a centre sees rules; they fall as ``gamma`` grows."""
+    return np.asarray(np.arctan2(centre.imag, gammas - centre.real))
 
 
 def hinge_bounds(jacobi: Jacobi, threshold: float) -> tuple[float, float]:
@@ -24,46 +112,51 @@ def hinge_bounds(jacobi: Jacobi, threshold: float) -> tuple[float, float]:
     Every rule with ``s + 1`` nodes has all these moments. The rule with a node at the kink gives the least value: the
     polynomial of degree ``2s`` that meets the hinge at the kink and touches it at the other nodes lies below it. The
     greatest value is that of the rule whose polynomial touches the hinge at every node, so lies above it; as all rules
-    have the moments, it is the one with the largest value, and is found by maximization over the family. A node that
-    moves from the kink to where the rule of the kink has its next node runs through the family once.
+    have the moments, it is the one with the largest value, and is found by maximization over the family.
 
     Far tighter than integrating `cdf_bounds`: the hinge is linear but for its kink, and what the distribution does
-    elsewhere does not matter. Widened by a rounding allowance. Costs about ``2 * HINGE_POINTS`` eigenproblems of order
-    ``s + 1``.
+    elsewhere does not matter. Widened by a rounding allowance. Costs an eigenproblem of order ``s + 1``, and about
+    ``200 s`` operations for the family.
 
     References
     ----------
     Karlin and Studden, *Tchebycheff Systems*, 1966. After one step the upper bound is that of Scarf, *A min-max
     solution of an inventory problem*, 1958.
     """
-
-    def values(points: Array) -> Array:
-        nodes, weights = jacobi.radau(points)
-        return np.asarray((weights * np.clip(nodes - threshold, 0.0, None)).sum(axis=1))
-
     nodes, weights = jacobi.radau(np.array([threshold]))
     low = float(weights[0] @ np.clip(nodes[0] - threshold, 0.0, None))
-    beyond = nodes[0][nodes[0] > threshold + jacobi.position]
-    # The best node may be close to either end, and arbitrarily far away where the rule of the kink has no next node.
-    near = np.geomspace(1e-6, 0.5, HINGE_POINTS // 2)
-    if beyond.size:
-        points = threshold + (float(beyond[0]) - threshold) * np.concatenate((near, 1.0 - near[-2::-1]))
-    else:
-        points = threshold + max(jacobi.scale, abs(threshold)) * np.geomspace(1e-6, 1e6, 2 * HINGE_POINTS)
-    found = values(points)
-    best = int(np.argmax(found))
-    left, right = points[max(best - 1, 0)], points[min(best + 1, points.size - 1)]
-    refined = scipy.optimize.minimize_scalar(
-        lambda share: -float(values(np.array([left + share * (right - left)]))[0]),
-        bounds=(0.0, 1.0),
-        method="bounded",
-        options={"xatol": 1e-5},
-    )
-    high = max(low, float(found[best]), -float(refined.fun))
+    high = max(low, _greatest_hinges(jacobi, threshold, (1,))[0])
     # Nodes move by `position`; a change r of the unit probe z changes z^T f(H) z by 2 r ||f(H) z|| + r^2 ||f(H)||.
     second_moment = math.hypot(float(jacobi.diagonal[0]), float(jacobi.offdiagonal[0]))
     allowance = jacobi.position + 2.0 * jacobi.rounding * second_moment + jacobi.rounding**2 * jacobi.scale
     return max(0.0, low - allowance), high + allowance
+
+
+def greatest_square_beyond(jacobi: Jacobi, threshold: float) -> float:
+    """Return an upper bound of the integral of ``x^2`` over ``x > threshold >= 0``.
+
+    With ``d = x - threshold`` it is ``d^2 + 2 threshold d + threshold^2``, and each part has the tightest bound that
+    the moments ``0 ... 2s`` allow, widened by a rounding allowance. Costs what `hinge_bounds` does.
+    """
+    mass = 1.0 - float(cdf_bounds(jacobi, np.array([threshold]))[0][0])
+    hinge, square = _greatest_hinges(jacobi, threshold, (1, 2))
+    found = square + 2.0 * threshold * hinge + threshold**2 * mass
+    # As for the hinge: of f(x) = x^2 beyond the threshold, ||f(H) z|| is at most ||H|| sqrt(z^T f(H) z).
+    moved = jacobi.position
+    return found + 4.0 * moved * math.sqrt(found) + 2.0 * moved**2
+
+
+def _greatest_hinges(jacobi: Jacobi, threshold: float, powers: tuple[int, ...]) -> list[float]:
+    """Return the greatest integral of ``max(x - threshold, 0)^power`` that the moments allow, for powers 1 and 2."""
+    if jacobi.offdiagonal[-1] == 0.0:  # they allow one measure
+        nodes, weights, _ = jacobi.gauss()
+        return [float(weights @ np.clip(nodes - threshold, 0.0, None) ** power) for power in powers]
+    if jacobi.diagonal.size == 1:
+        mean, deviation = float(jacobi.diagonal[0]) - threshold, float(jacobi.offdiagonal[0])
+        ends = (0.5 * (mean + math.hypot(mean, deviation)), max(mean, 0.0) ** 2 + deviation**2)
+        return [ends[power - 1] for power in powers]
+    family = HingeFamily(jacobi, threshold)
+    return [family.greatest(power) for power in powers]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import scipy  # its parts are loaded when they are first used, which takes as lo
 from hesd_fast.estimate import Estimate
 from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, Array
 from hesd_fast.spectrum.converged_eigenvalues import FEWEST_PROBES
-from hesd_fast.spectrum.extreme_eigenvalues import HIDING_RISK, matrix_masses
+from hesd_fast.spectrum.extreme_eigenvalues import HIDING_RISK, mass_norm
 from hesd_fast.spectrum.ritz_pairs import RitzPairs
 
 GAP_RATIO = 2.0
@@ -25,8 +25,6 @@ BESIDE = 100.0
 
 POINTS = 12
 """Places tried from each end of a gap between outliers."""
-
-CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,15 @@ class Outliers:
     bulk: tuple[float, float]
 
     @property
+    def ends_of_bulk(self) -> tuple[float, float]:
+        """The middles of the gaps on either side of the bulk; infinite where there are no outliers."""
+        low, high = self.bulk
+        return (
+            0.5 * (self.below[-1].value + low) if self.below else -math.inf,
+            0.5 * (self.above[-1].value + high) if self.above else math.inf,
+        )
+
+    @property
     def all(self) -> tuple[Estimate, ...]:
         """All of them in ascending order."""
         return self.below + self.above[::-1]
@@ -77,7 +84,7 @@ class Outliers:
         return f"{', '.join(counts)} the bulk" if counts else "none"
 
 
-def find_outliers(nodes: Array, ritz: RitzPairs | None, beyond: tuple[float, float]) -> Outliers:
+def find_outliers(ritz: RitzPairs, beyond: tuple[float, float]) -> Outliers:
     """Return the outliers by this rule, applied to either end of the spectrum.
 
     Ritz values are taken from the end inwards, up to the middle of the spectrum's weight. The gap after each is the
@@ -95,20 +102,14 @@ def find_outliers(nodes: Array, ritz: RitzPairs | None, beyond: tuple[float, flo
 
     Parameters
     ----------
-    nodes : ndarray, shape (k,)
-        The nodes of the measure.
-    ritz : RitzPairs or None
-        What the run knows of them. Nothing is known of single eigenvalues without it, nor where eigenvalues have
-        copies.
+    ritz : RitzPairs
+        The Ritz values of a run. Where eigenvalues have copies, nothing is said.
     beyond : tuple of float
         How far below the smallest and above the largest Ritz value an eigenvalue may lie.
     """
-    unknown = "" if ritz else "a bare measure says nothing of single eigenvalues"
-    if ritz and ritz.tridiagonal.reorthogonalization not in ORTHOGONAL_MODES:
-        unknown = f"with reorthogonalization={ritz.tridiagonal.reorthogonalization!r} eigenvalues have copies"
-    if unknown or ritz is None:
-        number = Estimate(math.nan, 0.0, math.inf, unknown)
-        return Outliers((), (), number, number, (float(nodes[0]), float(nodes[-1])))
+    nodes, mode = ritz.values, ritz.tridiagonal.reorthogonalization
+    if mode not in ORTHOGONAL_MODES:
+        return unknown_outliers(nodes, f"with reorthogonalization={mode!r} eigenvalues have copies")
     shares = ritz.weights.mean(axis=0)
     above = count_beyond_gap(nodes[::-1], ritz.residuals[::-1], shares[::-1], ritz.tridiagonal.size)
     below = count_beyond_gap(-nodes, ritz.residuals, shares, ritz.tridiagonal.size)
@@ -120,6 +121,12 @@ def find_outliers(nodes: Array, ritz: RitzPairs | None, beyond: tuple[float, flo
         _number(ritz, 1.0, above, beyond[1]),
         (float(nodes[below]), float(nodes[nodes.size - above - 1])),
     )
+
+
+def unknown_outliers(nodes: Array, reason: str) -> Outliers:
+    """Return what is known of outliers where nothing is, and why."""
+    number = Estimate(math.nan, 0.0, math.inf, reason)
+    return Outliers((), (), number, number, (float(nodes[0]), float(nodes[-1])))
 
 
 def count_beyond_gap(values: Array, residuals: Array, shares: Array, size: int) -> int:
@@ -165,8 +172,7 @@ def _has_room(ritz: RitzPairs, side: float, found: int, beyond: float) -> bool:
     values, residuals = side * ritz.values[order][: found + 1], BESIDE * ritz.residuals[order][:found]
     if beyond > residuals[0] or residuals.max() > 0.25 * (values[found - 1] - values[found]):
         return True
-    coupling = ritz.tridiagonal.offdiagonal[-1]
-    if coupling.shape[1] == 0:
+    if ritz.couplings.shape[1] == 0:
         return False
     ends = np.append(values[1:found] + residuals[1:], 0.5 * (values[found - 1] + values[found]))
     free = np.column_stack((ends, values[:found] - residuals))
@@ -176,8 +182,5 @@ def _has_room(ritz: RitzPairs, side: float, found: int, beyond: float) -> bool:
     points = (low[:, None] + (high - low)[:, None] * fractions).ravel()
     # the chi-squared quantile; scipy.stats has it by name, and takes long to import
     needed = 2.0 * float(scipy.special.gammaincinv(ritz.tridiagonal.probes / 2, HIDING_RISK))
-    for begin in range(0, points.size, CHUNK):
-        inverse = 1.0 / (ritz.values - side * points[begin : begin + CHUNK, None])
-        if (matrix_masses(ritz.seen, ritz.couplings, inverse) >= needed).any():
-            return True
-    return False
+    inverses = 1.0 / (ritz.values - side * points[:, None])
+    return any(mass_norm((ritz.seen * x) @ ritz.couplings, ritz.couplings * x[:, None]) >= needed for x in inverses)

@@ -38,14 +38,12 @@ class RitzPairs:
 
     @classmethod
     def of(cls, tridiagonal: BlockTridiagonal) -> RitzPairs:
-        """Return the pairs of a matrix, for one symmetric eigenproblem of order ``k``; a ProblemError for a probe 0."""
-        values, vectors, residuals = tridiagonal.ritz()
-        start, coupling = tridiagonal.start, tridiagonal.offdiagonal[-1]
-        sums = (start**2).sum(axis=1) / tridiagonal.size
+        """Return the pairs of a matrix at the cost of its `ritz_ends`; a ProblemError for a probe 0."""
+        sums = (tridiagonal.start**2).sum(axis=1) / tridiagonal.size
         if not (sums > 0.0).all():
             raise ProblemError(f"probe {int(np.argmin(sums))} is the zero vector; every probe must have a direction")
-        seen = start @ vectors[: start.shape[1]]
-        return cls(tridiagonal, values, residuals, seen, vectors[-coupling.shape[0] :].T @ coupling, sums)
+        values, seen, couplings = tridiagonal.ritz_ends()
+        return cls(tridiagonal, values, tridiagonal.residual_norms(values, couplings), seen, couplings, sums)
 
     @property
     def weights(self) -> Array:

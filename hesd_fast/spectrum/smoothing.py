@@ -106,27 +106,30 @@ class Atoms:
         return np.asarray(distances)
 
 
-def atoms_of(nodes: Sequence[Array], weights: Sequence[Array], ritz: RitzPairs | None) -> Atoms:
-    """Return the atoms of a measure: the Ritz values of a run, or the nodes of all probes of a bare measure."""
-    if ritz is None:
+def atoms_of(nodes: Sequence[Array], weights: Sequence[Array], runs: Sequence[RitzPairs]) -> Atoms:
+    """Return the atoms of a measure: the Ritz values of its runs, or the nodes of all probes of a bare measure."""
+    probes = len(nodes)
+    if not runs:
         places, index = np.unique(np.concatenate(nodes), return_inverse=True)
-        mean = np.bincount(index.ravel(), weights=np.concatenate(weights) / len(nodes)).astype(np.float64)
+        mean = np.bincount(index.ravel(), weights=np.concatenate(weights) / probes).astype(np.float64)
         nothing = np.zeros(places.size)
-        apart = max(1, round(places.size * len(nodes) / sum(map(len, nodes))))
-        return Atoms(places, mean, nothing, nothing, apart, 0.0)
-    values, shares = nodes[0], np.mean(weights, axis=0)
-    noise = ritz.tridiagonal.noise(float(np.abs(values).max()))
+        neighbours = max(1, round(places.size * probes / sum(map(len, nodes))))
+        return Atoms(places, mean, nothing, nothing, neighbours, 0.0)
+    columns = np.concatenate([_columns(run, probes) for run in runs], axis=1)
+    enough = ENOUGH / (runs[0].tridiagonal.size * probes) if all(run.random for run in runs) else 0.0
+    places, shares, errors, noise = columns[:, np.argsort(columns[0], kind="stable")]
+    return Atoms(places, shares, errors, noise, probes, enough)
+
+
+def _columns(run: RitzPairs, probes: int) -> Array:
+    """Return places, their weights in the mean over so many probes, errors and noise of a run, shape (4, k)."""
+    values, shares = run.values, run.weights.sum(axis=0) / probes
+    noise = run.tridiagonal.noise(float(np.abs(values).max()))
     # copies of an eigenvalue share its weight, and would count as near neighbours of each other
-    copies = ritz.tridiagonal.reorthogonalization not in ORTHOGONAL_MODES
+    copies = run.tridiagonal.reorthogonalization not in ORTHOGONAL_MODES
     first = np.flatnonzero(np.diff(values, prepend=-np.inf) > (noise if copies else -1.0))
-    return Atoms(
-        values[first],
-        np.add.reduceat(shares, first),
-        np.minimum.reduceat(ritz.residuals, first),
-        np.full(first.size, noise),
-        len(nodes),
-        ENOUGH / (ritz.tridiagonal.size * len(nodes)) if ritz.random else 0.0,
-    )
+    errors = np.minimum.reduceat(run.residuals, first)
+    return np.stack((values[first], np.add.reduceat(shares, first), errors, np.full(first.size, noise)))
 
 
 def smoothed_density(points: Array, atoms: Atoms, widths: Array) -> Array:

@@ -13,13 +13,13 @@ import numpy.typing as npt
 
 from hesd_fast.errors import ProblemError
 from hesd_fast.estimate import Estimate
-from hesd_fast.lanczos.block_tridiagonal import RITZ_ROUNDING, Array, BlockTridiagonal
-from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, find_converged, none_converged
-from hesd_fast.spectrum.extreme_eigenvalues import missed_eigenvalue_distance
-from hesd_fast.spectrum.jacobi_matrix import Jacobi, jacobi_of_probe
+from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, RITZ_ROUNDING, Array, BlockTridiagonal
+from hesd_fast.lanczos.options import RANDOM_PROBES
+from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, none_converged, pooled
+from hesd_fast.spectrum.jacobi_matrix import Jacobi
 from hesd_fast.spectrum.moment_bounds import cdf_bounds
-from hesd_fast.spectrum.outliers import Outliers, find_outliers
-from hesd_fast.spectrum.ritz_pairs import RitzPairs
+from hesd_fast.spectrum.outliers import Outliers, find_outliers, unknown_outliers
+from hesd_fast.spectrum.run_spectrum import RunSpectrum
 from hesd_fast.spectrum.sampling_error import SamplingError, standard_error_of_mean
 from hesd_fast.spectrum.smoothing import atoms_of, smoothed_density
 
@@ -32,8 +32,9 @@ WEIGHT_SUM_TOLERANCE = 1e-6
 class SpectralMeasure:
     """A discrete measure on the eigenvalue axis: the mean of one discrete measure per probe.
 
-    Made from a `BlockTridiagonal` it estimates the eigenvalue density of ``H`` and knows how well. Made from bare nodes
-    and weights it is taken as the measure itself: bounds are then points, or the spread over its probes.
+    Made from a `BlockTridiagonal`, or from those of several runs with probes of their own, it estimates the eigenvalue
+    density of ``H`` and knows how well. Made from bare nodes and weights it is taken as the measure itself: bounds are
+    then points, or the spread over its probes.
 
     Parameters
     ----------
@@ -47,11 +48,11 @@ class SpectralMeasure:
     nodes, weights : tuple of ndarrays
         One pair per probe, nodes ascending. All probes of a tridiagonal share their nodes.
     weight_sums : ndarray, shape (b,)
-        What the weights of each probe summed to before they were normalized; 1 for Rademacher probes.
+        What the weights of each probe summed to before they were normalized; 1 for probes of length ``sqrt(n)``.
     size : int or None
         Order of the matrix.
-    ritz : RitzPairs or None
-        What the measure of a run knows of its Ritz pairs; None for a bare measure.
+    runs : tuple of RunSpectrum
+        What each run knows of the spectrum, its probes following those of the run before; empty for a bare measure.
 
     Raises
     ------
@@ -75,7 +76,7 @@ class SpectralMeasure:
     weights: tuple[Array, ...]
     weight_sums: Array
     size: int | None
-    ritz: RitzPairs | None
+    runs: tuple[RunSpectrum, ...]
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class SpectralMeasure:
         weights: Sequence[npt.ArrayLike] | npt.ArrayLike,
         *,
         size: int | None = None,
-        _ritz: RitzPairs | None = None,
+        _runs: tuple[RunSpectrum, ...] = (),
     ) -> None:
         given, masses = _per_probe(nodes, "nodes"), _per_probe(weights, "weights")
         _check_measure(given, masses, size)
@@ -91,40 +92,53 @@ class SpectralMeasure:
         for name, value in {
             "nodes": tuple(_readonly(x[order]) for x, order in zip(given, orders, strict=True)),
             "weights": tuple(_readonly(w.clip(0.0)[order]) for w, order in zip(masses, orders, strict=True)),
-            "weight_sums": _readonly(np.array([w.sum() for w in masses]) if _ritz is None else _ritz.weight_sums),
+            "weight_sums": _readonly(
+                np.array([x for run in _runs for x in run.ritz.weight_sums] or [*map(sum, masses)])
+            ),
             "size": size,
-            "ritz": _ritz,
+            "runs": _runs,
         }.items():
             object.__setattr__(self, name, value)
 
     @classmethod
-    def from_tridiagonal(cls, tridiagonal: BlockTridiagonal) -> SpectralMeasure:
+    def from_tridiagonal(cls, *tridiagonals: BlockTridiagonal) -> SpectralMeasure:
         """Return the Gauss quadrature of block Lanczos: nodes are Ritz values, ``w_ij = (e_j^T L_0 E_1^T s_i)^2 / n``.
 
         The weights of probe ``j`` sum to ``||z_j||^2 / n``. That sum is kept in ``weight_sums`` and divided out. All
-        moments ``0 ... 2m - 1`` of every probe are exact. Costs one symmetric eigenproblem of order ``k``.
+        moments ``0 ... 2m - 1`` of every probe are exact. Costs one symmetric eigenproblem of order ``k`` a matrix.
+
+        Several matrices are those of independent runs on the same operator. Each of their probes counts the same, so
+        the sampling error is that of all probes together, whatever the number of steps that a run has taken.
 
         Raises
         ------
         ProblemError
-            If a probe is zero.
+            If no matrix is given, a probe is zero, or several are not of one order or not all from random probes.
 
         References
         ----------
         Ubaru, Chen, Saad, SIMAX 38(4), 2017; Golub and Meurant, 2010, section 6.6.
         """
-        ritz = RitzPairs.of(tridiagonal)
-        return cls([ritz.values] * tridiagonal.probes, list(ritz.weights), size=tridiagonal.size, _ritz=ritz)
+        _check_runs(tridiagonals)
+        runs = tuple(RunSpectrum.of(tridiagonal) for tridiagonal in tridiagonals)
+        nodes = [run.ritz.values for run in runs for _ in range(run.probes)]
+        weights = [row for run in runs for row in run.ritz.weights]
+        return cls(nodes, weights, size=tridiagonals[0].size, _runs=runs)
 
     @property
-    def tridiagonal(self) -> BlockTridiagonal | None:
-        """Where the measure comes from; None for a bare one."""
-        return None if self.ritz is None else self.ritz.tridiagonal
+    def tridiagonals(self) -> tuple[BlockTridiagonal, ...]:
+        """Where the measure comes from; empty for a bare one."""
+        return tuple(run.tridiagonal for run in self.runs)
 
     @cached_property
     def converged(self) -> ConvergedEigenvalues:
-        """Which nodes are eigenvalues with known eigenvectors, whose share is 1/n exactly; none of a bare measure."""
-        return none_converged(self.nodes[0].size) if self.ritz is None else find_converged(self.ritz)
+        """Which nodes are eigenvalues with known eigenvectors, whose share is 1/n exactly; none of a bare measure.
+
+        Of several runs: the eigenvalues that each run knows, in the part that its probes have in the mean.
+        """
+        if not self.runs:
+            return none_converged(self.nodes[0].size)
+        return pooled([(run.converged, run.probes / self.probes) for run in self.runs])
 
     @property
     def probes(self) -> int:
@@ -139,14 +153,12 @@ class SpectralMeasure:
     @property
     def rounding(self) -> float:
         """Roundoff relative to ``max|node|`` up to which a node is known; double precision for a bare measure."""
-        return RITZ_ROUNDING * max(2.0**-52, self.tridiagonal.epsilon if self.tridiagonal is not None else 0.0)
+        return max([matrix.rounding for matrix in self.tridiagonals], default=RITZ_ROUNDING * 2.0**-52)
 
     @property
     def noise(self) -> float:
         """How far rounding and noisy products may have moved a node."""
-        if self.tridiagonal is None:
-            return self.rounding * self.largest_magnitude
-        return self.tridiagonal.noise(self.largest_magnitude)
+        return max([run.noise for run in self.runs], default=self.rounding * self.largest_magnitude)
 
     @property
     def largest_magnitude(self) -> float:
@@ -156,10 +168,7 @@ class SpectralMeasure:
     @cached_property
     def jacobi(self) -> tuple[Jacobi, ...]:
         """The Jacobi matrix of each probe's measure; empty for a bare measure."""
-        if self.tridiagonal is None:
-            return ()
-        matrix = self.tridiagonal.matrix()
-        return tuple(jacobi_of_probe(self.tridiagonal, matrix, probe) for probe in range(self.probes))
+        return tuple(jacobi for run in self.runs for jacobi in run.jacobi)
 
     def integrate(self, function: ArrayFunction) -> float:
         """Return the integral of ``function``, which maps an array of nodes to an array, averaged over the probes."""
@@ -219,7 +228,7 @@ class SpectralMeasure:
         points = _points(grid)
         if sigma is not None and not (sigma > 0.0 and math.isfinite(sigma)):
             raise ProblemError(f"sigma must be positive and finite, got {sigma!r}; pass a width in eigenvalue units")
-        atoms = atoms_of(self.nodes, self.weights, self.ritz)
+        atoms = atoms_of(self.nodes, self.weights, [run.ritz for run in self.runs])
         widths = atoms.widths() if sigma is None else np.full(atoms.places.size, sigma)
         return smoothed_density(points.ravel(), atoms, widths).reshape(points.shape)
 
@@ -227,9 +236,12 @@ class SpectralMeasure:
     def outliers(self) -> Outliers:
         """The eigenvalues that stand apart from the bulk, and their number; see `outliers.find_outliers` for the rule.
 
-        Costs about a thousand ``k b^2`` operations for each outlier.
+        Of several runs: what the first says alone, as of the extreme eigenvalues. Costs 26 points of the matrix mass,
+        ``2 k b^2`` operations each, for each outlier.
         """
-        return find_outliers(self.nodes[0], self.ritz, self._beyond)
+        if not self.runs:
+            return unknown_outliers(self.nodes[0], "a bare measure says nothing of single eigenvalues")
+        return find_outliers(self.runs[0].ritz, self.runs[0].missed)
 
     def wasserstein1(self, other: SpectralMeasure | npt.ArrayLike) -> float:
         """Return the Wasserstein-1 distance to another measure, or to the density of an array of eigenvalues.
@@ -266,25 +278,20 @@ class SpectralMeasure:
         return -self._extreme(-1.0)
 
     def _extreme(self, sign: float) -> Estimate:
-        """Return the estimate of the largest eigenvalue of ``sign * H``."""
+        """Return the estimate of the largest eigenvalue of ``sign * H``.
+
+        How far beyond it an eigenvalue can hide is what the first run says, alone: the least of what several say would
+        be wrong more often than any of them.
+        """
         extremes = [float((sign * x).max()) for x in self.nodes]
         value = max(extremes)
-        if self.ritz is None:
+        if not self.runs:
             return Estimate(value, min(extremes), value, "the nodes of the measure, range over its probes")
         method = (
             "room that the moments leave for an eigenvalue the probes have missed" if self.random else "residual norm"
         )
-        beyond = self._beyond[0 if sign < 0.0 else 1]
-        return Estimate(value, value - self.noise, value + beyond + self.noise, f"{method}, and noise")
-
-    @cached_property
-    def _beyond(self) -> tuple[float, float]:
-        """How far below the smallest and above the largest Ritz value an eigenvalue may lie."""
-        if self.ritz is None:
-            return 0.0, 0.0
-        if not self.random:
-            return float(self.ritz.residuals[0]), float(self.ritz.residuals[-1])
-        return missed_eigenvalue_distance(self.ritz, -1.0), missed_eigenvalue_distance(self.ritz, 1.0)
+        beyond = extremes[0] + self.runs[0].missed[0 if sign < 0.0 else 1]
+        return Estimate(value, value - self.noise, max(value, beyond) + self.noise, f"{method}, and noise")
 
     @property
     def trace(self) -> Estimate:
@@ -300,13 +307,114 @@ class SpectralMeasure:
         if self.size is None:
             raise ProblemError("the trace needs the order of the matrix, got size=None; pass size=n to SpectralMeasure")
         mean = self.mean()
-        if self.ritz is None:
+        if not self.runs:
             means = [float(w @ x) for x, w in self.pairs]
-            margin, method = 2.0 * standard_error_of_mean(means), "two standard errors over the measure's probes"
+            margin = 2.0 * standard_error_of_mean(means)
         else:
             mean, margin = mean + self.converged.correction(np.positive), self.mean_error
-            method = "two standard errors of the random probes" if self.random else "rounding; the probes were given"
-        return Estimate(self.size * mean, self.size * (mean - margin), self.size * (mean + margin), method)
+        return Estimate(self.size * mean, self.size * (mean - margin), self.size * (mean + margin), self._sampled)
+
+    @property
+    def frobenius_norm(self) -> Estimate:
+        """``||H||_F``, the root of the sum of squares: as the trace is estimated, that of ``H^2``.
+
+        Raises
+        ------
+        ProblemError
+            If the measure does not know the size of the matrix.
+        """
+        if self.size is None:
+            raise ProblemError("the norm needs the order of the matrix, got size=None; pass size=n to SpectralMeasure")
+        square = self._second_moment
+        if not self.runs:
+            squares = [float(w @ x**2) for x, w in self.pairs]
+            margin = 2.0 * standard_error_of_mean(squares)
+        else:
+            square += self.converged.correction(np.square)
+            fourth = sum(run.unconverged_fourth * run.probes for run in self.runs) / self.probes
+            sampled = self.sampling.two_standard_errors(fourth, self.largest_unconverged**2)
+            rounding = 2.0 * self.mean_rounding * math.sqrt(self._second_moment)
+            margin = sampled + self.converged.uncertainty(np.square) + rounding
+        ends = (square, square - margin, square + margin)
+        value, low, high = (math.sqrt(self.size * max(end, 0.0)) for end in ends)
+        return Estimate(value, low, high, self._sampled)
+
+    def share_between(self, low: float, high: float) -> Estimate:
+        """Return the share of the eigenvalues in ``[low, high]``; either end may be infinite.
+
+        Follows from `cdf_bounds` at the ends, with converged eigenvalues counted exactly and two standard errors of the
+        others. Costs what `cdf_bounds` does.
+
+        Raises
+        ------
+        ProblemError
+            If ``low`` is not below or at ``high``.
+        """
+        if not low <= high:
+            raise ProblemError(f"low is {low!r} and high is {high!r}; wanted low <= high")
+        below, up_to = self._band(np.array([low, high]))
+        inside = max(0.0, below[1] - up_to[0]), max(0.0, min(1.0, up_to[1] - below[0]))
+        if not self.runs:
+            shares = [float(w @ ((low <= x) & (x <= high))) for x, w in self.pairs]
+            error, moved, rest = 2.0 * standard_error_of_mean(shares), 0.0, 0.0
+        else:
+            moved, rest, uncertain = self._converged_between(low, high, inside)
+            error = self.sampling.two_standard_errors(rest, 1.0) + uncertain
+        ends = (0.5 * (inside[0] + inside[1]), inside[0] - error, inside[1] + error)
+        value, least, most = (min(max(end + moved, 0.0), 1.0) for end in ends)
+        return Estimate(value, least, most, self._sampled)
+
+    def _band(self, points: Array) -> tuple[Array, Array]:
+        """Return `cdf_bounds` at points that may be infinite."""
+        finite = np.isfinite(points)
+        below, up_to = (np.where(points > 0.0, 1.0, 0.0) for _ in range(2))
+        below[finite], up_to[finite] = self.cdf_bounds(points[finite])
+        return below, up_to
+
+    def _converged_between(self, low: float, high: float, inside: tuple[float, float]) -> tuple[float, float, float]:
+        """Return what converged eigenvalues add to the probes' share, what the variance is of, and the uncertainty."""
+        known = self.converged
+        clear = np.minimum(np.abs(known.eigenvalues - low), np.abs(known.eigenvalues - high)) > self.noise
+        within = (low < known.eigenvalues) & (known.eigenvalues < high)
+        # The share and its complement are estimated alike; better is the one of which less is left to the probes.
+        choices = []
+        for sign, part, most in ((1.0, clear & within, inside[1]), (-1.0, clear & ~within, 1.0 - inside[0])):
+            moved = sign * float((known.share - known.seen)[part].sum())
+            uncertain = float((2.0 * known.angle * (known.seen + known.share))[part].sum())
+            choices.append((max(most - float(known.seen[part].sum()), 0.0), moved, uncertain))
+        rest, moved, uncertain = min(choices)
+        return moved, rest, uncertain
+
+    def count_above(self, x: float) -> Estimate:
+        """Return the number of eigenvalues above ``x``, in whole numbers.
+
+        From `share_between`, and not less than the Ritz values of a run above ``x``, by more than the noise: in a basis
+        kept orthogonal, there are at least as many eigenvalues (Cauchy's interlacing theorem).
+
+        Raises
+        ------
+        ProblemError
+            If the measure does not know the size of the matrix, or ``x`` is not finite.
+        """
+        if self.size is None:
+            raise ProblemError("a number needs the order of the matrix, got size=None; pass size=n to SpectralMeasure")
+        point = float(_points(x))
+        share = self.share_between(np.nextafter(point, np.inf), np.inf)
+        certain = [
+            int(np.count_nonzero(run.ritz.values > point + self.noise))
+            for run in self.runs
+            if run.tridiagonal.reorthogonalization in ORTHOGONAL_MODES
+        ]
+        least = max([*certain, math.ceil(self.size * share.low * (1.0 - self.rounding))])
+        most = max(least, math.floor(self.size * share.high * (1.0 + self.rounding)))
+        return Estimate(float(min(max(round(self.size * share.value), least), most)), least, most, share.method)
+
+    @property
+    def _sampled(self) -> str:
+        """What an interval with a sampling error accounts for."""
+        if not self.runs:
+            return "two standard errors over the measure's probes"
+        return "two standard errors of the random probes" if self.random else "rounding; the probes were given"
 
     @property
     def mean_rounding(self) -> float:
@@ -315,7 +423,7 @@ class SpectralMeasure:
         An error ``r`` of a unit probe ``z`` moves ``z^T H z`` by ``2 r ||H z||``; the recurrence error is the noise of
         such a product.
         """
-        noise = 0.0 if self.tridiagonal is None else self.tridiagonal.recurrence_error or 0.0
+        noise = max([matrix.recurrence_error or 0.0 for matrix in self.tridiagonals], default=0.0)
         return 2.0 * self.rounding * math.sqrt(self._second_moment) + noise
 
     @property
@@ -327,7 +435,7 @@ class SpectralMeasure:
     @property
     def random(self) -> bool:
         """Whether the probes are random, so that a sampling error is known."""
-        return self.ritz is not None and self.ritz.random
+        return bool(self.runs) and all(run.ritz.random for run in self.runs)
 
     @property
     def sampling(self) -> SamplingError:
@@ -346,29 +454,26 @@ class SpectralMeasure:
     def unconverged_square_bound(self) -> float:
         """An upper estimate of the sum of squares, over n, of the eigenvalues that have not converged."""
         square = self._second_moment
-        if self.ritz is None:
+        if not self.runs:
             return square
-        largest = self.largest_magnitude + max(self._beyond)
-        rest = self.sampling.unconverged_square(self.ritz, self.converged, square, largest)
-        return rest + self.rounding * square
+        return sum(run.unconverged_square * run.probes for run in self.runs) / self.probes + self.rounding * square
 
     @property
     def largest_unconverged(self) -> float:
         """The largest magnitude of an eigenvalue that has not converged, hidden ones included."""
-        mask = self.converged.mask
-        candidates = [0.0, *np.abs(self.nodes[0][~mask])]
-        for end, extreme in ((0, -self.lambda_min.low), (-1, self.lambda_max.high)):
-            if not mask[end]:
-                candidates.append(extreme)
-        return float(max(candidates))
+        candidates = [0.0]
+        for values, mask in [(run.ritz.values, run.converged.mask) for run in self.runs]:
+            candidates += np.abs(values[~mask]).tolist()
+            candidates += [] if mask[0] else [-self.lambda_min.low]
+            candidates += [] if mask[-1] else [self.lambda_max.high]
+        return max(candidates) if self.runs else self.largest_magnitude
 
     @cached_property
     def _second_moment(self) -> float:
         """``||H z||^2 / ||z||^2`` averaged over the probes, exact also after one step."""
-        if self.tridiagonal is None:
+        if not self.runs:
             return self.moment(2)
-        # alpha_1^2 + beta_1^2 is the second moment of a Jacobi matrix, beta_1 known even if no second step was taken.
-        return float(np.mean([j.diagonal[0] ** 2 + j.offdiagonal[0] ** 2 for j in self.jacobi]))
+        return sum(run.second_moment * run.probes for run in self.runs) / self.probes
 
     def _merged(self) -> tuple[Array, Array]:
         """Return the nodes of all probes in ascending order and their weights in the mean measure."""
@@ -376,6 +481,25 @@ class SpectralMeasure:
         weights = np.concatenate(self.weights) / self.probes
         order = np.argsort(nodes, kind="stable")
         return nodes[order], weights[order]
+
+
+def _check_runs(tridiagonals: Sequence[BlockTridiagonal]) -> None:
+    """Raise a ProblemError unless the matrices are those of runs that can be averaged."""
+    for matrix in tridiagonals:
+        if not isinstance(matrix, BlockTridiagonal):
+            raise ProblemError(f"from_tridiagonal got {type(matrix).__name__}; give what block_lanczos returns")
+    if not tridiagonals:
+        raise ProblemError("from_tridiagonal got no matrix; give what block_lanczos returns")
+    if len(tridiagonals) == 1:
+        return
+    sizes = sorted({matrix.size for matrix in tridiagonals})
+    if len(sizes) > 1:
+        raise ProblemError(f"the runs are on matrices of orders {sizes}; wanted runs on one operator")
+    for matrix in tridiagonals:
+        if matrix.probe_kind not in RANDOM_PROBES:
+            raise ProblemError(
+                f"a run has probe_kind={matrix.probe_kind!r}; several runs are averaged only if all probes are random"
+            )
 
 
 def _check_measure(nodes: list[Array], weights: list[Array], size: int | None) -> None:

@@ -134,7 +134,7 @@ def test_products_near_underflow_are_told_to_be_scaled():
     with pytest.warns(
         HESDWarning, match=r"check of orthogonality failed: .*near underflow \(multiply the loss by a power"
     ):
-        hesd.analyze(mlp(nn.Tanh), tiny, data, progress=False)
+        hesd.analyze(mlp(nn.Tanh), tiny, data, tolerance=None, progress=False)
 
 
 def test_finite_differences_across_kinks_are_told_what_their_asymmetry_comes_from():
@@ -152,6 +152,6 @@ def test_probes_in_the_kernel_raise_no_alarm(dtype):
     data, model = [(x, (x[:, 0] > 0).long())], nn.Linear(4, 2).to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error", HESDWarning)
-        for seed in range(8):  # half of them (1, 1), which changes no probability
+        for seed in range(8):  # some are nearly (1, 1), which changes no probability
             options = {"block_size": 1, "max_steps": 5, "seed": seed, "reorthogonalization": "window"}
             hesd.analyze(model, CROSS_ENTROPY, data, parameters="bias", progress=False, **options)

@@ -12,7 +12,8 @@ from catalogue import CASES
 from dense import dense_hessian
 
 import hesd_fast as hesd
-from hesd_fast import kernels
+from hesd_fast.lanczos.lanczos_run import fill_probes
+from hesd_fast.lanczos.options import LanczosSettings
 
 NETWORKS = [case for case in CASES if case.name in ("mlp-tanh", "cnn-train", "transformer")]
 EPSILON = 2.0**-52
@@ -31,7 +32,7 @@ def truth(case):
 
 def probes_of(n, block, seed):
     probes = torch.empty(block, n, dtype=torch.float64)
-    kernels.fill_probes(probes, seed)
+    fill_probes(probes, LanczosSettings(block, 1, seed=seed))
     return probes.numpy()
 
 

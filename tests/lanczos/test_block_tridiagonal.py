@@ -21,10 +21,64 @@ MATRICES = {
 }
 
 
+EPSILON = 2.0**-52
+
+
 def matrix_of(eigenvalues, seed=0):
     basis = np.linalg.qr(np.random.default_rng(seed).standard_normal((eigenvalues.size,) * 2))[0]
     product = (basis * eigenvalues) @ basis.T
     return torch.from_numpy((product + product.T) / 2)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize(("steps", "probes"), [(1, 1), (1, 4), (5, 1), (9, 3), (60, 7)])
+@pytest.mark.parametrize("scale", [1.0, 1e-120, 1e120])
+def test_ends_of_ritz_vectors_are_those_of_the_dense_matrix(name, steps, probes, scale):
+    run = hesd.block_lanczos(matrix_of(MATRICES[name]), steps, probes)
+    scaled = [tuple(block * scale for block in blocks) for blocks in (run.diagonal, run.offdiagonal)]
+    run = dataclasses.replace(run, diagonal=scaled[0], offdiagonal=scaled[1])
+    values, seen, couplings = run.ritz_ends()
+    dense, coupling, order = run.matrix(), run.offdiagonal[-1], sum(run.block_sizes)
+    unit = scale * max(1.0, 3.0)
+    tolerance = 20 * EPSILON * np.sqrt(order)
+    np.testing.assert_allclose(values / unit, run.ritz()[0] / unit, atol=tolerance)
+    # vectors of eigenvalues close to each other may be any of their space; functions of the matrix may not
+    ends = np.zeros((probes + coupling.shape[1], order))
+    ends[:probes, : run.start.shape[1]] = run.start / run.size**0.5
+    ends[probes:, order - coupling.shape[0] :] = coupling.T / unit
+    found = np.concatenate((seen / run.size**0.5, couplings.T / unit))
+    power, powers = ends, np.ones(order)
+    for _ in range(6):
+        np.testing.assert_allclose((found * powers) @ found.T, power @ ends.T, atol=10 * tolerance)
+        power, powers = power @ (dense / unit), powers * values / unit
+
+
+@pytest.mark.parametrize("mode", ["full", "window"])
+def test_quadrature_of_fewer_steps(mode):
+    run = hesd.block_lanczos(matrix_of(MATRICES["simple"]), 9, 3, reorthogonalization=mode)
+    for steps in range(1, run.steps + 1):
+        nodes, weights = run.quadrature(steps)
+        truth = hesd.SpectralMeasure.from_tridiagonal(run.truncated(steps))
+        np.testing.assert_allclose(nodes, truth.nodes[0], atol=64 * EPSILON * 3.0)
+        assert weights.shape == (3, nodes.size)
+        for probe in range(3):
+            np.testing.assert_allclose(weights[probe], truth.weights[probe], atol=1e3 * EPSILON)
+    np.testing.assert_array_equal(run.quadrature()[0], run.quadrature(run.steps)[0])
+    with pytest.raises(hesd.ProblemError, match="steps must be between 1 and 9, got 10"):
+        run.quadrature(10)
+
+
+@pytest.mark.parametrize("mode", ["full", "window", "none"])
+@pytest.mark.parametrize("probes", [1, 4])
+def test_rounding_of_many_ritz_values_is_allowed_for(mode, probes):
+    # copies of a converged eigenvalue lie on either side of it, the more of them the farther
+    eigenvalues = np.concatenate((np.random.default_rng(5).normal(0.0, 1e-2, 994), [-0.7, -0.2, 1.0, 2.0, 5.0, 10.0]))
+    run = hesd.block_lanczos(torch.diag(torch.from_numpy(eigenvalues)), 150, probes, reorthogonalization=mode)
+    for steps in (20, 75, 150):
+        measure = hesd.SpectralMeasure.from_tridiagonal(run.truncated(steps))
+        assert measure.lambda_max.low <= 10.0 <= measure.lambda_max.high
+        assert measure.lambda_min.low <= -0.7 <= measure.lambda_min.high
+        assert measure.lambda_max.high - measure.lambda_max.low <= 1e3 * EPSILON * np.sqrt(steps * probes) * 10.0
 
 
 def check_top(found, eigenvalues, noise):

@@ -37,7 +37,9 @@ def zero_report():
 def measure_of(eigenvalues, steps=8, block=2, **options):
     """A run on a diagonal matrix: the squares of Rademacher probes are 1, so their measure is the spectrum itself."""
     return hesd.SpectralMeasure.from_tridiagonal(
-        hesd.block_lanczos(np.diag(np.asarray(eigenvalues, dtype=float)), steps, block, **options)
+        hesd.block_lanczos(
+            np.diag(np.asarray(eigenvalues, dtype=float)), steps, block, probe_kind="rademacher", **options
+        )
     )
 
 
@@ -52,7 +54,7 @@ def density_line(panel):
 
 
 def coordinate_of(measure, scale):
-    (*_, axis) = axes_of([atoms_of(measure.nodes, measure.weights, measure.ritz)], scale)
+    (*_, axis) = axes_of([atoms_of(measure.nodes, measure.weights, [run.ritz for run in measure.runs])], scale)
     return axis.coordinate
 
 
@@ -228,7 +230,7 @@ def test_names_in_a_legend_cannot_break_lines_or_fail(report):
     names = ["two\nlines", "\x1b[31mred", "\ud800", "$\\frac$"]
     figure = plot_densities(dict.fromkeys(names, report))
     figure.canvas.draw()
-    labels = [text.get_text().split(": MP")[0] for text in figure.legends[0].get_texts()]
+    labels = [text.get_text().split(f": {report.hesd_type.name}")[0] for text in figure.legends[0].get_texts()]
     assert labels == [r"two\nlines", r"\x1b[31mred", r"\ud800", r"$\frac$"]
 
 

@@ -25,7 +25,7 @@ from hesd_fast.report.report import summary
 FORMAT_FIELDS = ("format", "format_version")
 
 
-UNUSABLE = "no spectrum can be computed from tridiagonal and criteria: "
+UNUSABLE = "no spectrum can be computed from tridiagonals and criteria: "
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +90,32 @@ def refusal(path, content):
         ("problem.loss", 0.3, "type_evidence.sharpness is Estimate"),
         ("problem.parameter_norm_squared", -1.0, "problem.parameter_norm_squared is -1.0; wanted at least 0"),
         ("criteria.k_hn.value", -0.1, "criteria.k_hn: an Estimate needs low <= value <= high"),
-        ("criteria.k_mass.high", "inf", "criteria.k_mass.high is inf; the tridiagonal matrix gives"),
-        ("criteria.k_mass.low", "-inf", "criteria.k_mass.low is -inf; the tridiagonal matrix gives"),
-        ("criteria.k_mass.method", "guess", "criteria.k_mass.method is 'guess'; the tridiagonal matrix gives 'tight"),
+        ("criteria.k_mass.high", "inf", "criteria.k_mass.high is inf; the tridiagonal matrices give"),
+        ("criteria.k_mass.low", "-inf", "criteria.k_mass.low is -inf; the tridiagonal matrices give"),
+        ("criteria.k_mass.method", "guess", "criteria.k_mass.method is 'guess'; the tridiagonal matrices give 'tight"),
         ("criteria.exponent", 0.25, "criteria.k_hn.value is "),
         ("criteria.exponent", -1, f"{UNUSABLE}exponent must be positive"),
-        ("criteria.resolution", 0.0, "criteria.resolution is 0.0; the tridiagonal matrix gives"),
-        ("tridiagonal.epsilon", 2.0**-10, "type_evidence.lambda_max.low is "),
-        ("tridiagonal.size", 27, "tridiagonal.size is 27 and problem.size is 26"),
-        ("tridiagonal.products", 13, "cost.hvps is 12 and tridiagonal.products is 13"),
-        ("tridiagonal.orthogonality", -1.0, "tridiagonal: orthogonality must be finite and not negative, got -1.0"),
-        ("tridiagonal.reorthogonalization", "often", "tridiagonal.reorthogonalization is 'often'; wanted one of full"),
-        ("tridiagonal.start", [[0.0, 0.0], [1.0, 1.0]], f"{UNUSABLE}probe 0 is the zero vector"),
-        ("tridiagonal.diagonal.0.0.1", -0.0684887, "tridiagonal.diagonal[0] is not symmetric, as every diagonal block"),
-        ("tridiagonal.breakdown", True, "tridiagonal: breakdown=True contradicts a last coupling"),
+        ("criteria.resolution", 0.0, "criteria.resolution is 0.0; the tridiagonal matrices give"),
+        ("tridiagonals.0.epsilon", 2.0**-10, "type_evidence.lambda_max.low is "),
+        ("tridiagonals.0.size", 27, "tridiagonals[0].size is 27 and problem.size is 26"),
+        ("tridiagonals.0.products", 13, "cost.hvps is 12 and tridiagonals have 13 products"),
+        (
+            "tridiagonals.0.orthogonality",
+            -1.0,
+            "tridiagonals[0]: orthogonality must be finite and not negative, got -1.0",
+        ),
+        (
+            "tridiagonals.0.reorthogonalization",
+            "often",
+            "tridiagonals[0].reorthogonalization is 'often'; wanted one of full",
+        ),
+        ("tridiagonals.0.start", [[0.0, 0.0], [1.0, 1.0]], f"{UNUSABLE}probe 0 is the zero vector"),
+        (
+            "tridiagonals.0.diagonal.0.0.1",
+            -0.0584475,
+            "tridiagonals[0].diagonal[0] is not symmetric, as every diagonal block",
+        ),
+        ("tridiagonals.0.breakdown", True, "tridiagonals[0]: breakdown=True contradicts a last coupling"),
         ("problem.size", 2**63, "problem.size is 9223372036854775808; wanted less than 2**63"),
         ("problem.shapes.0.1", 4, "problem.shapes holds 30 numbers and problem.size is 26"),
         ("problem.shapes.0.1", -3, r"problem.shapes[0] has a negative length"),
@@ -113,13 +125,13 @@ def refusal(path, content):
         ("problem.batches", 0, "problem.batches is 0; wanted at least 1"),
         ("problem.mode", "test", "problem.mode is 'test'; wanted one of eval, train, as_is"),
         ("problem.precision", "float", "problem.precision is 'float'; wanted float32 or float64"),
-        ("cost.hvps", 7, "cost.hvps is 7 and tridiagonal.products is 12"),
+        ("cost.hvps", 7, "cost.hvps is 7 and tridiagonals have 12 products"),
         ("cost.seconds", -1, "cost.seconds is -1.0; wanted at least 0"),
-        ("options.block_size", 3, "options.block_size is 3, and of the tridiagonal matrix it is 2"),
-        ("options.max_steps", 7, "options.max_steps is 7, and the tridiagonal matrix has 6 steps"),
-        ("options.reorthogonalization", "none", "options.reorthogonalization is 'none', and of the tridiagonal"),
-        ("options.basis", "disk", "options.basis is 'disk', and of the tridiagonal matrix it is 'memory'"),
-        ("options.basis_dtype", "float16", "options.basis_dtype is 'float16', and of the tridiagonal"),
+        ("options.block_size", 3, "options.block_size is 3, and of tridiagonals[0] it is 2"),
+        ("options.max_steps", 5, "options.max_steps is 5, and tridiagonals have 6 steps"),
+        ("options.reorthogonalization", "none", "options.reorthogonalization is 'none', and of tridiagonals[0]"),
+        ("options.basis", "disk", "options.basis is 'disk', and of tridiagonals[0] it is 'memory'"),
+        ("options.basis_dtype", "float16", "options.basis_dtype is 'float16', and of tridiagonals[0]"),
         ("options.operator", "fisher", "options.operator is 'fisher'; wanted one of hessian, gauss_newton"),
         ("options.protocol", "lla", "options.protocol is 'lla', which has other settings"),
         ("options.protocol", "all", "options.protocol is 'all'; wanted null or one of lla"),
@@ -155,13 +167,21 @@ def test_a_contradiction_is_named(saved, path, field, value, message):
         ("versions", "2.6", "versions is '2.6'; wanted an object"),
         ("options.seed", "0", "options.seed is '0'; wanted an integer"),
         ("options.group", 3, "options.group is 3; wanted a text"),
-        ("tridiagonal.diagonal.1", 3.0, "tridiagonal.diagonal[1] is 3.0; wanted a list"),
-        ("tridiagonal.diagonal.1.0.1", "3", "tridiagonal.diagonal[1][0][1] is '3'; wanted a number"),
-        ("tridiagonal.diagonal.1.0.1", True, "tridiagonal.diagonal[1][0][1] is True; wanted a number"),
-        ("tridiagonal.diagonal.1.0.1", [1.0], "tridiagonal.diagonal[1][0][1] is a list of 1; wanted a number"),
-        ("tridiagonal.diagonal.1.1", [1.0], "tridiagonal.diagonal[1][1] has 1 numbers; wanted 2, as in the first row"),
-        ("tridiagonal.start", [], "tridiagonal: start must have shape (b, p_0) with b >= p_0 >= 1, got (0, 0)"),
-        ("tridiagonal.start", [[], []], "tridiagonal: start must have shape (b, p_0) with b >= p_0 >= 1, got (2, 0)"),
+        ("tridiagonals.0.diagonal.1", 3.0, "tridiagonals[0].diagonal[1] is 3.0; wanted a list"),
+        ("tridiagonals.0.diagonal.1.0.1", "3", "tridiagonals[0].diagonal[1][0][1] is '3'; wanted a number"),
+        ("tridiagonals.0.diagonal.1.0.1", True, "tridiagonals[0].diagonal[1][0][1] is True; wanted a number"),
+        ("tridiagonals.0.diagonal.1.0.1", [1.0], "tridiagonals[0].diagonal[1][0][1] is a list of 1; wanted a number"),
+        (
+            "tridiagonals.0.diagonal.1.1",
+            [1.0],
+            "tridiagonals[0].diagonal[1][1] has 1 numbers; wanted 2, as in the first row",
+        ),
+        ("tridiagonals.0.start", [], "tridiagonals[0]: start must have shape (b, p_0) with b >= p_0 >= 1, got (0, 0)"),
+        (
+            "tridiagonals.0.start",
+            [[], []],
+            "tridiagonals[0]: start must have shape (b, p_0) with b >= p_0 >= 1, got (2, 0)",
+        ),
         ("surprise", 1, "'surprise' is no field; known are hesd_type, type_evidence"),
         ("cost.sur\x1bprise", 1, r"cost.'sur\x1bprise' is no field; known are hvps, seconds"),
     ],
@@ -243,7 +263,7 @@ def as_on_another_machine(content, error, seed=0):
     """The content with a matrix that another eigensolver could have taken for its own."""
     rng = np.random.default_rng(seed)
     content = copy.deepcopy(content)
-    matrix = content["tridiagonal"]
+    matrix = content["tridiagonals"][0]
     scale = max(abs(content["type_evidence"][name]["value"]) for name in ("lambda_max", "lambda_min"))
     for name in ("diagonal", "offdiagonal"):
         for i, block in enumerate(map(np.array, matrix[name])):
@@ -256,7 +276,7 @@ def test_numbers_in_the_last_digits_may_differ_on_another_machine(saved, report,
     path.write_text(json.dumps(as_on_another_machine(saved, 1e-13)))
     loaded = hesd.load_report(path)
     assert loaded.criteria == report.criteria
-    assert loaded.measure.tridiagonal.diagonal[0].tolist() != report.measure.tridiagonal.diagonal[0].tolist()
+    assert loaded.measure.tridiagonals[0].diagonal[0].tolist() != report.measure.tridiagonals[0].diagonal[0].tolist()
 
 
 @pytest.mark.parametrize("mode", ["full", "none"])
@@ -374,7 +394,7 @@ def test_what_was_chosen_is_taken_as_given(report, path):
     [
         ({"hesd_type": hesd.HESDType.MN}, "hesd_type is MN; type_evidence, criteria and problem make it MP"),
         (
-            {"settings": RunSettings("hessian", 2, 6, "full", "memory", "float32", "auto", None, "0")},
+            {"settings": RunSettings("hessian", 2, 6, "full", "memory", "float32", "auto", None, "0", None)},
             "options.seed is '0'; wanted an integer",
         ),
         ({"versions": {"torch": object()}}, "versions.'torch' is <object"),

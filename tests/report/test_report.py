@@ -42,7 +42,7 @@ def test_save_and_load_keep_every_number(report, tmp_path):
     assert str(loaded) == str(report)
     for name in ("hesd_type", "type_evidence", "criteria", "problem", "cost", "checks", "settings", "versions"):
         assert getattr(loaded, name) == getattr(report, name), name
-    assert loaded.measure.tridiagonal.to_dict() == report.measure.tridiagonal.to_dict()
+    assert loaded.measure.tridiagonals[0].to_dict() == report.measure.tridiagonals[0].to_dict()
     for ours, theirs in zip(loaded.measure.nodes, report.measure.nodes, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert loaded.trace == report.trace
@@ -115,7 +115,7 @@ def drop_criteria(content):
 
 
 def break_block(content):
-    content["tridiagonal"]["diagonal"][0] = [[1.0]]
+    content["tridiagonals"][0]["diagonal"][0] = [[1.0]]
 
 
 @pytest.mark.parametrize("damage", [break_type, drop_criteria, break_block])

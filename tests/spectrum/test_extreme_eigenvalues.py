@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hesd_fast as hesd
+from hesd_fast.spectrum import extreme_eigenvalues
 from hesd_fast.spectrum.extreme_eigenvalues import HIDING_RISK, missed_eigenvalue_distance
 from hesd_fast.spectrum.ritz_pairs import RitzPairs
 
@@ -64,6 +65,18 @@ def test_nothing_is_missed_when_the_space_is_invariant():
     assert run.breakdown
     ritz = RitzPairs.of(run)
     assert missed_eigenvalue_distance(ritz, 1.0) == missed_eigenvalue_distance(ritz, -1.0) == 0.0
+
+
+def test_the_formed_square_gives_the_same_distance_as_its_factor(monkeypatch):
+    for name, eigenvalues in spectra().items():
+        run = hesd.block_lanczos(operator_of(eigenvalues), 20, 4)
+        for steps in (1, 2, 5, 20):
+            ritz = RitzPairs.of(run.truncated(steps))
+            for side in (-1.0, 1.0):
+                formed = missed_eigenvalue_distance(ritz, side)
+                with monkeypatch.context() as patch:
+                    patch.setattr(extreme_eigenvalues, "LARGEST_SQUARE", 0.0)
+                    assert missed_eigenvalue_distance(ritz, side) == pytest.approx(formed, rel=1e-5), (name, steps)
 
 
 def test_one_probe_of_one_step_is_the_classical_bound():

@@ -11,8 +11,8 @@ from numpy_block_lanczos import EPSILON, Array, block_lanczos, rademacher, rotat
 from scipy.optimize import linprog
 from spectra import SIZE, SPECTRA, dense, scale_of
 
-from hesd_fast.spectrum.jacobi_matrix import Jacobi, jacobi_of_probe
-from hesd_fast.spectrum.moment_bounds import CDFBand, cdf_band, hinge_bounds
+from hesd_fast.spectrum.jacobi_matrix import Jacobi
+from hesd_fast.spectrum.moment_bounds import CDFBand, HingeFamily, cdf_band, greatest_square_beyond, hinge_bounds
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
 
@@ -94,10 +94,7 @@ def test_the_band_is_the_classical_one_at_the_gauss_nodes() -> None:
 @pytest.mark.parametrize("name", list(SPECTRA))
 def test_jacobi_matrix_of_a_probe_has_its_moments(name: str) -> None:
     z = rademacher(3, SIZE, 1)
-    t = run(name, z, 6).tridiagonal
-    assert t is not None
-    for j in range(3):
-        jacobi = jacobi_of_probe(t, t.matrix(), j)
+    for j, jacobi in enumerate(run(name, z, 6).jacobi):
         weights = probe_weights(z)[j]
         # Moment 2m as well: each rule with a prescribed node has it, and no Gauss rule of m nodes does.
         nodes, masses = jacobi.radau(np.array([0.3, 1.7 * scale_of(name)]))
@@ -146,7 +143,7 @@ def test_tail_moment_counts_what_lies_beyond_the_last_point() -> None:
 
 def test_a_coarser_roundoff_widens_the_band() -> None:
     z = rademacher(1, SIZE, 0)
-    fine = run("indefinite", z, 10).tridiagonal
+    fine = run("indefinite", z, 10).tridiagonals[0]
     assert fine is not None
     points = np.linspace(-2.0, 2.0, 41)
     widths = []
@@ -203,6 +200,53 @@ def test_hinge_bounds_enclose_the_truth_on_both_sides(name: str, steps: int) -> 
                 low, high = hinge_bounds(one, threshold)
                 assert low <= truth + 100 * EPSILON
                 assert truth <= high + 100 * EPSILON
+
+
+@pytest.mark.parametrize(("steps", "threshold"), [(1, 0.0), (2, 0.0), (3, 0.0), (3, 0.4)])
+def test_the_square_beyond_is_the_optimum_of_the_moment_problem(steps: int, threshold: float) -> None:
+    (jacobi,) = run("indefinite", rademacher(1, SIZE, 3), steps).jacobi
+    span = 8.0 * scale_of("indefinite")
+    grid = np.union1d(np.linspace(-span, span, 2001), [threshold])
+    _, most = moment_programme(jacobi, grid, np.where(grid >= threshold, grid**2, 0.0))
+    found = greatest_square_beyond(jacobi, threshold)
+    assert most <= found + 1e-6
+    # its three parts have their own optima each, and the grid less room than the line
+    assert found - most <= (5e-3 if threshold == 0.0 else 0.5) * scale_of("indefinite") ** 2
+
+
+@pytest.mark.parametrize("name", list(SPECTRA))
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 40])
+def test_the_square_beyond_encloses_the_truth_on_both_sides(name: str, steps: int) -> None:
+    z = rademacher(3, SIZE, 7)
+    measure = run(name, z, steps)
+    for threshold in (1e-200, 1e-6, 1e-2, 0.6, 50.0):
+        for j, jacobi in enumerate(measure.jacobi):
+            for one, sign in ((jacobi, 1.0), (jacobi.reflected(), -1.0)):
+                values = np.clip(sign * SPECTRA[name], 0.0, None)
+                truth = float(probe_weights(z)[j] @ np.where(values > threshold, values**2, 0.0))
+                assert truth <= greatest_square_beyond(one, threshold) + 100 * EPSILON
+
+
+@pytest.mark.parametrize("name", ["bulk and outliers", "indefinite", "all negative"])
+@pytest.mark.parametrize("steps", [2, 3, 12])
+@pytest.mark.parametrize("threshold", [-2.0, 0.0, 1e-4, 0.4, 30.0])
+def test_the_family_of_rules_without_eigenproblems(name: str, steps: int, threshold: float) -> None:
+    for jacobi in run(name, rademacher(2, SIZE, 3), steps).jacobi:
+        points = np.concatenate([jacobi.gauss()[0] + shift for shift in (-0.3, -1e-3, 1e-3, 0.4)])
+        gammas = points + jacobi.offdiagonal[-1] ** 2 / jacobi._last_pivot(points)
+        family = HingeFamily(jacobi, threshold)
+        found = family.integrals((gammas - threshold) / family.unit)
+        nodes, weights = jacobi.radau(points)
+        for power in (1, 2):
+            truth = (weights * np.clip(nodes - threshold, 0.0, None) ** power).sum(axis=1)
+            tolerance = 1e-9 * family.unit**power
+            np.testing.assert_allclose(found[power - 1] * family.unit**power, truth, atol=tolerance)
+            # and none is greater than the greatest, of many
+            everywhere = jacobi.radau(np.linspace(-2.0 * jacobi.scale, 2.0 * jacobi.scale, 400))
+            most = (everywhere[1] * np.clip(everywhere[0] - threshold, 0.0, None) ** power).sum(axis=1).max()
+            greatest = family.greatest(power)
+            assert max(truth.max(), most) <= greatest + tolerance
+            assert greatest <= most + 2e-2 * jacobi.scale**power
 
 
 def test_hinge_bounds_are_much_tighter_than_the_band() -> None:

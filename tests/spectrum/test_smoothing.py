@@ -31,8 +31,11 @@ TRUE = {
 
 
 def measure_of(eigenvalues, steps, probes, **options):
+    """A run on a diagonal matrix, of which Rademacher probes see each eigenvalue alike."""
     matrix = scipy.sparse.diags_array(eigenvalues).tocsr()
-    return hesd.SpectralMeasure.from_tridiagonal(hesd.block_lanczos(matrix, steps, probes, seed=1, **options))
+    return hesd.SpectralMeasure.from_tridiagonal(
+        hesd.block_lanczos(matrix, steps, probes, seed=1, probe_kind="rademacher", **options)
+    )
 
 
 def atoms(places, neighbours=1, errors=0.0, noise=0.0, enough=0.0):
@@ -83,7 +86,7 @@ def test_random_weights_are_averaged_over_enough_of_them():
     widths = atoms(places, enough=20.0 / places.size).widths()  # as many eigenvalues as 20 random numbers see
     np.testing.assert_allclose(widths[40:-40], WIDTH * 20.0 * 0.001, rtol=0.06)  # the 20th or, after rounding, the 21st
     measure = measure_of(TRUE["normal"][0], 12, 4)
-    assert atoms_of(measure.nodes, measure.weights, measure.ritz).enough == ENOUGH / (4 * SIZE)
+    assert atoms_of(measure.nodes, measure.weights, [run.ritz for run in measure.runs]).enough == ENOUGH / (4 * SIZE)
 
 
 def test_nothing_is_sharper_than_its_noise():
@@ -95,7 +98,7 @@ def test_copies_of_an_eigenvalue_are_one_place():
     measure = measure_of(eigenvalues, 60, 1, reorthogonalization="none")
     copies = np.flatnonzero(np.abs(measure.nodes[0] - 2.0) < 1e-12)
     assert copies.size > 1
-    found = atoms_of(measure.nodes, measure.weights, measure.ritz)
+    found = atoms_of(measure.nodes, measure.weights, [run.ritz for run in measure.runs])
     (last,) = np.flatnonzero(np.abs(found.places - 2.0) < 1e-12)
     assert found.weights[last] == pytest.approx(measure.weights[0][copies].sum(), rel=100 * EPSILON)
     assert found.widths()[last] == pytest.approx(BROADEST * np.ptp(measure.nodes[0]), rel=1e-6)
@@ -106,8 +109,8 @@ def test_probes_that_share_nodes_or_do_not_are_smoothed_alike():
     one, other = np.arange(0.0, 400.0, 2.0), np.arange(1.0, 400.0, 2.0)
     weights = np.full(200, 0.005)
     apart, shared = (hesd.SpectralMeasure([one, x], [weights, weights]) for x in (other, one))
-    assert set(atoms_of(apart.nodes, apart.weights, None).widths()[2:-2]) == {1.0}
-    assert set(atoms_of(shared.nodes, shared.weights, None).widths()) == {1.0}
+    assert set(atoms_of(apart.nodes, apart.weights, []).widths()[2:-2]) == {1.0}
+    assert set(atoms_of(shared.nodes, shared.weights, []).widths()) == {1.0}
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
@@ -119,3 +122,16 @@ def test_every_place_has_a_width_in_its_own_units(places, scale):
         np.testing.assert_array_equal(atoms(np.array(places) * scale).widths(), widths * scale)
     mirrored = atoms(places).reflected()
     np.testing.assert_array_equal(mirrored.widths()[::-1], widths)
+
+
+def test_two_runs_are_smoothed_as_finely_as_their_nodes_together_allow():
+    eigenvalues, density = TRUE["normal"]
+    matrix = scipy.sparse.diags_array(eigenvalues).tocsr()
+    runs = [hesd.block_lanczos(matrix, 25, 2, seed=seed, probe_kind="rademacher") for seed in (1, 2)]
+    measure = hesd.SpectralMeasure.from_tridiagonal(*runs)
+    found = atoms_of(measure.nodes, measure.weights, [run.ritz for run in measure.runs])
+    assert (found.places.size, found.neighbours) == (100, 4)
+    assert (np.diff(found.places) >= 0.0).all()
+    assert found.weights.sum() == pytest.approx(1.0, rel=100 * EPSILON)
+    grid = np.linspace(-6.0, 6.0, 4001)
+    assert np.trapezoid(np.abs(measure.density(grid) - density(grid)), grid) <= 1.6 / 25
