@@ -77,7 +77,9 @@ PROPERTIES = (
 )
 
 
-def check_reports(reports: Any, function: str, kind: type, example: str = "as in {'train': report}") -> None:
+def check_reports(
+    reports: Any, function: str, kind: type | tuple[type, ...], example: str = "as in {'train': report}"
+) -> None:
     """Raise a ProblemError unless the function of that name was given reports by name, all of a class or protocol."""
     if not isinstance(reports, Mapping):
         raise ProblemError(f"{function} got a {type(reports).__name__}; give reports by name, {example}")

@@ -13,9 +13,10 @@ from hesd_fast.lanczos.lanczos_run import LanczosRun
 from hesd_fast.methodology.comparability import check_reports
 from hesd_fast.methodology.generalization_criteria import Criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence
-from hesd_fast.report.density_plot import plot_densities
+from hesd_fast.report.density_plot import Scale, plot_densities
 from hesd_fast.report.facts import Check, Cost, ProblemFacts, RunSettings
 from hesd_fast.report.json_files import SavedReport, read_file, write_file
+from hesd_fast.spectrum.outliers import Outliers
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 from hesd_fast.terminal import printable
 
@@ -104,13 +105,20 @@ class Report:
         return self.measure.trace
 
     @property
+    def outliers(self) -> Outliers:
+        """The eigenvalues that stand apart from the bulk, with their number; unknown where eigenvalues have copies."""
+        return self.measure.outliers
+
+    @property
     def frobenius_norm(self) -> Estimate:
         """The Frobenius norm of the matrix."""
         return self.measure.frobenius_norm
 
-    def plot(self, path: str | os.PathLike[str] | None = None, *, sigma: float | None = None) -> Figure:
-        """Draw the density on a logarithmic scale, and write it to the path if one is given; see `plot_densities`."""
-        return plot_densities({self.problem.model: self}, path, sigma=sigma)
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, *, scale: Scale = "symlog", sigma: float | None = None
+    ) -> Figure:
+        """Draw density, outliers and distribution function, and write them to a path if given; see `plot_densities`."""
+        return plot_densities({self.problem.model: self}, path, scale=scale, sigma=sigma)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON; the file is replaced whole or not at all.
@@ -178,6 +186,7 @@ class Report:
             ("K_Hn", f"{found.k_hn}   n = {found.exponent:g}; its interval is a spread, not a bound"),
             ("k_mass", f"{found.k_mass}"),
             ("balance", f"{found.balance}"),
+            ("outliers", f"{self.outliers}"),
             ("near zero", f"{found.unresolved_mass}   of the eigenvalues, below the resolution {found.resolution:.2g}"),
             ("cost", f"{self.run_length}, {cost.hvps} products in {cost.seconds:.1f} s, peak {peak:.0f} MiB"),
             *[("not yet", text) for text in cost.unmet],

@@ -52,7 +52,7 @@ def missed_eigenvalue_distance(ritz: RitzPairs, side: float) -> float:
         inverse = 1.0 / (offsets - side * distance)
         seen = (ritz.seen * inverse) @ couplings
         # ||M|| <= ||F||^2
-        return float((seen**2).sum()) >= needed and _mass(seen, couplings * inverse[:, None]) >= needed
+        return float((seen**2).sum()) >= needed and mass_norm(seen, couplings * inverse[:, None]) >= needed
 
     # from far away, where there is no room: nearer by, room may come and go
     last = next((at for at in reversed(range(DISTANCES.size)) if has_room(float(DISTANCES[at]))), -1)
@@ -67,7 +67,7 @@ def missed_eigenvalue_distance(ritz: RitzPairs, side: float) -> float:
     return high * scale
 
 
-def _mass(seen: Array, couplings: Array) -> float:
+def mass_norm(seen: Array, couplings: Array) -> float:
     """Return ``||M||``, given ``F`` and ``D B``."""
     unit = np.eye(couplings.shape[1])
     square = couplings.T @ couplings

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 import hesd_fast as hesd
-from hesd_fast.report.density_plot import plot_densities
 from hesd_fast.report.facts import Check
 from hesd_fast.report.report import summary
 
@@ -164,48 +163,6 @@ def test_the_print_names_everything(report):
         assert word in text, word
 
 
-def test_plot_draws_the_density_of_the_measure(report, tmp_path):
-    figure = report.plot(tmp_path / "hesd.png", sigma=0.01)
-    assert (tmp_path / "hesd.png").read_bytes().startswith(b"\x89PNG")
-    (axes,) = figure.axes
-    assert axes.get_yscale() == "log"
-    line = axes.lines[0]
-    np.testing.assert_allclose(line.get_ydata(), report.measure.density(line.get_xdata(), 0.01))
-    assert line.get_xdata()[0] < report.lambda_min.value
-    assert line.get_xdata()[-1] > report.lambda_max.value
-
-
-def test_plots_of_several_and_of_degenerate_reports(report, zero_report, tmp_path):
-    figure = plot_densities({"a": report, "b": zero_report}, tmp_path / "both.svg")
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert [label.split(":")[0] for label in labels] == ["a", "b"]
-    zero_report.plot(tmp_path / "zero.png")
-    assert (tmp_path / "zero.png").stat().st_size > 0
-    with pytest.raises(hesd.ProblemError, match="no report"):
-        plot_densities({})
-    with pytest.raises(hesd.ProblemError, match="sigma"):
-        report.plot(sigma=0.0)
-
-
-def test_every_name_is_drawn_as_it_is(report):
-    names = ["_Net", "a$b$", "$", "_$x_1$", "a\\$b", "plain"]
-    figure = plot_densities(dict.fromkeys(names, report))
-    figure.canvas.draw()
-    (legend,) = figure.legends
-    labels = [text.get_text().split(":")[0] for text in legend.get_texts()]
-    assert labels == names
-    colors = [line.get_color() for line in legend.get_lines()]
-    assert colors == ["C0", "C1", "C2", "C3", "C4", "C5"]
-
-
-def test_names_in_a_legend_cannot_break_lines_or_fail(report):
-    names = ["two\nlines", "\x1b[31mred", "\ud800", "$\\frac$"]
-    figure = plot_densities(dict.fromkeys(names, report))
-    figure.canvas.draw()
-    labels = [text.get_text().split(": MP")[0] for text in figure.legends[0].get_texts()]
-    assert labels == [r"two\nlines", r"\x1b[31mred", r"\ud800", r"$\frac$"]
-
-
 ESCAPE = "\x1b[2J\x9b\u202e\ud800"
 HARMLESS = r"\x1b[2J\x9b\u202e\ud800"
 
@@ -233,24 +190,8 @@ def test_print_and_table_do_nothing_to_a_terminal(report):
     assert len(table.split("\n")) == 3
 
 
-@pytest.mark.parametrize("path", ["nowhere/hesd.png", "hesd.xyz"])
-def test_a_picture_that_cannot_be_written_names_the_file(report, tmp_path, path):
-    with pytest.raises(hesd.ProblemError, match=rf"{path}' cannot be written: .*; give a path .*\.png, \.pdf or \.svg"):
-        report.plot(tmp_path / path)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_what_is_not_a_mapping_of_reports_makes_no_table(report):
     with pytest.raises(hesd.ProblemError, match="summary got a list; give reports by name"):
         summary([report])
     with pytest.raises(hesd.ProblemError, match="summary got a Estimate under 'a'; give a Report"):
         summary({"a": report.trace})
-
-
-def test_what_is_not_a_mapping_of_reports_is_not_drawn(report):
-    with pytest.raises(hesd.ProblemError, match="plot_densities got a Report; give reports by name"):
-        plot_densities(report)
-    with pytest.raises(hesd.ProblemError, match="plot_densities got a list; give reports by name"):
-        plot_densities([report])
-    with pytest.raises(hesd.ProblemError, match="plot_densities got a str under 'a'; give a Report"):
-        plot_densities({"a": "run.hesd.json"})
