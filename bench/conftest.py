@@ -52,6 +52,8 @@ class Sizes:
     accuracy_rounds: int
     diagonal_length: int
     diagonal_steps: int
+    report_length: int  # order of the matrix whose report is computed
+    report_share: float  # of the blocks and steps that the benches name
     short_rounds: int
     rounds: int
     long_rounds: int
@@ -78,6 +80,8 @@ SIZES = {
         accuracy_rounds=2,
         diagonal_length=2_000_000,
         diagonal_steps=40,
+        report_length=8000,
+        report_share=1.0,
         short_rounds=9,
         rounds=7,
         long_rounds=5,
@@ -103,6 +107,8 @@ SIZES = {
         accuracy_rounds=1,
         diagonal_length=20_003,
         diagonal_steps=8,
+        report_length=400,
+        report_share=0.1,
         short_rounds=2,
         rounds=2,
         long_rounds=2,

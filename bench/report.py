@@ -45,7 +45,8 @@ def _machine(found: dict[str, Any]) -> str:
     kernels = {name: row for name, row in contests.items() if "gigabytes" in row}
     models = {name: row for name, row in contests.items() if "gigabytes" not in row}
     products = {name: row for name, row in models.items() if name.startswith("bench_products.py")}
-    lanczos = {name: row for name, row in models.items() if name not in products}
+    numbers = {name: row for name, row in models.items() if name.startswith("bench_report_numbers.py")}
+    lanczos = {name: row for name, row in models.items() if name not in products | numbers}
     parts = [
         f"## {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['cpu_target']}",
         "`make bench` measures all rows; `.venv/bin/python -m pytest 'bench/<bench>'` measures one alone.",
@@ -61,6 +62,7 @@ def _machine(found: dict[str, Any]) -> str:
         _kernels(kernels, names),
         _models("Products, and densities made of them", products, names),
         _models("Lanczos, the same number of products", lanczos, names),
+        _models("All numbers of a report, from the block tridiagonal matrix", numbers, names),
         _everyone(kernels),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -200,8 +200,21 @@ struct ImplicitQL {
         e[last] = 0.0;
     }
 
+    // Turns the matrix round where its large entries come first: QL errs by roundoffs of what it meets on its way up,
+    // and leaves small ones to the end.
+    void put_large_entries_last() {
+        if (std::abs(d[0]) > std::abs(d[n - 1])) {
+            std::reverse(d, d + n);
+            std::reverse(e, e + n - 1);
+            for (std::int64_t i = 0; i < n / 2; ++i) {
+                std::swap_ranges(z + i * r, z + (i + 1) * r, z + (n - 1 - i) * r);
+            }
+        }
+    }
+
     // Returns whether all eigenvalues converged.
     bool run() {
+        put_large_entries_last();
         for (std::int64_t first = 0; first < n; ++first) {
             int sweeps = 0;
             for (std::int64_t last = end_of_block(first); last > first; last = end_of_block(first)) {

@@ -74,5 +74,5 @@ def mass_norm(seen: Array, couplings: Array) -> float:
     if float(np.trace(square)) <= LARGEST_SQUARE:
         factor = np.linalg.cholesky(square + unit)
     else:  # I + B^T D^2 B = R^T R, without forming it: its condition is that of D B squared
-        factor = np.linalg.qr(np.concatenate((unit, couplings)), mode="r").T
+        factor = np.asarray(np.linalg.qr(np.concatenate((unit, couplings)), mode="r")).T
     return float(np.linalg.norm(np.linalg.solve(factor, seen.T), 2) ** 2)

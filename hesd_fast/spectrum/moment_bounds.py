@@ -29,18 +29,18 @@ REFINED_NODES = 16
 
 
 class HingeFamily:
-    """The integrals of ``max(x - t, 0)`` and of its square by all rules with ``s + 1`` nodes and the moments ``0 ... 2s``.
+    """Integrals of ``max(x - t, 0)`` and of its square by all rules with ``s + 1`` nodes and the moments ``0 ... 2s``.
 
     These rules are those of the Jacobi matrix with one more row, whose diagonal entry ``gamma`` is free. With ``z = t +
     iy``, the Gauss rule's ``F(z) = e_1^T (J - z)^{-1} e_1`` becomes
 
         ``F(z) + beta_s^2 r(z)^2 / (gamma - z - beta_s^2 g(z))``,
 
-    where ``r`` and ``g`` are the entries ``(1, s)`` and ``(s, s)`` of ``(J - z)^{-1}``. From ``|d| = (2 / pi) integral of
-    d^2 / (d^2 + y^2) dy`` follows that the integral of the hinge is that of the Gauss rule and ``(1 / pi)`` times the
-    integral of ``-y`` times the imaginary part of what has been added; for the square it is ``-y^2`` and the real part.
-    The trapezoidal rule in ``log y`` converges geometrically. So a rule costs as many operations as there are ``y``, and
-    no eigenvalue problem.
+    where ``r`` and ``g`` are the entries ``(1, s)`` and ``(s, s)`` of ``(J - z)^{-1}``. Because ``|d|`` is ``2 / pi``
+    times the integral of ``d^2 / (d^2 + y^2)`` over ``y > 0``, the integral of the hinge is that of the Gauss rule and
+    ``1 / pi`` times the integral over ``y > 0`` of ``-y`` times the imaginary part of what has been added; for the
+    square it is ``-y^2`` and the real part. The trapezoidal rule in ``log y`` converges geometrically. So a rule costs
+    as many operations as there are ``y``, and no eigenvalue problem.
 
     Parameters
     ----------
@@ -68,23 +68,25 @@ class HingeFamily:
 
     def integrals(self, gammas: Array) -> Array:
         """Return the two integrals, in units of ``self.unit`` and its square, by rules: shape (2, rules)."""
-        return self.gauss[:, None] + (self.factors @ (1.0 / (gammas - self.centres[:, None]))).real
+        return np.asarray(self.gauss[:, None] + (self.factors @ (1.0 / (gammas - self.centres[:, None]))).real)
 
     def greatest(self, power: int) -> float:
         """Return the greatest integral of ``max(x - t, 0)^power`` in the family, in units of the eigenvalues.
 
         The rules are a circle, ``gamma`` being infinite for the Gauss rule, and either integral has one maximum on it:
         where it is stationary, the polynomial of degree ``2s`` that touches the integrand at every node exists, and
-        differs from it in sign nowhere. Seen from ``centre`` the rules lie at even angles ``2 arccot((gamma -
-        Re centre) / Im centre)``, which is fit for what is as far from the kink as the centre's height.
+        their difference changes its sign nowhere. From the centre ``t + iy + beta_s^2 g(t + iy)`` a rule is seen at the
+        angle ``arccot((gamma - Re centre) / Im centre)``; even angles are fit for nodes about as far from the kink as
+        ``y``. The best one of all lies between its neighbours; two on either side, for one may be the same but for
+        rounding.
         """
         chosen = self.centres[np.linspace(0, self.centres.size - 1, SCALES).astype(int)]
         angles = (np.arange(PHASES) + 0.5) * math.pi / PHASES
         gammas = np.sort((chosen.real[:, None] + chosen.imag[:, None] / np.tan(angles)).ravel())
         found = self.integrals(gammas)[power - 1]
         best = int(np.argmax(found))
-        ends = gammas[[best - 1, (best + 1) % gammas.size]]
-        # the centre from which the best one and its neighbours are farthest apart
+        ends = gammas[[best - 2, (best + 2) % gammas.size]]
+        # the centre from which they are farthest apart
         spread = [np.diff(_angles(centre, np.array([ends[1], gammas[best], ends[0]]))) % math.pi for centre in chosen]
         centre = chosen[int(np.argmax([gap.min() for gap in spread]))]
         right, left = (float(angle) for angle in _angles(centre, ends)[::-1])

@@ -1,4 +1,4 @@
-"""The Jacobi matrices of the probes are those of Lanczos with full reorthogonalization, and their rules those of LAPACK."""
+"""Jacobi matrices of the probes are those of Lanczos with full reorthogonalization, their rules those of LAPACK."""
 
 from __future__ import annotations
 

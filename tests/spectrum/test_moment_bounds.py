@@ -188,6 +188,19 @@ def test_hinge_bounds_are_the_optimum_of_the_moment_problem(steps: int, threshol
     assert low <= float(weights @ np.clip(spectrum - threshold, 0.0, None)) <= high
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_kink_at_a_gauss_node_is_bounded_too(steps: int) -> None:
+    # the rule with a node there has another one at infinity
+    (jacobi,) = run("indefinite", rademacher(1, SIZE, 3), steps).jacobi
+    for threshold in jacobi.gauss()[0]:
+        nodes, weights = jacobi.radau(threshold + jacobi.scale * np.linspace(-1.5, 1.5, 300))
+        most = float((weights * np.clip(nodes - threshold, 0.0, None)).sum(axis=1).max())
+        low, high = hinge_bounds(jacobi, float(threshold))
+        assert low <= most <= high <= most + 1e-2 * jacobi.scale
+        if steps == 1:
+            assert high >= jacobi.offdiagonal[0] / 2.0  # Scarf
+
+
 @pytest.mark.parametrize("name", list(SPECTRA))
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 40])
 def test_hinge_bounds_enclose_the_truth_on_both_sides(name: str, steps: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import native_engine
 import numpy as np
 import pytest
 
-from hesd_fast.engine import _engine
 from hesd_fast.errors import EngineError, NumericalError
 
+engine = native_engine.load()
 EPSILON = 2.0**-52
 
 
@@ -34,7 +35,7 @@ def tridiagonal(diagonal, offdiagonal):
 def test_a_band_becomes_tridiagonal(n, width):
     width = min(width, n - 1)
     matrix = symmetric_band(n, width)
-    diagonal, offdiagonal, rows = _engine.tridiagonalize_band(band_rows(matrix, width), np.eye(n))
+    diagonal, offdiagonal, rows = engine.tridiagonalize_band(band_rows(matrix, width), np.eye(n))
     basis = rows.T
     tolerance = 50 * EPSILON * max(1.0, np.abs(matrix).sum(axis=1).max())
     np.testing.assert_allclose(basis.T @ basis, np.eye(n), atol=50 * EPSILON)
@@ -45,7 +46,7 @@ def test_a_band_becomes_tridiagonal(n, width):
 
 def test_a_band_that_is_diagonal_in_places_and_zero():
     for matrix in (np.zeros((6, 6)), np.diag(np.arange(6.0)), np.kron(np.eye(3), np.ones((2, 2)))):
-        diagonal, offdiagonal, rows = _engine.tridiagonalize_band(band_rows(matrix, 3), np.eye(6))
+        diagonal, offdiagonal, rows = engine.tridiagonalize_band(band_rows(matrix, 3), np.eye(6))
         np.testing.assert_allclose(rows @ matrix @ rows.T, tridiagonal(diagonal, offdiagonal), atol=50 * EPSILON)
 
 
@@ -73,12 +74,27 @@ def test_eigenvalues_and_eigenvectors(name):
     matrix = TRIDIAGONALS[name]
     n = len(matrix)
     offdiagonal = np.append(np.diag(matrix, 1), np.nan)  # without meaning
-    values, rows = _engine.tridiagonal_eigenvalues(np.diag(matrix)[None], offdiagonal[None], np.eye(n)[None])
+    values, rows = engine.tridiagonal_eigenvalues(np.diag(matrix)[None], offdiagonal[None], np.eye(n)[None])
     tolerance = 20 * np.sqrt(n) * EPSILON * max(float(np.abs(matrix).max()), EPSILON)
     vectors = rows[0].T
     np.testing.assert_allclose(np.sort(values[0]), np.linalg.eigvalsh(matrix), atol=tolerance)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(n), atol=20 * np.sqrt(n) * EPSILON)
     np.testing.assert_allclose(matrix @ vectors, vectors * values, atol=tolerance)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_large_entries_may_come_first_or_last(seed):
+    # as Lanczos leaves them first; rounding of sweeps from the other end would add up, to 19 epsilons
+    random = np.random.default_rng(seed)
+    nodes = np.concatenate((random.normal(0.0, 0.01, 1200), [-0.7, -0.2, 1.0, 2.0, 5.0, 10.0]))
+    weights = np.full((1, nodes.size), nodes.size**-0.5)
+    found = engine.jacobi_matrices(nodes[None], weights, np.empty((nodes.size, 0)), 400)
+    diagonal, offdiagonal = found[0], np.append(found[1][:, :-1], [[0.0]], axis=1)
+    truth = np.linalg.eigvalsh(tridiagonal(diagonal[0], offdiagonal[0]))
+    turned = diagonal[:, ::-1], np.append(offdiagonal[:, -2::-1], [[0.0]], axis=1)
+    for matrix in ((diagonal, offdiagonal), turned):
+        values, _ = engine.tridiagonal_eigenvalues(*matrix, np.empty((1, 400, 0)))
+        np.testing.assert_allclose(np.sort(values[0]), truth, rtol=0, atol=8 * EPSILON * 10.0)
 
 
 def test_many_matrices_at_once_are_those_one_by_one():
@@ -88,17 +104,17 @@ def test_many_matrices_at_once_are_those_one_by_one():
         random.standard_normal((7, 30)),
         random.random((7, 30, 2)),
     )
-    values, images = _engine.tridiagonal_eigenvalues(diagonal, offdiagonal, rows)
+    values, images = engine.tridiagonal_eigenvalues(diagonal, offdiagonal, rows)
     for one in range(7):
         here = slice(one, one + 1)
-        alone = _engine.tridiagonal_eigenvalues(diagonal[here], offdiagonal[here], rows[here])
+        alone = engine.tridiagonal_eigenvalues(diagonal[here], offdiagonal[here], rows[here])
         np.testing.assert_array_equal(values[here], alone[0])
         np.testing.assert_array_equal(images[here], alone[1])
 
 
 def test_what_is_not_finite_does_not_converge():
     with pytest.raises(NumericalError, match="tridiagonal matrix of order 3 did not converge"):
-        _engine.tridiagonal_eigenvalues(np.array([[0.0, np.nan, 1.0]]), np.ones((1, 3)), np.ones((1, 3, 1)))
+        engine.tridiagonal_eigenvalues(np.array([[0.0, np.nan, 1.0]]), np.ones((1, 3)), np.ones((1, 3, 1)))
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 30])
@@ -106,29 +122,29 @@ def test_the_jacobi_matrix_of_all_nodes_has_them_and_their_weights(k):
     random = np.random.default_rng(k)
     nodes, weights = np.sort(random.standard_normal(k)), random.random(k) + 0.1
     weights /= np.linalg.norm(weights)
-    diagonal, offdiagonal = _engine.jacobi_matrices(nodes[None], weights[None], np.empty((k, 0)), k)
+    diagonal, offdiagonal = engine.jacobi_matrices(nodes[None], weights[None], np.empty((k, 0)), k)
     values, vectors = np.linalg.eigh(tridiagonal(diagonal[0], offdiagonal[0]))
     np.testing.assert_allclose(values, nodes, atol=50 * EPSILON * np.abs(nodes).max())
     np.testing.assert_allclose(np.abs(vectors[0]), weights, atol=1e3 * EPSILON)
     assert offdiagonal[0, -1] == 0.0
     # fewer steps are the leading ones
     for steps in range(1, k):
-        leading = _engine.jacobi_matrices(nodes[None], weights[None], np.empty((k, 0)), steps)
+        leading = engine.jacobi_matrices(nodes[None], weights[None], np.empty((k, 0)), steps)
         np.testing.assert_allclose(leading[0][0], diagonal[0, :steps], atol=1e3 * EPSILON)
         np.testing.assert_allclose(leading[1][0], offdiagonal[0, :steps], atol=1e3 * EPSILON)
 
 
 def test_nodes_without_weight_and_repeated_nodes_take_no_part():
     nodes, weights = np.array([-1.0, 0.0, 0.5, 2.0]), np.array([0.6, 0.0, 0.0, 0.8])
-    diagonal, offdiagonal = _engine.jacobi_matrices(nodes[None], weights[None], np.empty((4, 0)), 2)
+    diagonal, offdiagonal = engine.jacobi_matrices(nodes[None], weights[None], np.empty((4, 0)), 2)
     np.testing.assert_allclose(
         np.linalg.eigvalsh(tridiagonal(diagonal[0], offdiagonal[0])), [-1.0, 2.0], atol=8 * EPSILON
     )
     assert offdiagonal[0, 1] <= 8 * EPSILON
-    tiny = _engine.jacobi_matrices(nodes[None], np.array([[0.6, 1e-300, 1e-300, 0.8]]), np.empty((4, 0)), 2)
+    tiny = engine.jacobi_matrices(nodes[None], np.array([[0.6, 1e-300, 1e-300, 0.8]]), np.empty((4, 0)), 2)
     np.testing.assert_allclose(tiny[0], diagonal, atol=8 * EPSILON)
     split = np.array([[0.6, 0.8 * 0.6, 0.8 * 0.8]])
-    twice = _engine.jacobi_matrices(np.array([[-1.0, 2.0, 2.0]]), split, np.empty((3, 0)), 2)
+    twice = engine.jacobi_matrices(np.array([[-1.0, 2.0, 2.0]]), split, np.empty((3, 0)), 2)
     np.testing.assert_allclose(twice[0], diagonal, atol=8 * EPSILON)
     np.testing.assert_allclose(twice[1], offdiagonal, atol=16 * EPSILON)
 
@@ -148,18 +164,18 @@ def test_the_last_coupling_is_that_of_the_larger_matrix():
         larger = np.block([[np.diag(nodes), couplings], [couplings.T, random.standard_normal((p, p)) * 0.0]])
         values, vectors = np.linalg.eigh(larger)
         seen = np.append(weights[probe], np.zeros(p)) @ vectors
-        truth = _engine.jacobi_matrices(values[None], seen[None], np.empty((k + p, 0)), steps)
-        found = _engine.jacobi_matrices(nodes[None], weights[probe : probe + 1], couplings, steps)
+        truth = engine.jacobi_matrices(values[None], seen[None], np.empty((k + p, 0)), steps)
+        found = engine.jacobi_matrices(nodes[None], weights[probe : probe + 1], couplings, steps)
         np.testing.assert_allclose(found[0], truth[0], atol=1e4 * EPSILON)
         np.testing.assert_allclose(found[1], truth[1], atol=1e4 * EPSILON)
 
 
 def test_wrong_shapes_are_refused():
     with pytest.raises(EngineError, match="`rows` is not a matrix of shape"):
-        _engine.tridiagonalize_band(np.ones((3, 2)), np.ones((2, 2)))
+        engine.tridiagonalize_band(np.ones((3, 2)), np.ones((2, 2)))
     with pytest.raises(EngineError, match="`band` is not a matrix of shape"):
-        _engine.tridiagonalize_band(np.ones(3), np.ones((3, 2)))
+        engine.tridiagonalize_band(np.ones(3), np.ones((3, 2)))
     with pytest.raises(EngineError, match="`rows` is not an array of shape"):
-        _engine.tridiagonal_eigenvalues(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 4, 1)))
+        engine.tridiagonal_eigenvalues(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 4, 1)))
     with pytest.raises(EngineError, match="`steps` is 4; wanted 1 to 3, the number of nodes"):
-        _engine.jacobi_matrices(np.ones((1, 3)), np.ones((2, 3)), np.ones((3, 1)), 4)
+        engine.jacobi_matrices(np.ones((1, 3)), np.ones((2, 3)), np.ones((3, 1)), 4)
