@@ -264,12 +264,12 @@ class _CausalLM(OutputLoss):
 
     def of_outputs(self, outputs: Tensor, batch: Any) -> SumAndCount:
         logits, labels = self._rows(outputs, batch)
-        return cross_entropy(logits, labels, None, IGNORED), (labels != IGNORED).sum()
+        return cross_entropy(logits, labels, reduction="sum"), (labels != IGNORED).sum()
 
     def terms_of_outputs(self, outputs: Tensor, batch: Any) -> SumsAndCounts:
         logits, labels = self._rows(outputs, batch)
         counted = labels != IGNORED
-        sums = cross_entropy(logits, labels, None, IGNORED, "none")[counted]
+        sums = cross_entropy(logits, labels, reduction="none")[counted]
         return sums, torch.ones_like(sums)
 
     def _rows(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
