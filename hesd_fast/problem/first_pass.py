@@ -165,8 +165,12 @@ def _check_selection(problem: ProblemEvaluation, index: int, batch: Any, value: 
 def _check_replaced_value(
     problem: ProblemEvaluation, before: float, value: float, index: int, dtype: torch.dtype
 ) -> None:
-    """Raise an OperatorError unless a loss is the same to rounding as before operations were replaced."""
-    if not abs(value - before) <= 16.0 * math.sqrt(torch.finfo(dtype).eps) * abs(before):
+    """Raise an OperatorError unless a loss is the same to rounding as before operations were replaced.
+
+    Next to zero a loss is a difference of numbers next to 1, in PyTorch's own forms.
+    """
+    epsilon = torch.finfo(dtype).eps
+    if not abs(value - before) <= 16.0 * (math.sqrt(epsilon) * abs(before) + epsilon):
         raise OperatorError(
             f"the loss of batch {index} is {before!r}, and {value!r} with {', '.join(problem.replaced_operations)} in "
             "ordinary operations, as exact products need them; if forward or loss draw random numbers of their own "

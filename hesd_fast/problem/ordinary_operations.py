@@ -54,6 +54,12 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
     return (below - others.log1p()).to(dtype or input.dtype)
 
 
+def logsigmoid(input: Tensor) -> Tensor:
+    """Return -log(1 + exp(-x)); its second derivative -p (1 - p) is nowhere computed with 1 - p."""
+    x = _wide(input)
+    return (x.clamp(max=0.0) - _log_of_the_larger(x)).to(input.dtype)  # at 0 the derivative of this clamp is 1
+
+
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -63,17 +69,19 @@ def binary_cross_entropy_with_logits(
 ) -> Tensor:
     """Return -weight (pos_weight y log p + (1 - y) log(1 - p)) with p = 1 / (1 + exp(-x)), nowhere computed as 1 - p.
 
-    Both logarithms are -log(1 + exp(-|x|)), less |x| for the one of the smaller probability, so that a term of weight
-    0 adds nothing to any derivative.
+    Both logarithms are -log(1 + exp(-|x|)), and |x| less where the probability is the smaller one: that part is exactly
+    zero, with its derivatives, where it does not count.
     """
     x = _wide(input)
-    positive = x > 0
-    smaller = torch.where(positive, -x, x).exp()  # no absolute value, whose derivative at 0 is 0
-    ones = target if pos_weight is None else pos_weight * target
-    zeros = 1 - target
-    far = ones * torch.where(positive, 0.0, -x) + zeros * torch.where(positive, x, 0.0)
-    losses = far + (ones + zeros) * smaller.log1p()
-    return _reduced(losses if weight is None else losses * weight, reduction)
+    ones, zeros = target if pos_weight is None else pos_weight * target, 1 - target
+    losses = ones * (-x).clamp(min=0.0) + zeros * x.relu() + (ones + zeros) * _log_of_the_larger(x)
+    return reduced(losses if weight is None else losses * weight, reduction)
+
+
+def _log_of_the_larger(x: Tensor) -> Tensor:
+    """Return log(1 + exp(-|x|)), with the derivatives of log(1 + exp(x)) at 0."""
+    sign = 1 - 2 * (x.detach() > 0).to(x.dtype)  # that of -|x| / x: a derivative of |x| would be 0 at 0
+    return (sign * x).exp().log1p()
 
 
 # Bags of embeddings
@@ -181,7 +189,7 @@ def ctc_loss(
     score = _score_of_ends(scores, target_lengths)
     impossible = score < IMPOSSIBLE / 2
     losses = torch.where(impossible, 0.0 if zero_infinity else math.inf, -score)
-    reduction = _name_of(reduction)
+    reduction = name_of(reduction)
     if reduction == "mean":
         losses = (losses / target_lengths.clamp(min=1).to(losses.dtype)).mean()
     elif reduction == "sum":
@@ -370,7 +378,7 @@ def multi_margin_loss(
         excess = excess * weight[classes]
     others = torch.ones_like(scores, dtype=torch.bool).scatter(1, classes, False)
     losses = torch.where(others, excess, 0.0).sum(1) / scores.shape[1]
-    return _reduced(losses if input.ndim > 1 else losses.squeeze(0), reduction)
+    return reduced(losses if input.ndim > 1 else losses.squeeze(0), reduction)
 
 
 def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: str | int = "mean") -> Tensor:
@@ -382,15 +390,17 @@ def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: str | int =
     excess = torch.relu(1.0 - scores.gather(1, chosen)[:, :, None] + scores[:, None, :])
     counted = there[:, :, None] & ~labels[:, None, :]
     losses = torch.where(counted, excess, 0.0).sum((1, 2)) / scores.shape[1]
-    return _reduced(losses if input.ndim > 1 else losses.squeeze(0), reduction)
+    return reduced(losses if input.ndim > 1 else losses.squeeze(0), reduction)
 
 
-def _reduced(losses: Tensor, reduction: str | int) -> Tensor:
-    name = _name_of(reduction)
+def reduced(losses: Tensor, reduction: str | int) -> Tensor:
+    """Return losses, their mean or their sum."""
+    name = name_of(reduction)
     if name == "none":
         return losses
     return losses.mean() if name == "mean" else losses.sum()
 
 
-def _name_of(reduction: str | int) -> str:
+def name_of(reduction: str | int) -> str:
+    """Return the name of a reduction that may be given by its number."""
     return ("none", "mean", "sum")[reduction] if isinstance(reduction, int) else reduction
