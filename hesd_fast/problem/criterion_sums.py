@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.loss import _Loss as CriterionModule
 
 from hesd_fast.problem import ordinary_operations as ordinary
 from hesd_fast.problem.softmax_cross_entropy import softmax_cross_entropy
@@ -41,6 +42,17 @@ OF_CLASSES: tuple[type[nn.Module], ...] = (
 
 IGNORED = -100
 """The label of a token that does not count."""
+
+
+def computes_what_its_class_says(criterion: Any) -> bool:
+    """Return whether a criterion is one of PyTorch's, counted here, without a forward or hooks of its own."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        isinstance(criterion, (*OF_ELEMENTS, *OF_ROWS, *OF_CLASSES))
+        and getattr(getattr(criterion, "forward", None), "__module__", None)
+        == CriterionModule.__module__  # a subclass may have its own
+        and not any(getattr(criterion, name) for name in hooks)
+    )
 
 
 def sum_and_count(criterion: Any, reduction: str, output: Tensor, targets: Tensor) -> SumAndCount:
@@ -81,7 +93,7 @@ def sums_and_counts(criterion: Any, reduction: str, output: Tensor, targets: Ten
 
 def _reduced(criterion: Any, reduction: str, output: Tensor, targets: Any) -> Tensor:
     """Return the criterion's value with a reduction other than its own; without cancellation where that is known."""
-    kind = _kind(criterion)
+    kind = type(criterion)
     if kind is nn.CrossEntropyLoss:
         options = criterion.ignore_index, reduction, criterion.label_smoothing
         return cross_entropy(output, targets, criterion.weight, *options)
@@ -97,13 +109,6 @@ def _reduced(criterion: Any, reduction: str, output: Tensor, targets: Any) -> Te
         criterion.reduction = reduction
     value: Tensor = criterion(output, targets)
     return value
-
-
-def _kind(criterion: Any) -> type | None:
-    """Return the class of a criterion of PyTorch that does what its class says, or None: hooks may change that."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    own = vars(criterion) if isinstance(criterion, nn.Module) else {}
-    return None if "forward" in own or any(own.get(name) for name in hooks) else type(criterion)
 
 
 def cross_entropy(
