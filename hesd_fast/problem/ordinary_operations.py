@@ -72,7 +72,7 @@ def binary_cross_entropy_with_logits(
     Both logarithms are -log(1 + exp(-|x|)), and |x| less where the probability is the smaller one: that part is exactly
     zero, with its derivatives, where it does not count.
     """
-    x = _wide(input)
+    x, target = _wide(input), _wide(target)
     ones, zeros = target if pos_weight is None else pos_weight * target, 1 - target
     losses = ones * (-x).clamp(min=0.0) + zeros * x.relu() + (ones + zeros) * _log_of_the_larger(x)
     return reduced(losses if weight is None else losses * weight, reduction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -1004,3 +1005,18 @@ def test_losses_have_the_dtype_that_pytorch_gives_them(mixed: bool) -> None:
     for one, other in zip(found, own, strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_sum_of_losses_that_pytorch_rounds_to_zero_is_not_taken_for_another_loss(scale: float) -> None:
+    model = nn.Linear(1, 2, bias=False, dtype=torch.float32)
+    model.weight.data = torch.tensor([[17.0], [0.0]], dtype=torch.float32)
+    batch = torch.ones(10_000, 1, dtype=torch.float32), torch.zeros(10_000, dtype=torch.int64)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        return scale * functional.cross_entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
+
+    with torch.no_grad():
+        assert float(loss(model, batch)[0]) == 0
+    wanted = scale * math.log1p(math.exp(-17))
+    assert abs(Problem(model, loss, batch).loss_value - wanted) <= 64 * torch.finfo(torch.float32).eps * wanted
