@@ -168,7 +168,8 @@ def _cross_entropies(
         counted = targets.flatten() != ignore_index
         chosen = targets.flatten().masked_fill(~counted, 0)
         losses = softmax_cross_entropy(logits.movedim(1, -1).flatten(0, -2), chosen)
-        return torch.where(counted, losses if weight is None else losses * weight[chosen], 0).view(wanted)
+        losses = losses if weight is None else losses * weight[chosen]
+        return losses.masked_fill(~counted, 0).view(wanted)
     logs = ordinary.log_softmax(wide, of_classes)
     losses = functional.nll_loss(logs, targets, weight, ignore_index=ignore_index, reduction="none")
     if not smoothing:

@@ -48,7 +48,7 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
     z = _wide(input if dtype is None else input.to(dtype))
     if not z.numel():
         return torch.log_softmax(z, dim).to(dtype or input.dtype)
-    top = z.detach().argmax(dim, keepdim=True)
+    top = z.argmax(dim, keepdim=True)
     below = (z - z.gather(dim, top)).scatter(dim, top, 0.0)
     others = below.exp().scatter(dim, top, 0.0).sum(dim, keepdim=True)
     return (below - others.log1p()).to(dtype or input.dtype)
@@ -57,7 +57,7 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
 def logsigmoid(input: Tensor) -> Tensor:
     """Return -log(1 + exp(-x)); its second derivative -p (1 - p) is nowhere computed with 1 - p."""
     x = _wide(input)
-    return (x.clamp(max=0.0) - _log_of_the_larger(x)).to(input.dtype)  # at 0 the derivative of this clamp is 1
+    return (x.masked_fill(x > 0, 0.0) - _log_of_the_larger(x)).to(input.dtype)
 
 
 def binary_cross_entropy_with_logits(
@@ -74,14 +74,15 @@ def binary_cross_entropy_with_logits(
     """
     x, target = _wide(input), _wide(target)
     ones, zeros = target if pos_weight is None else pos_weight * target, 1 - target
-    losses = ones * (-x).clamp(min=0.0) + zeros * x.relu() + (ones + zeros) * _log_of_the_larger(x)
+    positive = x > 0
+    far = ones * (-x).masked_fill(positive, 0.0) + zeros * x.masked_fill(~positive, 0.0)
+    losses = far + (ones + zeros) * _log_of_the_larger(x)
     return reduced(losses if weight is None else losses * weight, reduction)
 
 
 def _log_of_the_larger(x: Tensor) -> Tensor:
-    """Return log(1 + exp(-|x|)), with the derivatives of log(1 + exp(x)) at 0."""
-    sign = 1 - 2 * (x.detach() > 0).to(x.dtype)  # that of -|x| / x: a derivative of |x| would be 0 at 0
-    return (sign * x).exp().log1p()
+    """Return log(1 + exp(-|x|)), with the derivatives of log(1 + exp(x)) at 0, where |x| has none."""
+    return ((1 - 2 * (x > 0).to(x.dtype)) * x).exp().log1p()
 
 
 # Bags of embeddings

@@ -135,7 +135,7 @@ class _Gradient(torch.autograd.Function):
         logits, targets, *_, scale = ctx.saved_tensors
         # In operations that can be differentiated and traced; a tracer may fold what was kept before it is there.
         p = _softmax(logits)
-        top = p.detach().argmax(1)
+        top = p.argmax(1)
         change = torch.zeros_like(p)
         if (tangent := tangents[0]) is not None:
             change = _products(p, targets, top, scale, _widened(tangent))[0]
