@@ -1,4 +1,4 @@
-"""Operations whose second derivative PyTorch has not or gets wrong, or where it cancels, are replaced meanwhile."""
+"""Operations whose second derivative PyTorch has not, or gets wrong, are replaced while a problem needs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 
 from hesd_fast.problem import ordinary_operations as ordinary
 from hesd_fast.problem.autograd_graph import graph_nodes
-from hesd_fast.problem.criterion_sums import IGNORED, cross_entropy
 
 Function = Callable[..., Any]
 
@@ -59,86 +58,6 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 
 def _hardsigmoid_in_place(input: Tensor) -> Tensor:
     return input.copy_(ordinary.hardsigmoid(input.clone()))  # the derivative needs what was there
-
-
-def _log_softmax(input: Tensor, dim: int | None = None, *others: Any, dtype: Any = None, _stacklevel: int = 3) -> Any:
-    # The third argument of the function in nn.functional is a stack level, that of the others is a dtype.
-    dtype = next((other for other in others if isinstance(other, torch.dtype)), dtype) or input.dtype
-    if not isinstance(dim, int) or not dtype.is_floating_point or input.layout != torch.strided or _is_mixed(input):
-        return NotImplemented
-    return ordinary.log_softmax(input, dim, dtype)
-
-
-def _cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = IGNORED,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    if _is_mixed(input):
-        return NotImplemented
-    reduction = _reduction(size_average, reduce, reduction)
-    return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing).to(input.dtype)
-
-
-def _aten_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = 1,
-    ignore_index: int = IGNORED,
-    label_smoothing: float = 0.0,
-) -> Any:
-    name = ordinary.name_of(reduction)
-    return _cross_entropy(input, target, weight, None, ignore_index, None, name, label_smoothing)
-
-
-def _binary_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    pos_weight: Tensor | None = None,
-) -> Any:
-    return _aten_binary_cross_entropy(input, target, weight, pos_weight, _reduction(size_average, reduce, reduction))
-
-
-def _aten_binary_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    reduction: str | int = "mean",
-) -> Any:
-    if input.shape != target.shape or _is_mixed(input):
-        return NotImplemented
-    value = ordinary.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction)
-    return value.to(torch.promote_types(input.dtype, target.dtype))
-
-
-def _multilabel_soft_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Any:
-    if input.shape != target.shape or _is_mixed(input):
-        return NotImplemented
-    losses = ordinary.binary_cross_entropy_with_logits(input, target, weight, None, "none").mean(-1)
-    return ordinary.reduced(losses, _reduction(size_average, reduce, reduction)).to(input.dtype)
-
-
-def _is_mixed(input: Tensor) -> bool:
-    """Whether mixed precision decides on the dtype of a result; such logits have too few digits for any to be lost."""
-    return input.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(input.device.type)
 
 
 BAGS = ("sum", "mean", "max")
@@ -213,31 +132,8 @@ def _with_weight_first(norm: Function) -> Function:
     return aten_norm
 
 
-def _linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    options: Any = None,  # noqa: ARG001
-) -> Any:
-    classes, *others, features = linear_weight.shape
-    bias = None if linear_bias is None else linear_bias.reshape(-1)
-    logits = functional.linear(input, linear_weight.reshape(-1, features), bias)
-    logits = logits.reshape(*input.shape[:-1], classes, *others)
-    ignored = IGNORED if ignore_index is None else ignore_index
-    if _is_mixed(logits):
-        return functional.cross_entropy(logits, target, weight, None, ignored, None, reduction, label_smoothing)
-    return _cross_entropy(logits, target, weight, None, ignored, None, reduction, label_smoothing)
-
-
-_LINEAR_CROSS_ENTROPY: dict[Function, Function] = {
-    function: _linear_cross_entropy for function in [getattr(functional, "linear_cross_entropy", None)] if function
-}
+def _linear_cross_entropy(*arguments: Any, options: Any = None, **named: Any) -> Any:  # noqa: ARG001
+    return functional.linear_cross_entropy(*arguments, **named)  # without options in ordinary operations
 
 
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Any:
@@ -303,37 +199,6 @@ _OPERATIONS = (
         ("EmbeddingBagBackward",),
         {functional.embedding_bag: _embedding_bag, **_aten("embedding_bag", _aten_embedding_bag)},
     ),
-    # Of these a derivative is as right as it can be where it is not small: there, numbers next to 1 are subtracted.
-    Operation(
-        "log_softmax",
-        ("LogSoftmaxBackward",),
-        {
-            functional.log_softmax: _log_softmax,
-            torch.special.log_softmax: _log_softmax,
-            Tensor.log_softmax: _log_softmax,
-            **_aten("log_softmax", _log_softmax),
-            functional.cross_entropy: _cross_entropy,
-            **_aten("cross_entropy_loss", _aten_cross_entropy),
-            **_LINEAR_CROSS_ENTROPY,
-        },
-    ),
-    Operation(
-        "binary_cross_entropy_with_logits",
-        ("BinaryCrossEntropyWithLogitsBackward",),
-        {
-            functional.binary_cross_entropy_with_logits: _binary_cross_entropy,
-            **_aten("binary_cross_entropy_with_logits", _aten_binary_cross_entropy),
-        },
-    ),
-    Operation(
-        "logsigmoid",
-        ("LogSigmoidBackward",),
-        {
-            functional.logsigmoid: ordinary.logsigmoid,
-            **_aten("log_sigmoid", ordinary.logsigmoid),
-            functional.multilabel_soft_margin_loss: _multilabel_soft_margin_loss,
-        },
-    ),
     Operation(
         "ctc_loss",
         ("CtcLossBackward", "CudnnCtcLossBackward"),
@@ -388,7 +253,11 @@ _OPERATIONS = (
             f"GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked{kind}_defaultBackward"
             for kind in ("", "_no_reduction")
         ),
-        _LINEAR_CROSS_ENTROPY,
+        {
+            function: _linear_cross_entropy
+            for function in [getattr(functional, "linear_cross_entropy", None)]
+            if function
+        },
         silent=True,
     ),
 )

@@ -87,7 +87,7 @@ def read_data(problem: ProblemEvaluation, before: Sequence[float] = ()) -> First
                 _check_selection(problem, index, batch, values[-1], dtype)
             depends = True
         if index < len(before):
-            _check_replaced_value(problem, before[index], values[-1], index, dtype, count)
+            _check_replaced_value(problem, before[index], values[-1], index, dtype)
         if reading is not None:
             warned = warned or warn_of_fraction(index, batch, count)
             if index not in problem.altered:
@@ -163,14 +163,10 @@ def _check_selection(problem: ProblemEvaluation, index: int, batch: Any, value: 
 
 
 def _check_replaced_value(
-    problem: ProblemEvaluation, before: float, value: float, index: int, dtype: torch.dtype, count: Any
+    problem: ProblemEvaluation, before: float, value: float, index: int, dtype: torch.dtype
 ) -> None:
-    """Raise an OperatorError unless a loss is the same to rounding as before operations were replaced.
-
-    Near zero each term is a difference of numbers next to 1 in PyTorch's own forms, and may be weighted.
-    """
-    epsilon, terms = torch.finfo(dtype).eps, 1.0 if count is None else max(1.0, float(count))
-    if not abs(value - before) <= 16.0 * math.sqrt(epsilon) * abs(before) + 1024.0 * epsilon * terms:
+    """Raise an OperatorError unless a loss is the same to rounding as before operations were replaced."""
+    if not abs(value - before) <= 16.0 * math.sqrt(torch.finfo(dtype).eps) * abs(before):
         raise OperatorError(
             f"the loss of batch {index} is {before!r}, and {value!r} with {', '.join(problem.replaced_operations)} in "
             "ordinary operations, as exact products need them; if forward or loss draw random numbers of their own "

@@ -54,12 +54,6 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
     return (below - others.log1p()).to(dtype or input.dtype)
 
 
-def logsigmoid(input: Tensor) -> Tensor:
-    """Return -log(1 + exp(-x)); its second derivative -p (1 - p) is nowhere computed with 1 - p."""
-    x = _wide(input)
-    return (x.masked_fill(x > 0, 0.0) - _log_of_the_larger(x)).to(input.dtype)
-
-
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -77,7 +71,7 @@ def binary_cross_entropy_with_logits(
     positive = x > 0
     far = ones * (-x).masked_fill(positive, 0.0) + zeros * x.masked_fill(~positive, 0.0)
     losses = far + (ones + zeros) * _log_of_the_larger(x)
-    return reduced(losses if weight is None else losses * weight, reduction)
+    return _reduced(losses if weight is None else losses * weight, reduction)
 
 
 def _log_of_the_larger(x: Tensor) -> Tensor:
@@ -190,7 +184,7 @@ def ctc_loss(
     score = _score_of_ends(scores, target_lengths)
     impossible = score < IMPOSSIBLE / 2
     losses = torch.where(impossible, 0.0 if zero_infinity else math.inf, -score)
-    reduction = name_of(reduction)
+    reduction = _name_of(reduction)
     if reduction == "mean":
         losses = (losses / target_lengths.clamp(min=1).to(losses.dtype)).mean()
     elif reduction == "sum":
@@ -379,7 +373,7 @@ def multi_margin_loss(
         excess = excess * weight[classes]
     others = torch.ones_like(scores, dtype=torch.bool).scatter(1, classes, False)
     losses = torch.where(others, excess, 0.0).sum(1) / scores.shape[1]
-    return reduced(losses if input.ndim > 1 else losses.squeeze(0), reduction)
+    return _reduced(losses if input.ndim > 1 else losses.squeeze(0), reduction)
 
 
 def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: str | int = "mean") -> Tensor:
@@ -391,17 +385,15 @@ def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: str | int =
     excess = torch.relu(1.0 - scores.gather(1, chosen)[:, :, None] + scores[:, None, :])
     counted = there[:, :, None] & ~labels[:, None, :]
     losses = torch.where(counted, excess, 0.0).sum((1, 2)) / scores.shape[1]
-    return reduced(losses if input.ndim > 1 else losses.squeeze(0), reduction)
+    return _reduced(losses if input.ndim > 1 else losses.squeeze(0), reduction)
 
 
-def reduced(losses: Tensor, reduction: str | int) -> Tensor:
-    """Return losses, their mean or their sum."""
-    name = name_of(reduction)
+def _reduced(losses: Tensor, reduction: str | int) -> Tensor:
+    name = _name_of(reduction)
     if name == "none":
         return losses
     return losses.mean() if name == "mean" else losses.sum()
 
 
-def name_of(reduction: str | int) -> str:
-    """Return the name of a reduction that may be given by its number."""
+def _name_of(reduction: str | int) -> str:
     return ("none", "mean", "sum")[reduction] if isinstance(reduction, int) else reduction
