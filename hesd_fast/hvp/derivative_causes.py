@@ -45,7 +45,13 @@ def kinks_in(term: LossTerm) -> Kinks:
 
 
 def _is_foreign(node: Node) -> bool:
-    return hasattr(type(node), "_forward_cls") or _is_operation_of_others(node)
+    return _function_of(node) is not None or _is_operation_of_others(node)
+
+
+def _function_of(node: Node) -> type | None:
+    """Return the autograd Function of a node in Python, if it is not one of this package."""
+    function: type | None = getattr(type(node), "_forward_cls", None)
+    return None if function is None or function.__module__.startswith("hesd_fast.") else function
 
 
 def _is_operation_of_others(node: Node) -> bool:
@@ -82,7 +88,7 @@ def causes_of_wrong_derivatives(problem: PreparedProblem, term: LossTerm) -> str
     functions: dict[str, list[str]] = {}
     operations: dict[str, list[str]] = {}
     for place, node in watched.collect(term):
-        if (function := getattr(type(node), "_forward_cls", None)) is not None:
+        if (function := _function_of(node)) is not None:
             functions.setdefault(function.__name__, []).append(place)
         elif _is_operation_of_others(node):
             operations.setdefault(node.name(), []).append(place)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.loss import _Loss as CriterionModule
 from torch.nn.utils.rnn import PackedSequence
 
 from hesd_fast.errors import ProblemError, first_line
@@ -21,10 +20,9 @@ from hesd_fast.problem.batches import leaves, to_device
 from hesd_fast.problem.criterion_sums import (
     IGNORED,
     OF_CLASSES,
-    OF_ELEMENTS,
-    OF_ROWS,
     SumAndCount,
     SumsAndCounts,
+    computes_what_its_class_says,
     cross_entropy,
     sum_and_count,
     sums_and_counts,
@@ -105,7 +103,9 @@ def supervised(criterion: Callable[[Any, Any], Tensor]) -> OutputLoss:
         class weight, others elements or samples. How many terms another mean is of, it does not say, so it is taken
         for a mean as :class:`~hesd_fast.Problem` takes one. With reduction "sum" the loss is PyTorch's sum divided by
         the number of samples in all batches, so that the Hessian does not grow with the data. Term by term
-        (:meth:`OutputLoss.terms_of_outputs`), one sample of the leading dimension is one term.
+        (:meth:`OutputLoss.terms_of_outputs`), one sample of the leading dimension is one term. Cross-entropies of
+        logits are computed in forms of the same value whose derivatives keep their digits where the loss is near zero.
+        A criterion with hooks or a ``forward`` of its own is called as it is, as a function that returns a mean.
 
     Raises
     ------
@@ -164,12 +164,10 @@ def _name_of(function: Any) -> str:
 class _Supervised(OutputLoss):
     def __init__(self, criterion: Callable[[Any, Any], Tensor], reduction: str) -> None:
         self.criterion, self.reduction = criterion, reduction
-        # A subclass may compute anything.
-        own = getattr(type(criterion), "forward", None)
-        self.is_torchs_own = (
-            isinstance(criterion, (*OF_ELEMENTS, *OF_ROWS, *OF_CLASSES))
-            and getattr(own, "__module__", None) == CriterionModule.__module__
-        )
+
+    @property
+    def is_torchs_own(self) -> bool:
+        return computes_what_its_class_says(self.criterion)
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         _check_leaves(batch)
@@ -264,12 +262,12 @@ class _CausalLM(OutputLoss):
 
     def of_outputs(self, outputs: Tensor, batch: Any) -> SumAndCount:
         logits, labels = self._rows(outputs, batch)
-        return cross_entropy(logits, labels, None, IGNORED), (labels != IGNORED).sum()
+        return cross_entropy(logits, labels, reduction="sum"), (labels != IGNORED).sum()
 
     def terms_of_outputs(self, outputs: Tensor, batch: Any) -> SumsAndCounts:
         logits, labels = self._rows(outputs, batch)
         counted = labels != IGNORED
-        sums = cross_entropy(logits, labels, None, IGNORED, "none")[counted]
+        sums = cross_entropy(logits, labels, reduction="none")[counted]
         return sums, torch.ones_like(sums)
 
     def _rows(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,50 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return (wide * (_wide(g) / norm)).to(v.dtype)
 
 
+# Logarithms of probabilities
+
+
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return z - log sum exp(z) over a dimension, with derivatives in which nothing cancels.
+
+    With k the largest entry it is d - log(1 + s), where d = z - z_k and s is the sum of exp(d) over all others. So next
+    to a probability of 1 the value keeps its digits, and so do the first two derivatives: entry k of them is minus the
+    sum of the others, where PyTorch subtracts numbers next to 1.
+    """
+    z = _wide(input if dtype is None else input.to(dtype))
+    if not z.numel():
+        return torch.log_softmax(z, dim).to(dtype or input.dtype)
+    top = z.argmax(dim, keepdim=True)
+    below = (z - z.gather(dim, top)).scatter(dim, top, 0.0)
+    others = below.exp().scatter(dim, top, 0.0).sum(dim, keepdim=True)
+    return (below - others.log1p()).to(dtype or input.dtype)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str | int = "mean",
+) -> Tensor:
+    """Return -weight (pos_weight y log p + (1 - y) log(1 - p)) with p = 1 / (1 + exp(-x)), nowhere computed as 1 - p.
+
+    Both logarithms are -log(1 + exp(-|x|)), and |x| less where the probability is the smaller one: that part is exactly
+    zero, with its derivatives, where it does not count.
+    """
+    x, target = _wide(input), _wide(target)
+    ones, zeros = target if pos_weight is None else pos_weight * target, 1 - target
+    positive = x > 0
+    far = ones * (-x).masked_fill(positive, 0.0) + zeros * x.masked_fill(~positive, 0.0)
+    losses = far + (ones + zeros) * _log_of_the_larger(x)
+    return _reduced(losses if weight is None else losses * weight, reduction)
+
+
+def _log_of_the_larger(x: Tensor) -> Tensor:
+    """Return log(1 + exp(-|x|)), with the derivatives of log(1 + exp(x)) at 0, where |x| has none."""
+    return ((1 - 2 * (x > 0).to(x.dtype)) * x).exp().log1p()
+
+
 # Bags of embeddings
 
 

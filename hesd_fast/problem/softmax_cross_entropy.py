@@ -1,4 +1,4 @@
-"""Softmax cross-entropy whose first and second derivatives are closed forms, for logits too large for many copies."""
+"""Softmax cross-entropy by closed forms of its value and its first two derivatives, in which nothing cancels."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
-from torch.nn import functional
 
 from hesd_fast.engine import cuda
-
-SMALLEST = 2**20
-"""Logits from which on the closed forms are faster than PyTorch's own loss."""
+from hesd_fast.problem import ordinary_operations as ordinary
 
 CHUNK = 2**18
 """Logits worked on at a time: a few copies of so many stay in the cache of a processor."""
@@ -24,9 +21,11 @@ CUDA_CHUNK = 2**26
 def softmax_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of every row, l_r = log sum_c exp(z_rc) - z_(r, y_r).
 
-    With p the softmax of a row z and e the unit vector of its target, the gradient is p - e and the Hessian times u is
-    p * u - p (p . u). Half precision is computed with in float32. Fewer logits than :data:`SMALLEST` are left to
-    ``functional.cross_entropy``, which has less to do in Python.
+    With p the softmax of a row z and e the unit vector of its target y, the gradient is p - e and the Hessian times u
+    is p * u - p (p . u). Where p_y is next to 1, both cancel if they are computed as they are written: in float32
+    nothing is left of them below a loss of 1e-7. So p_y - 1 is computed as minus the sum of the other probabilities,
+    and u is taken relative to its entry at the most probable class, which changes no product. Half precision is
+    computed with in float32.
 
     Parameters
     ----------
@@ -45,67 +44,72 @@ def softmax_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Memory: two numbers a row. Only these and the logits are kept for either derivative, each of which makes one tensor
     (R, C) and no other. Third derivatives, those in forward mode, and batched ones with a graph make a few copies.
     """
-    if not pays(logits):
-        return functional.cross_entropy(_widened(logits), targets, reduction="none")
+    if _is_untransformable():
+        return -ordinary.log_softmax(_widened(logits), 1).gather(1, targets[:, None])[:, 0]
     losses: Tensor = _CrossEntropyRows.apply(logits, targets)[0]  # type: ignore[no-untyped-call]
     return losses
 
 
-def pays(logits: Tensor) -> bool:
-    """Whether the closed forms are used for these logits, of any shape."""
-    return logits.numel() >= SMALLEST and not _is_untransformable()
-
-
 class _CrossEntropyRows(torch.autograd.Function):
-    """(logits, targets) -> losses, maxima and log sums exp(logits - maximum), all (R,)."""
+    """(logits, targets) -> losses, most probable classes and 1 - p_y, all (R,)."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        maximum, log_sum = (torch.empty_like(logits[:, 0], dtype=_precision(logits)) for _ in range(2))
+        losses, missing = (torch.empty_like(logits[:, 0], dtype=_precision(logits)) for _ in range(2))
+        top = torch.empty_like(logits[:, 0], dtype=torch.int64)
         for rows in _chunks(logits):
-            chunk = _widened(logits[rows])
-            maximum[rows].copy_(chunk.amax(1))
-            log_sum[rows].copy_((chunk - maximum[rows, None]).exp().sum(1).log())
-        # Differences of large numbers first, so that a small loss keeps its digits.
-        picked = _widened(logits.gather(1, targets[:, None])[:, 0])
-        return (maximum - picked) + log_sum, maximum, log_sum
+            chunk, target = _widened(logits[rows]), targets[rows, None]
+            index = chunk.argmax(1, keepdim=True)
+            p = chunk.softmax(1)
+            others = p.scatter(1, target, 0.0).sum(1, keepdim=True)
+            # Differences of large numbers first, so that a small loss keeps its digits.
+            far = chunk.gather(1, index) - chunk.gather(1, target) - p.gather(1, index).log()
+            losses[rows].copy_(torch.where(others < 0.5, -(-others).log1p(), far)[:, 0])
+            top[rows].copy_(index[:, 0])
+            missing[rows].copy_(others[:, 0])
+        return losses, top, missing
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, maximum, log_sum = output
-        ctx.mark_non_differentiable(maximum, log_sum)
-        ctx.save_for_backward(*inputs, maximum, log_sum)
-        ctx.save_for_forward(*inputs, maximum, log_sum)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
+        ctx.save_for_forward(*inputs, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled() and is_legacy_batchedtensor(gradient):
             # is_grads_batched asks for no vmap rule, and a function of one's own would lose its graph there.
-            logits, targets, _, _ = ctx.saved_tensors
-            return ((_softmax(logits) - _unit(logits, targets)) * gradient[:, None]).to(logits.dtype), None
+            logits, targets = ctx.saved_tensors[:2]
+            return (_slope(_softmax(logits), targets) * gradient[:, None]).to(logits.dtype), None
         return _Gradient.apply(*ctx.saved_tensors, gradient), None  # type: ignore[no-untyped-call]
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None, None]:
-        logits, targets, maximum, log_sum = ctx.saved_tensors
-        slope = _Gradient.apply(logits, targets, maximum, log_sum, torch.ones_like(maximum))  # type: ignore[no-untyped-call]
+        saved = ctx.saved_tensors
+        slope = _Gradient.apply(*saved, torch.ones_like(saved[-1]))  # type: ignore[no-untyped-call]
         return (_widened(slope) * _widened(tangent)).sum(1), None, None
 
 
 class _Gradient(torch.autograd.Function):
-    """(logits, targets, maximum, log_sum, scale) -> scale (p - e), (R, C); maximum and log_sum are as above."""
+    """(logits, targets, top, missing, scale) -> scale (p - e), (R, C); top and missing are what is kept of each row."""
 
     @staticmethod
-    def forward(logits: Tensor, targets: Tensor, maximum: Tensor, log_sum: Tensor, scale: Tensor) -> Tensor:
+    def forward(
+        logits: Tensor,
+        targets: Tensor,
+        top: Tensor,  # noqa: ARG004
+        missing: Tensor,
+        scale: Tensor,
+    ) -> Tensor:
         # Made from the scale, which is_grads_batched hands over as a batch without asking for a vmap rule.
         shape = scale[:, None].expand(logits.shape)
         out = torch.empty_like(shape, dtype=logits.dtype, memory_format=torch.contiguous_format)
         for rows in _chunks(logits):
-            p = (_widened(logits[rows]) - maximum[rows, None] - log_sum[rows, None]).exp()
+            p = _widened(logits[rows]).softmax(1)
             # Only copies work in place here: PyTorch's tracer keeps those apart from what changes with the vector.
-            out[rows].copy_(p.scatter_add(1, targets[rows, None], -torch.ones_like(p[:, :1])) * scale[rows, None])
+            out[rows].copy_(p.scatter(1, targets[rows, None], -missing[rows, None]) * scale[rows, None])
         return out
 
     @staticmethod
@@ -115,34 +119,36 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None, None, None, Tensor]:
-        logits, targets, maximum, log_sum, scale = ctx.saved_tensors
+        logits, targets, top, _, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            product, slope = _products(_softmax(logits), targets, scale, _widened(u))
+            product, slope = _products(_softmax(logits), targets, top, scale, _widened(u))
             return product.to(logits.dtype), None, None, None, slope
         out = torch.empty_like(u, memory_format=torch.contiguous_format)
         slope = torch.empty_like(u[:, 0], dtype=scale.dtype)
         for rows in _chunks(logits):
-            p = (_widened(logits[rows]) - maximum[rows, None] - log_sum[rows, None]).exp()
-            out[rows], slope[rows] = _products(p, targets[rows], scale[rows], _widened(u[rows]))
+            p = _widened(logits[rows]).softmax(1)
+            out[rows], slope[rows] = _products(p, targets[rows], top[rows], scale[rows], _widened(u[rows]))
         return out, None, None, None, slope
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        logits, targets, _, _, scale = ctx.saved_tensors
-        # In operations that can be differentiated and traced.
+        logits, targets, *_, scale = ctx.saved_tensors
+        # In operations that can be differentiated and traced; a tracer may fold what was kept before it is there.
         p = _softmax(logits)
+        top = p.argmax(1)
         change = torch.zeros_like(p)
         if (tangent := tangents[0]) is not None:
-            change = _products(p, targets, scale, _widened(tangent))[0]
+            change = _products(p, targets, top, scale, _widened(tangent))[0]
         if (tangent := tangents[-1]) is not None:
-            change = change + (p - _unit(logits, targets)) * tangent[:, None]
+            change = change + _slope(p, targets) * tangent[:, None]
         return change.to(logits.dtype)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
-        if in_dims[:4] == (None,) * 4:
-            unit = _Gradient.apply(*inputs[:4], torch.ones_like(inputs[2]))  # type: ignore[no-untyped-call]
-            return (_widened(unit) * inputs[4].movedim(in_dims[4] or 0, 0)[..., None]).to(unit.dtype), 0
+        *fixed, scale = inputs
+        if in_dims[:-1] == (None,) * len(fixed):
+            unit = _Gradient.apply(*fixed, torch.ones_like(fixed[-1]))  # type: ignore[no-untyped-call]
+            return (_widened(unit) * scale.movedim(in_dims[-1] or 0, 0)[..., None]).to(unit.dtype), 0
         # Every row has a life of its own, so more rows are all that is needed.
         rows = [
             (x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
@@ -151,19 +157,22 @@ class _Gradient(torch.autograd.Function):
         return _Gradient.apply(*rows).unflatten(0, (info.batch_size, -1)), 0  # type: ignore[no-untyped-call]
 
 
-def _products(p: Tensor, targets: Tensor, scale: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def _products(p: Tensor, targets: Tensor, top: Tensor, scale: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Return scale (p * u - p (p . u)) and (p - e) . u, row by row."""
+    u = u - u.gather(1, top[:, None])
     pu = p * u
     mean = pu.sum(1)
     return (pu - p * mean[:, None]) * scale[:, None], mean - u.gather(1, targets[:, None])[:, 0]
 
 
+def _slope(p: Tensor, targets: Tensor) -> Tensor:
+    """Return p - e, with p_y - 1 as minus the sum of the others."""
+    others = p.scatter(1, targets[:, None], 0.0)
+    return others.scatter_add(1, targets[:, None], -others.sum(1, keepdim=True))
+
+
 def _softmax(logits: Tensor) -> Tensor:
-    return _widened(logits).softmax(1)
-
-
-def _unit(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.zeros_like(_widened(logits)).scatter(1, targets[:, None], 1.0)
+    return ordinary.log_softmax(_widened(logits), 1).exp()
 
 
 def _precision(tensor: Tensor) -> torch.dtype:

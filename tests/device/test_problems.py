@@ -219,7 +219,6 @@ def test_report_plan_and_scipy(device, tmp_path):
 
 
 def test_large_cross_entropies(device, monkeypatch):
-    monkeypatch.setattr(softmax_cross_entropy, "SMALLEST", 1)
     monkeypatch.setattr(softmax_cross_entropy, "CUDA_CHUNK", 7 * 6)  # several chunks
     assert len(softmax_cross_entropy._chunks(torch.zeros(20, 7, device=device))) == 4
     model, batches = model_and_data(20, 12, classes=7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import UserDict
 from functools import partial
 
@@ -78,6 +79,27 @@ def test_cross_entropy_of_uneven_batches_is_that_of_all(criterion: object, shape
     model = nn.Linear(8, 3).double() if len(shape) == 1 else Reshaped().double()
     value, wanted = uneven_value(model, criterion, torch.randint(3, shape))
     assert same(value, wanted)
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.MultiLabelSoftMarginLoss()])
+def test_criteria_with_something_of_their_own_are_called_as_they_are(criterion: nn.Module) -> None:
+    torch.manual_seed(0)
+    outputs = torch.randn(6, 3, dtype=torch.float64)
+    targets = (torch.arange(6) % 3) if isinstance(criterion, nn.CrossEntropyLoss) else outputs.sigmoid()
+    own = float(criterion(outputs, targets))
+    before = vars(criterion).copy()
+    total, count = supervised(criterion).of_outputs(outputs, (None, targets))
+    assert same(float(total) / float(count), own)
+    assert vars(criterion) == before
+    subclass, hooked, patched = (copy.deepcopy(criterion) for _ in range(3))
+    kind = type(criterion)
+    subclass.__class__ = type("Own", (kind,), {"forward": lambda self, z, y: 2 * kind.forward(self, z, y)})
+    hooked.register_forward_hook(lambda module, given, result: 3 * result)
+    patched.forward = lambda z, y: 4 * kind.forward(patched, z, y)
+    for factor, changed in ((2, subclass), (3, hooked), (4, patched)):
+        loss = supervised(changed)
+        assert not is_ready_made(loss)
+        assert same(float(loss.of_outputs(outputs, (None, targets))), factor * own)
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([0.2, 1.5, 3.0], dtype=torch.float64)])
@@ -422,7 +444,8 @@ def test_terms_are_samples_or_tokens() -> None:
     x, y = vectors(6)[0]
     sums, counts = supervised(nn.CrossEntropyLoss(ignore_index=1)).terms_of_outputs(x[:, :3], (x, y))
     assert torch.equal(counts, (y != 1).double())
-    assert torch.equal(sums, functional.cross_entropy(x[:, :3], y, ignore_index=1, reduction="none"))
+    wanted = functional.cross_entropy(x[:, :3], y, ignore_index=1, reduction="none")
+    torch.testing.assert_close(sums, wanted, rtol=0, atol=ROUNDING)
     sums, counts = causal_lm().terms_of_outputs(torch.zeros(2, 4, 13), BATCH)
     assert sums.tolist() == pytest.approx([float(torch.tensor(13.0).log())] * 4)
     assert counts.tolist() == [1, 1, 1, 1]
