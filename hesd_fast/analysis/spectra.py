@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from hesd_fast.methodology.generalization_criteria import criteria
 from hesd_fast.methodology.hesd_type import classify
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.linearity_check import Deviations, LinearityCheck
+from hesd_fast.operators.precision_check import PrecisionCheck, ProductPrecision, check_precision
 from hesd_fast.problem.parameters import as_real
 from hesd_fast.problem.problem import Problem
 from hesd_fast.report.facts import Cost, ProblemFacts, RunSettings
@@ -65,15 +67,23 @@ def spectra_of(
         check = LinearityCheck(multiply)
         with ProductProgress(plan.hvps, enabled=progress) as bar:
             drive(runs, multiply, on_products=check, on_step=bar.update)
+        precisions = {name: check_precision(operator, plan.hvps) for name, operator in operators.items()}
     for operator in operators.values():
         operator.release()
     reports = {}
     for name, operator in operators.items():
-        tridiagonal = runs.pop(name).result()  # one basis less
+        tridiagonal = with_error(runs.pop(name).result(), precisions[name].precision)  # one basis less
         settings = _settings_of(plan, tridiagonal, names, name)
-        reports[name] = _report_of(operator, tridiagonal, check.found[name], settings, started)
+        reports[name] = _report_of(operator, tridiagonal, check.found[name], precisions[name], settings, started)
         _warn_of_failures(reports[name], name)
     return reports
+
+
+def with_error(tridiagonal: BlockTridiagonal, precision: ProductPrecision | None) -> BlockTridiagonal:
+    """Return a run's matrix with what a comparison in a wider precision has found of its products."""
+    if precision is None:
+        return tridiagonal
+    return replace(tridiagonal, product_error=precision.error)
 
 
 def _run_of(operator: ProblemOperator, plan: RunPlan, group: str) -> LanczosRun:
@@ -110,6 +120,7 @@ def _report_of(
     operator: ProblemOperator,
     tridiagonal: BlockTridiagonal,
     deviations: Deviations,
+    precision: PrecisionCheck,
     settings: RunSettings,
     started: float,
 ) -> Report:
@@ -121,7 +132,7 @@ def _report_of(
     hesd_type, evidence = classify(
         measure, found, loss_value=facts.loss, parameter_norm_squared=facts.parameter_norm_squared
     )
-    checks = checks_of_run(tridiagonal, measure, deviations, operator, problem)
+    checks = checks_of_run(tridiagonal, measure, deviations, precision, operator, problem)
     cost = Cost(
         hvps=tridiagonal.products,
         seconds=time.perf_counter() - started,
@@ -129,7 +140,10 @@ def _report_of(
         strategy=operator.method,
         plan=str(getattr(operator, "plan", None) or ""),
     )
-    return Report(hesd_type, evidence, found, measure, facts, cost, checks, settings, _versions(problem.device))
+    versions = _versions(problem.device)
+    return Report(
+        hesd_type, evidence, found, measure, facts, cost, checks, settings, versions, precision=precision.precision
+    )
 
 
 def _facts_of(problem: Problem) -> ProblemFacts:

@@ -8,7 +8,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal, check_symmetri
 from hesd_fast.lanczos.options import PROTOCOLS
 from hesd_fast.methodology.generalization_criteria import Criteria, criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence, decide_type
+from hesd_fast.operators.precision_check import ProductPrecision
 from hesd_fast.problem.problem import MODES
-from hesd_fast.records import read_record, shown
+from hesd_fast.records import MAY_BE_MISSING, read_record, shown
 from hesd_fast.report.facts import Check, Cost, ProblemFacts, RunSettings
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
@@ -73,6 +74,7 @@ class SavedReport:
     checks: tuple[Check, ...]
     options: RunSettings
     versions: dict[str, str]
+    precision: ProductPrecision | None = field(default=None, metadata=MAY_BE_MISSING)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as values of JSON; numbers come back bit for bit."""
@@ -138,7 +140,7 @@ def _check_memory(matrix: BlockTridiagonal) -> None:
 
 def _check_content(content: SavedReport) -> None:
     """Raise a CheckpointError for the first contradiction that shows without computing the spectrum."""
-    for sources in (_wrong_facts, _wrong_matrix, _wrong_settings, _wrong_type):
+    for sources in (_wrong_facts, _wrong_matrix, _wrong_precision, _wrong_settings, _wrong_type):
         for text in sources(content):
             raise CheckpointError(text)
 
@@ -196,6 +198,21 @@ def _wrong_matrix(content: SavedReport) -> Iterator[str]:
     if matrix.reorthogonalization not in REORTHOGONALIZATIONS:
         wanted = ", ".join(REORTHOGONALIZATIONS)
         yield f"tridiagonal.reorthogonalization is {shown(matrix.reorthogonalization)}; wanted one of {wanted}"
+
+
+def _wrong_precision(content: SavedReport) -> Iterator[str]:
+    found = content.precision
+    error = None if found is None else found.error
+    if error != content.tridiagonal.product_error:
+        known = content.tridiagonal.product_error
+        yield f"precision.error is {shown(error)}, and that of the tridiagonal matrix {shown(known)}"
+    if found is None:
+        return
+    for name in ("cosines", "relative_errors"):
+        if len(getattr(found, name)) != len(content.problem.parameters):
+            yield f"precision.{name} has {len(getattr(found, name))} numbers; wanted one for each parameter"
+    if found.worst not in content.problem.parameters:
+        yield f"precision.worst is {shown(found.worst)}, which is none of the parameters"
 
 
 def _wrong_settings(content: SavedReport) -> Iterator[str]:

@@ -12,6 +12,7 @@ from hesd_fast.estimate import Estimate
 from hesd_fast.methodology.comparability import check_reports
 from hesd_fast.methodology.generalization_criteria import Criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence
+from hesd_fast.operators.precision_check import ProductPrecision
 from hesd_fast.report.density_plot import plot_densities
 from hesd_fast.report.facts import Check, Cost, ProblemFacts, RunSettings
 from hesd_fast.report.json_files import SavedReport, read_file, write_file
@@ -52,6 +53,9 @@ class Report:
         How the spectrum was computed.
     versions : dict
         The software that made it.
+    precision : ProductPrecision or None
+        How far products are from those in a wider precision, parameter by parameter; None where there is none to
+        compare with, as for float64, or it was not to be had: then the check of precision says why.
 
     Examples
     --------
@@ -73,6 +77,7 @@ class Report:
     checks: tuple[Check, ...]
     settings: RunSettings
     versions: dict[str, str]
+    precision: ProductPrecision | None = None
 
     @property
     def lambda_max(self) -> Estimate:

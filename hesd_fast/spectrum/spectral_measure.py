@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hesd_fast.errors import ProblemError
-from hesd_fast.estimate import Estimate
+from hesd_fast.estimate import Estimate, ProductError
 from hesd_fast.lanczos.block_tridiagonal import RITZ_ROUNDING, Array, BlockTridiagonal
 from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, find_converged, none_converged
 from hesd_fast.spectrum.extreme_eigenvalues import missed_eigenvalue_distance
@@ -200,8 +200,15 @@ class SpectralMeasure:
         points = _points(x)
         if not self.jacobi:
             return self._steps(points, "left"), self._steps(points, "right")
-        bounds = np.mean([cdf_bounds(jacobi, points.ravel()) for jacobi in self.jacobi], axis=0)
-        return bounds[0].reshape(points.shape), bounds[1].reshape(points.shape)
+        low, high = self._bounds_of_products(points.ravel() - self.shift.largest)
+        if self.shift.largest > 0.0:
+            high = self._bounds_of_products(points.ravel() + self.shift.largest)[1]
+        return low.reshape(points.shape), high.reshape(points.shape)
+
+    def _bounds_of_products(self, points: Array) -> tuple[Array, Array]:
+        """Return the bounds for the matrix that was multiplied."""
+        low, high = np.mean([cdf_bounds(jacobi, points) for jacobi in self.jacobi], axis=0)
+        return low, high
 
     def density(self, grid: npt.ArrayLike, sigma: float | None = None) -> Array:
         """Return the density of the measure smoothed with a Gaussian of standard deviation ``sigma``, on a grid.
@@ -272,7 +279,8 @@ class SpectralMeasure:
             "room that the moments leave for an eigenvalue the probes have missed" if self.random else "residual norm"
         )
         beyond = self._beyond[0 if sign < 0.0 else 1]
-        return Estimate(value, value - self.noise, value + beyond + self.noise, f"{method}, and noise")
+        noise = self.noise + self.shift.largest
+        return Estimate(value, value - noise, value + beyond + noise, f"{method}, and noise")
 
     @cached_property
     def _beyond(self) -> tuple[float, float]:
@@ -313,7 +321,12 @@ class SpectralMeasure:
         such a product.
         """
         noise = 0.0 if self.tridiagonal is None else self.tridiagonal.recurrence_error or 0.0
-        return 2.0 * self.rounding * math.sqrt(self._second_moment) + noise
+        return 2.0 * self.rounding * math.sqrt(self._second_moment) + noise + self.shift.mean
+
+    @property
+    def shift(self) -> ProductError:
+        """How far eigenvalues may be from those that exact products would show, as far as this was measured."""
+        return ProductError(0.0, 0.0, 0.0) if self.tridiagonal is None else self.tridiagonal.shift
 
     @property
     def mean_error(self) -> float:
