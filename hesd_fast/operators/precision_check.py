@@ -27,22 +27,19 @@ from hesd_fast.operators.precision_causes import cause_of_imprecision, works_in_
 from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.parameters import as_real, norm_of
 
-VECTORS = 2, 8
-"""Random vectors that are multiplied in both precisions, and how many where the error is not negligible: more of them
-bound it closer. The unit vectors where there are no more parameters."""
-
-NEGLIGIBLE = 1e-4
-"""Error of a product, relative to its norm, that widens no interval by more than a thousandth of an eigenvalue."""
+STAGES = (1, 1e-5), (4, 1e-3), (8, math.inf)
+"""Random vectors that are multiplied in both precisions, and the error relative to the product up to which they are
+enough: more of them bound the error closer. The unit vectors where there are no more parameters."""
 
 SEED = 0x5EED
 """Chooses them, apart from the probes of any run with a small seed."""
 
-PRODUCTS_A_BATCH = 400
-"""Products of a run that pay for the comparison on all batches, with about 1.5 % of their time where float64 takes
-twice as long as float32; a shorter run compares fewer batches, and one at least."""
+PRODUCTS_A_BATCH, LEAST_BATCHES = 400, 8
+"""Products of a run that pay for the comparison of a vector on all batches, with about 1 % of their time where float64
+takes twice as long as float32; a shorter run compares fewer batches, but all where they are few."""
 
 RISK = 0.0125
-"""Probability that the few, or the many, random vectors see so little of the error that its bound does not hold."""
+"""Probability, at each stage, that the vectors see so little of the error that its bound does not hold."""
 
 LARGEST_ERROR = 1e-2
 """Error of a product, relative to its norm, up to which the check passes."""
@@ -154,15 +151,18 @@ def check_precision(operator: ProblemOperator, products: int) -> PrecisionCheck:
 
 
 def _compare(operator: ProblemOperator, products: int, wide: torch.dtype) -> ProductPrecision:
-    """Return what few vectors show or, where that is not negligible and memory allows it, what more vectors do."""
-    few, more = VECTORS
-    found = _Comparison(operator, products, wide, few).run()
-    if found.relative_error <= NEGLIGIBLE or found.vectors < few:
-        return found
-    try:
-        return _Comparison(operator, products, wide, more).run()
-    except OperatorError:
-        return found
+    """Return what a vector shows or, where that is not negligible and memory allows it, what more of them do."""
+    found = None
+    for vectors, enough in STAGES:
+        try:
+            found = _Comparison(operator, products, wide, vectors).run()
+        except OperatorError:  # as where memory is short
+            if found is None:
+                raise
+            return found
+        if found.relative_error <= enough or found.vectors < vectors:
+            return found
+    raise AssertionError("the last stage is always enough")
 
 
 class _Comparison:
@@ -171,7 +171,7 @@ class _Comparison:
     def __init__(self, operator: ProblemOperator, products: int, wide: torch.dtype, vectors: int) -> None:
         self.operator, self.problem, self.wide = operator, operator.prepared, wide
         batches = len(self.problem.batch_bytes)
-        self.count = min(max(batches * products // PRODUCTS_A_BATCH, 1), batches)
+        self.count = min(max(batches * products // PRODUCTS_A_BATCH, LEAST_BATCHES), batches)
         self.scale = batches / self.count  # some batches count as all
         self.panel = _vectors(operator, vectors)
 
