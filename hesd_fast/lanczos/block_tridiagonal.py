@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hesd_fast.errors import CheckpointError, ProblemError
 from hesd_fast.estimate import Estimate, ProductError
-from hesd_fast.records import MAY_BE_MISSING, read_record
+from hesd_fast.records import read_record
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -106,7 +106,7 @@ class BlockTridiagonal:
     breakdown: bool
     probe_kind: str = "rademacher"
     recurrence_error: float | None = None
-    product_error: ProductError | None = field(default=None, metadata=MAY_BE_MISSING)
+    product_error: ProductError | None = None
     basis_dtype: str | None = None
     basis_place: str | None = None
     basis_vectors_read: int | None = None

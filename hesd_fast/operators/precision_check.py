@@ -160,7 +160,7 @@ def _compare(operator: ProblemOperator, products: int, wide: torch.dtype) -> Pro
             if found is None:
                 raise
             return found
-        if found.relative_error <= enough or found.vectors < vectors:
+        if found.relative_error <= enough or found.vectors == operator.size:
             return found
     raise AssertionError("the last stage is always enough")
 
@@ -280,7 +280,7 @@ class _Comparison:
 
 def _vectors(operator: ProblemOperator, count: int) -> Tensor:
     """Return Gaussian vectors, which see every matrix alike; or all unit vectors where these are not more."""
-    count = min(count, operator.size)
+    count = operator.size if operator.size <= STAGES[-1][0] else count
     panel = kernels.empty_panel(count, operator.size, operator.dtype, operator.device)
     if operator.size == count:
         return panel.copy_(torch.eye(count))

@@ -8,7 +8,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from hesd_fast.methodology.generalization_criteria import Criteria, criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence, decide_type
 from hesd_fast.operators.precision_check import ProductPrecision
 from hesd_fast.problem.problem import MODES
-from hesd_fast.records import MAY_BE_MISSING, read_record, shown
+from hesd_fast.records import read_record, shown
 from hesd_fast.report.facts import Check, Cost, ProblemFacts, RunSettings
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
 
@@ -74,7 +74,7 @@ class SavedReport:
     checks: tuple[Check, ...]
     options: RunSettings
     versions: dict[str, str]
-    precision: ProductPrecision | None = field(default=None, metadata=MAY_BE_MISSING)
+    precision: ProductPrecision | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as values of JSON; numbers come back bit for bit."""
