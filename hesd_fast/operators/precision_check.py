@@ -27,7 +27,10 @@ from hesd_fast.operators.precision_causes import cause_of_imprecision, works_in_
 from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.parameters import as_real, norm_of
 
-STAGES = (1, 1e-5), (4, 1e-3), (8, math.inf)
+LARGEST_ERROR = 1e-3
+"""Error of a product, relative to its norm, up to which the check passes."""
+
+STAGES = (1, 1e-5), (4, LARGEST_ERROR), (8, math.inf)
 """Random vectors that are multiplied in both precisions, and the error relative to the product up to which they are
 enough: more of them bound the error closer. The unit vectors where there are no more parameters."""
 
@@ -40,9 +43,6 @@ takes twice as long as float32; a shorter run compares fewer batches, but all wh
 
 RISK = 0.0125
 """Probability, at each stage, that the vectors see so little of the error that its bound does not hold."""
-
-LARGEST_ERROR = 1e-2
-"""Error of a product, relative to its norm, up to which the check passes."""
 
 VECTOR_COPIES = 3
 """Wide vectors that each vector of a comparison takes in all, with its products."""
@@ -98,7 +98,7 @@ class ProductPrecision:
 
     @property
     def suffices(self) -> bool:
-        """Whether the error is that of rounding in a precision that suits the problem."""
+        """Whether the error is small enough for the check to pass, see :data:`LARGEST_ERROR`."""
         return self.relative_error <= LARGEST_ERROR
 
 
