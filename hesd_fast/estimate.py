@@ -75,6 +75,9 @@ class ProductError:
     average: float
     mean: float
 
+    def __str__(self) -> str:
+        return f"ProductError({self.largest:.4g}, {self.average:.4g}, {self.mean:.4g})"
+
     def __post_init__(self) -> None:
         if not all(0.0 <= value < math.inf for value in (self.largest, self.average, self.mean)):
             raise ValueError(f"a ProductError needs numbers that are finite and not negative, got {self}")

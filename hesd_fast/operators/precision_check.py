@@ -7,6 +7,7 @@ the same batches.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -250,32 +251,29 @@ class _Comparison:
             )
 
     def _found(self, coarse: Tensor, fine: Tensor, losses: tuple[float, float]) -> ProductPrecision:
-        problem = self.problem
-        error = coarse.double() - fine
-        pairs = [
-            (torch.cat([row.reshape(-1) for row in ours]), torch.cat([row.reshape(-1) for row in theirs]))
-            for ours, theirs in zip(self._parts(coarse.double()), self._parts(fine), strict=True)
-        ]
-        relative, norms = [_distance(*pair) for pair in pairs], [norm_of([pair[1]]) for pair in pairs]
-        whole = _distance(coarse.double(), fine)
-        counted = [i for i, norm in enumerate(norms) if norm >= SMALL_PART * norm_of([fine])] or range(len(pairs))
+        coarse, whole = coarse.double(), norm_of([fine])
+        cosines, relative, counted = [], [], []
+        for i, (start, end) in enumerate(itertools.pairwise((*self.problem.offsets, self.problem.size))):
+            ours, theirs = coarse[:, start:end], fine[:, start:end]
+            cosines.append(_cosine(ours, theirs))
+            relative.append(_distance(ours, theirs))
+            if norm_of([theirs]) >= SMALL_PART * whole:
+                counted.append(i)
+        cosine, distance = _cosine(coarse, fine), _distance(coarse, fine)
+        worst = max(counted or range(len(relative)), key=lambda i: relative[i])
         return ProductPrecision(
             str(self.wide).removeprefix("torch."),
             len(self.panel),
             self.count,
-            _cosine(coarse.double(), fine),
-            whole,
-            tuple(_cosine(*pair) for pair in pairs),
+            cosine,
+            distance,
+            tuple(cosines),
             tuple(relative),
-            list(problem.parameters)[max(counted, key=lambda i: relative[i])],
+            list(self.problem.parameters)[worst],
             *losses,
-            _bounds(error * self.scale, self.panel),
-            cause_of_imprecision(problem, losses) if whole > LARGEST_ERROR else "",
+            _bounds(coarse.sub_(fine).mul_(self.scale), self.panel),
+            cause_of_imprecision(self.problem, losses) if distance > LARGEST_ERROR else "",
         )
-
-    def _parts(self, panel: Tensor) -> list[tuple[Tensor, ...]]:
-        ends = [*self.problem.offsets[1:], self.problem.size]
-        return [tuple(panel[:, start:end]) for start, end in zip(self.problem.offsets, ends, strict=True)]
 
 
 def _vectors(operator: ProblemOperator, count: int) -> Tensor:

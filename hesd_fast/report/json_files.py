@@ -201,18 +201,39 @@ def _wrong_matrix(content: SavedReport) -> Iterator[str]:
 
 
 def _wrong_precision(content: SavedReport) -> Iterator[str]:
-    found = content.precision
+    found, known = content.precision, content.tridiagonal.product_error
     error = None if found is None else found.error
-    if error != content.tridiagonal.product_error:
-        known = content.tridiagonal.product_error
-        yield f"precision.error is {shown(error)}, and that of the tridiagonal matrix {shown(known)}"
+    if error != known:
+        yield f"precision.error is {error}, and that of the tridiagonal matrix {known}"
     if found is None:
         return
-    for name in ("cosines", "relative_errors"):
-        if len(getattr(found, name)) != len(content.problem.parameters):
-            yield f"precision.{name} has {len(getattr(found, name))} numbers; wanted one for each parameter"
-    if found.worst not in content.problem.parameters:
+    facts = content.problem
+    if found.reference not in ("float64", "float32"):
+        yield f"precision.reference is {shown(found.reference)}; wanted float64 or float32"
+    if found.vectors < 1:
+        yield f"precision.vectors is {found.vectors}; wanted at least 1"
+    if not 1 <= found.batches <= facts.batches:
+        yield f"precision.batches is {found.batches}; wanted 1 to {facts.batches}"
+    if found.relative_error < 0.0:
+        yield f"precision.relative_error is {found.relative_error}; wanted at least 0"
+    if not _is_cosine(found.cosine):
+        yield f"precision.cosine is {found.cosine}; wanted a number from -1 to 1"
+    for name, numbers in (("cosines", found.cosines), ("relative_errors", found.relative_errors)):
+        if len(numbers) != len(facts.parameters):
+            wanted = len(facts.parameters)
+            yield f"precision.{name} has {len(numbers)} numbers; wanted {wanted}, one for each parameter"
+    for number in found.cosines:
+        if not _is_cosine(number):
+            yield f"precision.cosines holds {number}; wanted numbers from -1 to 1"
+    for number in found.relative_errors:
+        if number < 0.0:
+            yield f"precision.relative_errors holds {number}; wanted numbers from 0 on"
+    if found.worst not in facts.parameters:
         yield f"precision.worst is {shown(found.worst)}, which is none of the parameters"
+
+
+def _is_cosine(number: float) -> bool:
+    return abs(number) <= 1.0 + ROUNDING
 
 
 def _wrong_settings(content: SavedReport) -> Iterator[str]:
