@@ -157,7 +157,7 @@ def _compare(operator: ProblemOperator, products: int, wide: torch.dtype) -> Pro
     for vectors, enough in STAGES:
         try:
             found = _Comparison(operator, products, wide, vectors).run()
-        except OperatorError:  # as where memory is short
+        except Exception:  # as where memory is short
             if found is None:
                 raise
             return found
