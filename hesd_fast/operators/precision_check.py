@@ -31,15 +31,15 @@ from hesd_fast.problem.parameters import as_real, norm_of
 LARGEST_ERROR = 1e-3
 """Error of a product, relative to its norm, up to which the check passes."""
 
-STAGES = (1, 1e-5), (4, LARGEST_ERROR), (8, math.inf)
+STAGES = (2, 1e-5), (4, LARGEST_ERROR), (8, math.inf)
 """Random vectors that are multiplied in both precisions, and the error relative to the product up to which they are
 enough: more of them bound the error closer. The unit vectors where there are no more parameters."""
 
 SEED = 0x5EED
 """Chooses them, apart from the probes of any run with a small seed."""
 
-PRODUCTS_A_BATCH, LEAST_BATCHES = 400, 8
-"""Products of a run that pay for the comparison of a vector on all batches, with about 1 % of their time where float64
+PRODUCTS_A_BATCH, LEAST_BATCHES = 700, 8
+"""Products of a run that pay for the comparison of two vectors on all batches, with 1 % of their time where float64
 takes twice as long as float32; a shorter run compares fewer batches, but all where they are few."""
 
 RISK = 0.0125

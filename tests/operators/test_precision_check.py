@@ -94,7 +94,7 @@ def error_matrices() -> dict[str, Tensor]:
     return {name: (basis * torch.tensor(one, dtype=torch.float64)) @ basis.T for name, one in values.items()}
 
 
-@pytest.mark.parametrize("vectors", [1, 4, 8])
+@pytest.mark.parametrize("vectors", [2, 4, 8])
 @pytest.mark.parametrize("name", ["rank one", "full rank", "few"])
 def test_bounds_of_the_error_hold_at_the_stated_risk(name, vectors):
     matrix, generator, runs = error_matrices()[name], torch.Generator().manual_seed(1), 1000
@@ -131,7 +131,7 @@ def test_rounding_alone_passes():
     loss = hesd.losses.supervised(nn.CrossEntropyLoss())
     found = checked(HessianOperator(hesd.Problem(model, loss, data)))
     assert found.suffices
-    assert found.vectors == 1
+    assert found.vectors == 2
     assert 0.0 < found.relative_error <= ROUNDING
     assert found.cause == ""
 
@@ -170,7 +170,7 @@ def test_a_short_run_compares_the_batches_that_the_loss_comes_from():
     torch.manual_seed(0)
     data = [(torch.randn(5, 20) * (10.0 if i == 17 else 0.1), torch.zeros(5, 1)) for i in range(20)]
     operator = HessianOperator(hesd.Problem(nn.Linear(20, 1), squares, data))
-    assert checked(operator, products=400).batches == 20
+    assert checked(operator, products=700).batches == 20
     found = checked(operator, products=40)
     assert found.batches == precision_check.LEAST_BATCHES
     wide = torch.cat([x for x, _ in data]).double()
