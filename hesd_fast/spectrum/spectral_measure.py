@@ -190,6 +190,8 @@ class SpectralMeasure:
         from the density of ``H`` is the sampling error, see `standard_error_bound`. The bounds are the tightest that
         the moments of each probe allow, widened by a rounding allowance. They are rigorous with full or partial
         reorthogonalization, and approximate with a window or with none. Of a bare measure both are its step function.
+        Where products have been compared with exact ones, each bound is that of the point moved outwards by `shift`, as
+        far as an eigenvalue may have moved.
 
         Shapes are that of ``x``. Costs one symmetric eigenproblem of order ``m + 1`` per point and probe.
 
