@@ -249,7 +249,8 @@ class BlockTridiagonal:
         - Intervals that overlap may hold the same eigenvalue.
 
         Residual norms include the noise of the products, which is measured on the run and allowed for with a margin,
-        see `noise`; it is not a bound. Intervals also include their error in a wider precision, where that is known. Costs one dense symmetric eigenproblem of order ``sum(block_sizes)``.
+        see `noise`; it is not a bound. Intervals also include their error in a wider precision, where that is known.
+        Costs one dense symmetric eigenproblem of order ``sum(block_sizes)``.
 
         Parameters
         ----------
