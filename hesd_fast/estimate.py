@@ -51,3 +51,33 @@ class Estimate:
 
     def __str__(self) -> str:
         return format(self)
+
+
+@dataclass(frozen=True)
+class ProductError:
+    """How far eigenvalues of two matrices are apart, the i-th of one from the i-th of the other, at most.
+
+    Attributes
+    ----------
+    largest : float
+        Of any eigenvalue; the spectral norm of the difference of the matrices (Weyl).
+    average : float
+        The mean over all eigenvalues of their distances; the Frobenius norm over the root of n (Hoffman and Wielandt).
+    mean : float
+        The distance of the mean eigenvalues.
+
+    References
+    ----------
+    Horn and Johnson, *Matrix Analysis*, 2013, corollaries 4.3.15 and 6.3.8.
+    """
+
+    largest: float
+    average: float
+    mean: float
+
+    def __str__(self) -> str:
+        return f"ProductError({self.largest:.4g}, {self.average:.4g}, {self.mean:.4g})"
+
+    def __post_init__(self) -> None:
+        if not all(0.0 <= value < math.inf for value in (self.largest, self.average, self.mean)):
+            raise ValueError(f"a ProductError needs numbers that are finite and not negative, got {self}")

@@ -12,6 +12,7 @@ from hesd_fast.lanczos.basis_storage import BASIS_DTYPES
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.linearity_check import Deviations
+from hesd_fast.operators.precision_check import LARGEST_ERROR, PrecisionCheck
 from hesd_fast.problem.problem import Problem
 from hesd_fast.report.facts import Check
 from hesd_fast.spectrum.spectral_measure import SpectralMeasure
@@ -39,6 +40,7 @@ def checks_of_run(
     tridiagonal: BlockTridiagonal,
     measure: SpectralMeasure,
     deviations: Deviations,
+    precision: PrecisionCheck,
     matrix: ProblemOperator,
     problem: Problem,
 ) -> tuple[Check, ...]:
@@ -54,6 +56,7 @@ def checks_of_run(
         _with_cause(determinism, problem.likely_causes()),
         _with_cause(_weights(measure, problem), LOST),
         *_derivatives(matrix),
+        *_precision(precision),
     ]
     if strategy is not None and not strategy.exact:
         checks.append(_finite_differences(strategy.error, strategy.step))
@@ -143,6 +146,24 @@ def _derivatives(matrix: ProblemOperator) -> Iterator[Check]:
     if derivatives is not None:
         detail = derivatives.detail if derivatives.agrees is not None else f"not known: {derivatives.detail}"
         yield Check("derivatives", derivatives.agrees is not False, detail)
+
+
+def _precision(check: PrecisionCheck) -> Iterator[Check]:
+    """Yield the comparison with a wider precision; nothing where there is none to compare with."""
+    found = check.precision
+    if found is None:
+        if check.reason:
+            yield Check("precision", True, f"not known: {check.reason}")
+        return
+    batches = "1 batch" if found.batches == 1 else f"{found.batches:,} batches"
+    detail = (
+        f"products are {found.relative_error:.2g} of their norm away from those in {found.reference} (cosine "
+        f"{found.cosine:.6g}; {found.vectors} vectors, {batches}), most in {found.worst!r} (allowed "
+        f"{LARGEST_ERROR:.2g})"
+    )
+    if not found.suffices:
+        detail += f"; all intervals allow for it; {found.cause}"
+    yield Check("precision", found.suffices, detail)
 
 
 def _finite_differences(error: float, step: float) -> Check:

@@ -75,6 +75,11 @@ class RunSequence:
         return tuple(self._done)
 
     @property
+    def products(self) -> int:
+        """Vectors multiplied, in all runs."""
+        return sum(run.products for run in self._done)
+
+    @property
     def first_run(self) -> LanczosRun | None:
         """The first run, if it was to be kept."""
         return self._first if self._goal.keep_run else None

@@ -26,6 +26,7 @@ from hesd_fast.methodology.generalization_criteria import criteria
 from hesd_fast.methodology.hesd_type import classify
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.linearity_check import Deviations, LinearityCheck
+from hesd_fast.operators.precision_check import PrecisionCheck, ProductPrecision, check_precision
 from hesd_fast.problem.parameters import as_real
 from hesd_fast.problem.problem import Problem
 from hesd_fast.report.facts import Cost, ProblemFacts, RunSettings
@@ -75,15 +76,28 @@ def spectra_of(
                 del runs
                 for one in sequences.values():
                     one.end_run()
+        precisions = {
+            name: check_precision(operator, sequences[name].products)
+            for name, operator in operators.items()
+            if name in check.found
+        }
     for operator in operators.values():
         operator.release()
     reports = {}
     for name, operator in operators.items():
         runs_of_one = sequences.pop(name)
         settings = _settings_of(plan, runs_of_one.done, names, goal, name)
-        reports[name] = _report_of(operator, runs_of_one, check.found.get(name), settings, goal, started)
+        found = Comparisons(check.found[name], precisions[name]) if name in check.found else None
+        reports[name] = _report_of(operator, runs_of_one, found, settings, goal, started)
         _warn_of_failures(reports[name], goal, name)
     return reports
+
+
+class Comparisons(NamedTuple):
+    """What products were compared with."""
+
+    deviations: Deviations
+    precision: PrecisionCheck
 
 
 def _in_parts(multiply: Multiply, rows: int) -> Multiply:
@@ -96,6 +110,12 @@ def _in_parts(multiply: Multiply, rows: int) -> Multiply:
             multiply({name: panels[name][part] for name in names}, {name: products[name][part] for name in names})
 
     return in_parts
+
+
+def with_error(runs: Sequence[BlockTridiagonal], precision: ProductPrecision | None) -> tuple[BlockTridiagonal, ...]:
+    """Return the matrices of runs with what a comparison in a wider precision has found of their products."""
+    error = None if precision is None else precision.error
+    return tuple(replace(run, product_error=error) for run in runs)
 
 
 def _settings_of(plan: RunPlan, runs: Sequence[BlockTridiagonal], names: Names, goal: Goal, group: str) -> RunSettings:
@@ -119,7 +139,7 @@ def _settings_of(plan: RunPlan, runs: Sequence[BlockTridiagonal], names: Names, 
 def _report_of(
     operator: ProblemOperator,
     runs: RunSequence,
-    deviations: Deviations | None,
+    compared: Comparisons | None,
     settings: RunSettings,
     goal: Goal,
     started: float,
@@ -127,18 +147,20 @@ def _report_of(
     """Return what the runs have found: measure, criteria, type and checks."""
     problem = operator.problem
     facts = _facts_of(problem)
-    measure = SpectralMeasure.from_tridiagonal(*runs.done)
+    earlier = goal.earlier
+    precision = compared.precision.precision if compared is not None else earlier and earlier.precision
+    done = with_error(runs.done, precision)
+    measure = SpectralMeasure.from_tridiagonal(*done)
     found = criteria(measure)
     hesd_type, evidence = classify(
         measure, found, loss_value=facts.loss, parameter_norm_squared=facts.parameter_norm_squared
     )
-    earlier = goal.earlier
-    if deviations is None:  # nothing was multiplied that the earlier report has no checks of
+    if compared is None:  # nothing was multiplied that the earlier report has no checks of
         checks = () if earlier is None else earlier.checks
     else:
-        checks = checks_of_run(_worst_of(runs.done), measure, deviations, operator, problem)
+        checks = checks_of_run(_worst_of(done), measure, compared.deviations, compared.precision, operator, problem)
     cost = Cost(
-        hvps=sum(run.products for run in runs.done),
+        hvps=runs.products,
         seconds=time.perf_counter() - started + (0.0 if earlier is None else earlier.cost.seconds),
         peak_bytes=_peak_bytes(problem),
         strategy=operator.method,
@@ -146,7 +168,8 @@ def _report_of(
         unmet=outcome(Findings(measure, found), goal.wanted),
     )
     versions = _versions(problem.device)
-    return Report(hesd_type, evidence, found, measure, facts, cost, checks, settings, versions, runs.first_run)
+    first = runs.first_run
+    return Report(hesd_type, evidence, found, measure, facts, cost, checks, settings, versions, precision, first)
 
 
 def _worst_of(runs: Sequence[BlockTridiagonal]) -> BlockTridiagonal:

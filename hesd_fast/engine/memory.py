@@ -55,6 +55,11 @@ def available_memory(device: torch.device | None = None) -> int | None:
     return _looks.seen[where]
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Return the same as it is now, also within :func:`one_look`: for what has to fit beside all that is held."""
+    return _look(device if cuda.runtime.is_cuda(device) else None)
+
+
 def _look(device: torch.device | None) -> int | None:
     if device is not None:
         return cuda.runtime.free_memory(device)

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from hesd_fast.engine import cuda
 from hesd_fast.engine.memory import MemoryWatch, available_memory, resident_memory
@@ -25,7 +22,7 @@ from hesd_fast.errors import HESDWarning, OperatorError, first_line
 from hesd_fast.hvp.derivative_causes import Kinks, causes_of_wrong_derivatives, kinks_in, listed
 from hesd_fast.hvp.differences import central_difference, lengths_of_weights, unit_step
 from hesd_fast.hvp.second_derivatives import product_along_gradient
-from hesd_fast.problem.differentiation import filled
+from hesd_fast.hvp.wide_loss import Parts, WideLoss, wide_bytes, widened
 from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.parameters import norm_of
 from hesd_fast.problem.prepared_problem import PreparedProblem
@@ -57,9 +54,6 @@ CLEARLY_WRONG = 0.1
 LEAST_COARSE = 1e-3
 """Relative difference of a loss in float64 from that in the model's precision that says nothing."""
 
-COPIES = 12
-"""Float64 vectors of n that the check may take in all, beside the graph of one batch in float64."""
-
 
 @dataclass(frozen=True)
 class DerivativeCheck:
@@ -77,12 +71,15 @@ class DerivativeCheck:
     detail: str
 
 
+@dataclass(frozen=True)
+class GraphBytes:
+    """What the graph of the first batch takes in the model's own precision, as far as the system tells."""
+
+    bytes: int
+
+
 class _WarningGiven:
     """That a warning of wrong derivatives has been given."""
-
-
-Parts = list[Tensor]
-"""One tensor for each selected parameter."""
 
 
 def check_derivatives(problem: PreparedProblem) -> DerivativeCheck:
@@ -105,6 +102,7 @@ def check_derivatives(problem: PreparedProblem) -> DerivativeCheck:
         with _without_warnings():
             found = _Comparison(problem, term, direction, problem.unflatten(product), graph_bytes).run()
         problem.keep_finding(found)
+        problem.keep_finding(GraphBytes(graph_bytes))
     return found
 
 
@@ -156,7 +154,7 @@ class _Comparison:
     def _in_float64(self) -> DerivativeCheck | str:
         """Compare in float64; or return why that cannot be done."""
         try:
-            wide = _LossInFloat64(self.problem, self.term, self.direction, self.unit, self.graph_bytes)
+            wide = _LossAlong(self.problem, self.term, self.direction, self.unit, self.graph_bytes)
             found = wide.difference(STEPS_IN_FLOAT64[0])
             if self._is_rounding(found):
                 return _agreement(self.product, found, "float64")
@@ -164,7 +162,7 @@ class _Comparison:
         except Exception as error:  # whatever code says that takes its own precision only
             return first_line(error)
 
-    def _with_short_steps(self, wide: _LossInFloat64, product: Parts, found: Parts) -> DerivativeCheck:
+    def _with_short_steps(self, wide: _LossAlong, product: Parts, found: Parts) -> DerivativeCheck:
         """One step that agrees decides; two that agree with each other, and not with the product, condemn it."""
         for step in (None, *STEPS_IN_FLOAT64[1:]):
             previous, found = found, found if step is None else wide.difference(step)
@@ -247,8 +245,8 @@ def _consistent(one: Parts, other: Parts, product: Parts, share: float) -> set[i
     }
 
 
-class _LossInFloat64:
-    """One batch's loss as a function of float64 weights, whatever the precision of the model.
+class _LossAlong:
+    """One batch's loss in float64, at weights that are moved along a direction.
 
     Raises
     ------
@@ -260,11 +258,10 @@ class _LossInFloat64:
         self, problem: PreparedProblem, term: LossTerm, direction: Tensor, unit: float, graph_bytes: int
     ) -> None:
         available = available_memory(problem.device)
-        needed = COPIES * 8 * problem.size + 8 * graph_bytes // min(p.itemsize for p in problem.parameters.values())
-        if available is not None and needed > available // 2:
+        if available is not None and wide_bytes(problem, graph_bytes) > available // 2:
             raise OperatorError("there is not enough memory for that")
-        self.problem, self.term, self.unit = problem, term, unit
-        self.direction = [_widened(part) for part in problem.unflatten(direction)]
+        self.wide, self.term, self.unit = WideLoss(problem), term, unit
+        self.direction = [widened(part) for part in problem.unflatten(direction)]
         self._coarse = max(problem.epsilon**0.5, LEAST_COARSE)
 
     def difference(self, step: float) -> Parts:
@@ -290,85 +287,20 @@ class _LossInFloat64:
     def product(self, coarse: Parts) -> Parts:
         """Return the exact product, that of the model's own precision being ``coarse``."""
         gradient = self._gradient(0.0, create_graph=True)
-        pairs = [(entry, part) for entry, part in zip(gradient, self.direction, strict=True) if entry.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(gradient)
-        if pairs:
-            entries, parts = zip(*pairs, strict=True)
-            with self._elsewhere():
-                found = torch.autograd.grad(entries, self._leaves, parts, allow_unused=True)
+        product = self.wide.multiply(gradient, self.direction)
         self._at_rest = [entry.detach() for entry in gradient]
-        product = filled(found, self._leaves)
-        if _distance(product, [_widened(part) for part in coarse]) > 16 * self._coarse:
+        if _distance(product, [widened(part) for part in coarse]) > 16 * self._coarse:
             raise OperatorError("the product is another one then")
         return product
 
     def _gradient(self, step: float, create_graph: bool = False) -> Parts:
-        self._leaves = [
-            (_widened(parameter.detach()) + step * part).requires_grad_()
-            for parameter, part in zip(self.problem.parameters.values(), self.direction, strict=True)
-        ]
-        with self._elsewhere():
-            loss = self.term.evaluate_moved()
-            found = torch.autograd.grad(loss, self._leaves, create_graph=create_graph, allow_unused=True)
-        value, wanted = float(loss.detach()), self.term.first_value
+        self.wide.move([step * part for part in self.direction] if step else None)
+        loss, term = self.wide.evaluate(self.term), self.term
+        gradient = self.wide.gradient(loss, create_graph)
+        value, wanted = float(loss.detach()), term.first_value
         if step == 0.0 and not abs(value - wanted) <= self._coarse * abs(wanted) + self._coarse**2:
-            raise OperatorError(f"the loss of batch {self.term.index} is {value!r} then, and not {wanted!r}")
-        return filled(found, self._leaves)
-
-    @contextmanager
-    def _elsewhere(self) -> Iterator[None]:
-        """Let model and loss find the float64 weights; a backward pass may call them again."""
-        parameters = self.problem.parameters.values()
-        replacements = {id(parameter): leaf for parameter, leaf in zip(parameters, self._leaves, strict=True)}
-        with self.problem.replaced(self._leaves), InFloat64(replacements):
-            yield
-
-
-class InFloat64(TorchFunctionMode):
-    """Lets every operation of PyTorch work in float64, and on other tensors in the place of some parameters.
-
-    Parameters
-    ----------
-    replacements : dict of int to tensor
-        By the ``id`` of a parameter, the tensor that takes its place, however the model comes by the parameter.
-    """
-
-    def __init__(self, replacements: dict[int, Tensor]) -> None:
-        super().__init__()
-        self._replacements = replacements
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call the function with everything in float64."""
-        function = _IN_FLOAT64.get(function, function)
-        found = function(*tree_map(self._widened, args), **tree_map(self._widened, kwargs or {}))
-        # What is made of no tensor has the default dtype, which other threads use as well.
-        return found if any(isinstance(value, Tensor) for value in args) else tree_map(_widened_leaf, found)
-
-    def _widened(self, value: Any) -> Any:
-        if isinstance(value, torch.dtype):
-            return _WIDE.get(value, value)
-        if not isinstance(value, Tensor):
-            return value
-        value = self._replacements.get(id(value), value)
-        return _widened(value)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(_WIDE[tensor.dtype]) if tensor.dtype in _WIDE else tensor
-
-
-def _widened_leaf(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.dtype not in _WIDE or value.grad_fn is not None:
-        return value
-    return _widened(value.detach()).requires_grad_(value.requires_grad)
-
-
-_WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64}
-_WIDE[torch.complex64] = torch.complex128
-
-_IN_FLOAT64 = {Tensor.float: Tensor.double, Tensor.half: Tensor.double, Tensor.bfloat16: Tensor.double}
+            raise OperatorError(f"the loss of batch {term.index} is {value!r} then, and not {wanted!r}")
+        return gradient
 
 
 @contextmanager

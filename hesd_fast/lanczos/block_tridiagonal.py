@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hesd_fast.engine import _engine
 from hesd_fast.errors import CheckpointError, ProblemError
-from hesd_fast.estimate import Estimate
+from hesd_fast.estimate import Estimate, ProductError
 from hesd_fast.records import read_record
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -76,6 +76,9 @@ class BlockTridiagonal:
     recurrence_error : float or None
         Largest deviation of the measured projections ``Q H Q^T`` from a symmetric block tridiagonal matrix, in the
         units of ``H``: the noise and asymmetry of the Hessian products. None when it was not measured.
+    product_error : ProductError or None
+        How far the eigenvalues of the matrix that was multiplied may be from those that exact products would show. None
+        when products were not compared with others in a wider precision.
     basis_dtype, basis_place : str or None
         What the basis was kept in (``"float32"``) and where (``"memory"`` or ``"disk"``); None when not known.
     basis_vectors_read : int or None
@@ -112,6 +115,7 @@ class BlockTridiagonal:
     breakdown: bool
     probe_kind: str = "rademacher"
     recurrence_error: float | None = None
+    product_error: ProductError | None = None
     basis_dtype: str | None = None
     basis_place: str | None = None
     basis_vectors_read: int | None = None
@@ -262,6 +266,11 @@ class BlockTridiagonal:
         """Rounding allowance of a Ritz value, relative to the largest magnitude: of the run and of the solver."""
         return max(RITZ_ROUNDING * self.epsilon, SOLVER_ROUNDING * 2.0**-52 * math.sqrt(sum(self.block_sizes)))
 
+    @property
+    def shift(self) -> ProductError:
+        """The error of the products; zero where it is not known."""
+        return self.product_error or ProductError(0.0, 0.0, 0.0)
+
     def ritz(self) -> tuple[Array, Array, Array]:
         """Return Ritz values (k,) in ascending order, the eigenvectors of ``T`` (k, k) as columns, residual norms (k,).
 
@@ -341,7 +350,8 @@ class BlockTridiagonal:
         - Intervals that overlap may hold the same eigenvalue.
 
         Residual norms include the noise of the products, which is measured on the run and allowed for with a margin,
-        see `noise`; it is not a bound. Costs what `ritz_ends` does.
+        see `noise`; it is not a bound. Intervals also include their error in a wider precision, where that is known.
+        Costs what `ritz_ends` does.
 
         Parameters
         ----------
@@ -365,7 +375,8 @@ class BlockTridiagonal:
         residuals = self.residual_norms(values, couplings)
         order = slice(None, None, -1) if which == "largest" else slice(None)
         pairs = zip(values[order][:k].tolist(), residuals[order][:k].tolist(), strict=True)
-        return tuple(Estimate(value, value - error, value + error, "residual norm and noise") for value, error in pairs)
+        shift, method = self.shift.largest, "residual norm and noise"
+        return tuple(Estimate(value, value - error - shift, value + error + shift, method) for value, error in pairs)
 
     def _check_top(self, k: Any, which: Any) -> None:
         found = sum(self.block_sizes)
@@ -397,6 +408,7 @@ class BlockTridiagonal:
             "breakdown": bool(self.breakdown),
             "probe_kind": self.probe_kind,
             "recurrence_error": None if self.recurrence_error is None else float(self.recurrence_error),
+            "product_error": None if self.product_error is None else asdict(self.product_error),
             "basis_dtype": self.basis_dtype,
             "basis_place": self.basis_place,
             "basis_vectors_read": None if self.basis_vectors_read is None else int(self.basis_vectors_read),

@@ -137,12 +137,20 @@ def signed_moments(measure: SpectralMeasure, exponent: float, threshold: float) 
     sides = (bands, [band.reflected() for band in bands])
     squares = [_mean([band.tail_moment(threshold, 2.0 * exponent) for band in side]).high for side in sides]
     plus, minus = (_mean([band.tail_moment(threshold, exponent) for band in side]) for side in sides)
-    largest = max(measure.lambda_max.high, -measure.lambda_min.low) ** exponent
-    errors = [measure.sampling.two_standard_errors(square, largest) for square in squares]
+    largest = max(measure.lambda_max.high, -measure.lambda_min.low)
+    shift = _shift_of_powers(measure.shift.average, largest, exponent)
+    errors = [measure.sampling.two_standard_errors(square, largest**exponent) + shift for square in squares]
     anything = Interval(-math.inf, math.inf)
     of_probes = SignedIntervals(plus, minus, anything)
     of_matrix = SignedIntervals(plus.widened(errors[0]), minus.widened(errors[1]), anything)
     return SignedMoments(unresolved, of_probes, of_probes, of_matrix)
+
+
+def _shift_of_powers(average: float, largest: float, exponent: float) -> float:
+    """Return how far the mean of ``|lambda|^exponent`` can move where eigenvalues move by so much on average."""
+    if exponent < 1.0:
+        return math.pow(average, exponent)  # |a^p - b^p| <= |a - b|^p, and Jensen
+    return exponent * math.pow(largest, exponent - 1.0) * average
 
 
 def _first_moments(
@@ -189,7 +197,9 @@ def _of_matrix(
     # What has not converged has a square of at most either bound: that of its side, or that of all of it.
     rest, largest = measure.unconverged_square_bound, measure.largest_unconverged
     errors = [
-        measure.sampling.two_standard_errors(min(square, rest), largest) + converged.uncertainty(part)
+        measure.sampling.two_standard_errors(min(square, rest), largest)
+        + converged.uncertainty(part)
+        + measure.shift.average
         for square, part in zip(squares, (above, below), strict=True)
     ]
     error = measure.mean_error + slack

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 
 from hesd_fast.errors import OperatorError
+from hesd_fast.hvp.base import Vectors
+from hesd_fast.hvp.wide_loss import Parts, WideLoss
 from hesd_fast.operators.not_finite import cause_of_nan
+from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.parameters import memory_ends
 from hesd_fast.problem.prepared_problem import PreparedProblem
 from hesd_fast.problem.problem import Problem
@@ -230,6 +234,19 @@ class ProblemOperator(OperatorBase):
 
     def release(self) -> None:
         """Let go of what is kept from one product to the next."""
+
+    @property
+    def not_comparable(self) -> str | None:
+        """Why products of single batches say nothing about those of the run; None where they do."""
+        return None
+
+    @abstractmethod
+    def products_of(self, term: LossTerm, panel: Tensor) -> Tensor:
+        """Return a batch's part of the products with the rows of a panel, made as those of a run, in a session."""
+
+    @abstractmethod
+    def wide_products(self, loss: WideLoss, term: LossTerm, rows: Vectors) -> tuple[float, float, Iterator[Parts]]:
+        """Return a batch's loss in a wide precision, its weight, and its products with some vectors, each once."""
 
     def _multiply_anew(self, panel: Tensor, out: Tensor) -> None:
         """Multiply without what is kept from one product to the next."""

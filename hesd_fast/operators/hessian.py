@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor
 from hesd_fast.choices import is_one_of
 from hesd_fast.errors import HESDWarning, OperatorError
 from hesd_fast.hvp import ALL_STRATEGIES, DoubleBackward, Strategy
+from hesd_fast.hvp.base import Vectors, vectors_of
 from hesd_fast.hvp.derivative_check import DerivativeCheck, warn_of_wrong_derivatives
 from hesd_fast.hvp.planner import ProductPlan, choose, give_up
+from hesd_fast.hvp.wide_loss import Parts, WideLoss
 from hesd_fast.operators.base import ProblemOperator
+from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.problem import Problem
 
 S = TypeVar("S", bound=Strategy)
@@ -97,6 +100,19 @@ class HessianOperator(ProblemOperator):
         """Let go of what is kept from one product to the next."""
         self.strategy.release()
 
+    @property
+    def not_comparable(self) -> str | None:
+        """Why a comparison in another precision says nothing: finite differences have measured their larger errors."""
+        return None if self.strategy.exact else "products are finite differences, see the check of these"
+
+    def products_of(self, term: LossTerm, panel: Tensor) -> Tensor:
+        """Return a batch's part of the products with the rows of a panel, by the run's strategy, in a session."""
+        return self.strategy.products_alone(term, vectors_of(self.prepared, panel))
+
+    def wide_products(self, loss: WideLoss, term: LossTerm, rows: Vectors) -> tuple[float, float, Iterator[Parts]]:
+        """Return a batch's loss in a wide precision, its weight, and its products with some vectors."""
+        return hessian_products(loss, term, rows)
+
     def _multiply_anew(self, panel: Tensor, out: Tensor) -> None:
         plain = DoubleBackward()
         plain.problem = self.prepared
@@ -116,6 +132,18 @@ class HessianOperator(ProblemOperator):
         if self.strategy.exact:
             warn_of_wrong_derivatives(self.prepared)
         self._is_prepared = True
+
+
+def hessian_products(loss: WideLoss, term: LossTerm, rows: Vectors) -> tuple[float, float, Iterator[Parts]]:
+    """Return a batch's loss in a wide precision, its weight, and the products of its Hessian with some vectors."""
+    value = loss.evaluate(term)
+    gradient = loss.gradient(value, create_graph=True)
+
+    def products() -> Iterator[Parts]:
+        for j, row in enumerate(rows):
+            yield loss.multiply(gradient, row, keep_graph=j + 1 < len(rows))
+
+    return float(value.detach()), term.weight, products()
 
 
 def multiply_or_fall_back(strategy: S, hvp: str, multiply: Callable[[S | DoubleBackward], None]) -> S | DoubleBackward:

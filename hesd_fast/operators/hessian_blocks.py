@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from hesd_fast.choices import GROUPINGS, is_one_of
 from hesd_fast.errors import OperatorError, ProblemError
-from hesd_fast.hvp.base import ProductSum
+from hesd_fast.hvp.base import ProductSum, Vectors, vectors_of
 from hesd_fast.hvp.derivative_check import DerivativeCheck, warn_of_wrong_derivatives
 from hesd_fast.hvp.planner import give_up
 from hesd_fast.hvp.reverse_over_reverse import DoubleBackward, KeptGraph, ReverseOverReverse
+from hesd_fast.hvp.wide_loss import Parts, WideLoss
 from hesd_fast.operators.base import ProblemOperator
-from hesd_fast.operators.hessian import multiply_or_fall_back
+from hesd_fast.operators.hessian import hessian_products, multiply_or_fall_back
+from hesd_fast.problem.loss_term import LossTerm
 from hesd_fast.problem.model_state import alone
 from hesd_fast.problem.parameters import Selection, select_parameters
 from hesd_fast.problem.problem import Problem
@@ -62,6 +64,16 @@ class HessianBlock(ProblemOperator):
     def release(self) -> None:
         """Let go of what is kept from one product to the next, for all groups."""
         self.strategy.release()
+
+    def products_of(self, term: LossTerm, panel: Tensor) -> Tensor:
+        """Return a batch's part of the products with the rows of a panel, in a session."""
+        plain = DoubleBackward()
+        plain.problem = self.prepared
+        return plain.products_alone(term, vectors_of(self.prepared, panel))
+
+    def wide_products(self, loss: WideLoss, term: LossTerm, rows: Vectors) -> tuple[float, float, Iterator[Parts]]:
+        """Return a batch's loss in a wide precision, its weight, and its products with some vectors."""
+        return hessian_products(loss, term, rows)
 
     def _multiply_anew(self, panel: Tensor, out: Tensor) -> None:
         plain = DoubleBackward()

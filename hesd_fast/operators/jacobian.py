@@ -9,13 +9,15 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import jvp, vmap
 
 from hesd_fast.engine import cuda
 from hesd_fast.errors import OperatorError, ProblemError, first_line, raised_outside_of_libraries
 from hesd_fast.hvp.base import ProductSum, Vectors, agrees, probe_vectors, quiet, stacked, vectors_of, with_row
 from hesd_fast.hvp.second_derivatives import differentiate, refuse_dead_ends
+from hesd_fast.hvp.wide_loss import Parts as WideParts
+from hesd_fast.hvp.wide_loss import WideLoss
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.problem.differentiation import filled, naming_refusals
 from hesd_fast.problem.loss_term import LossTerm
@@ -37,11 +39,11 @@ class Jacobian:
     ----------
     values : tensor
         With its graph, which is kept until the Jacobian is gone.
-    parameters : list of nn.Parameter
+    parameters : list of tensor
         What to differentiate by.
     """
 
-    def __init__(self, values: Tensor, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, values: Tensor, parameters: Sequence[Tensor]) -> None:
         self.values, self.parameters = values, parameters
         self._cotangent = torch.zeros_like(values, requires_grad=True)
         found = differentiate(values, parameters, self._cotangent, create_graph=True)
@@ -109,22 +111,47 @@ class JacobianOperator(ProblemOperator):
     def _multiply(self, panel: Tensor, out: Tensor) -> None:
         problem = self.prepared
         total = ProductSum(problem, out, self.compensated)
-        parameters = list(problem.parameters.values())
         rows = vectors_of(problem, panel)
         with problem.session():
             for term in problem.terms():
-                outputs = self._outputs(term)
-                with self._naming_refusals(term):
-                    middle, alpha = self._middle(term, outputs)
-                    values = self._values(outputs, term.batch)
-                    for j, tangent in self._tangents(term, values, rows):
-                        keep = j + 1 < len(rows)
-                        parts = differentiate(values, parameters, middle(tangent), retain_graph=keep)
-                        used = [(i, part) for i, part in enumerate(parts) if part is not None]
-                        total.add(j, with_row(used), alpha)
-                        del parts, used, tangent
-                    del outputs, values, middle  # one batch's graph at a time
+                self._add_products(total, term, rows)
         total.finish()
+
+    def _add_products(self, total: ProductSum, term: LossTerm, rows: Vectors) -> None:
+        parameters = list(self.problem.parameters.values())
+        outputs = self._outputs(term)
+        with self._naming_refusals(term):
+            middle, alpha = self._middle(term, outputs)
+            values = self._values(outputs, term.batch)
+            for j, tangent in self._tangents(term, values, rows):
+                keep = j + 1 < len(rows)
+                parts = differentiate(values, parameters, middle(tangent), retain_graph=keep)
+                used = [(i, part) for i, part in enumerate(parts) if part is not None]
+                total.add(j, with_row(used), alpha)
+                del parts, used, tangent
+
+    def products_of(self, term: LossTerm, panel: Tensor) -> Tensor:
+        """Return a batch's part of the products with the rows of a panel, in a session."""
+        total = ProductSum(self.prepared, torch.empty_like(panel))
+        self._add_products(total, term, vectors_of(self.prepared, panel))
+        return total.out
+
+    def wide_products(self, loss: WideLoss, term: LossTerm, rows: Vectors) -> tuple[float, float, Iterator[WideParts]]:
+        """Return a batch's loss in a wide precision, its weight, and its products with some vectors."""
+        with loss.elsewhere():
+            outputs = self._outputs(term)
+            middle, alpha = self._middle(term, outputs)
+            jacobian = Jacobian(self._values(outputs, term.batch), loss.leaves)
+        value, term.value = term.value, None  # which is not that of the first pass
+
+        def products() -> Iterator[WideParts]:
+            for row in rows:
+                with loss.elsewhere():
+                    cotangent = middle(jacobian.times(row))
+                    found = differentiate(jacobian.values, loss.leaves, cotangent, retain_graph=True)
+                yield filled(found, loss.leaves)
+
+        return float("nan") if value is None else float(value), alpha, products()
 
     def _tangents(self, term: LossTerm, values: Tensor, rows: Vectors) -> Iterator[tuple[int, Tensor]]:
         """Yield (j, J v_j) for all vectors, as few at a time as memory asks for."""

@@ -268,6 +268,10 @@ class ProblemEvaluation(ProblemDescription):
             self.altered.setdefault(index, altered)  # harmless where the data makes every batch afresh
         return result
 
+    def has_drawn(self, index: int) -> bool:
+        """Whether the last evaluation, which was one of a batch of that index, drew from a random stream of PyTorch."""
+        return self._streams.have_moved(index + 1)
+
     def is_same_loss(self, value: float, wanted: float, dtype: torch.dtype) -> bool:
         """Whether two values of a loss differ by no more than two evaluations of one function may."""
         epsilon = torch.finfo(dtype).eps

@@ -48,6 +48,13 @@ class RandomStreams:
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
 
+    def have_moved(self, seed: int) -> bool:
+        """Whether a stream of PyTorch is no longer where ``seed`` has started it."""
+        return any(
+            not torch.equal(one.get_state(), torch.Generator(one.device).manual_seed(seed).get_state())
+            for one in [torch.default_generator, *cuda.runtime.generators()]
+        )
+
     def seed(self, seed: int) -> None:
         """Start every stream from ``seed``."""
         for generator in self._torch_generators():

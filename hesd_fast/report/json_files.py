@@ -22,6 +22,7 @@ from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal, check_symmetri
 from hesd_fast.lanczos.options import PROTOCOLS
 from hesd_fast.methodology.generalization_criteria import Criteria, criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence, decide_type
+from hesd_fast.operators.precision_check import ProductPrecision
 from hesd_fast.problem.problem import MODES
 from hesd_fast.records import read_record, shown
 from hesd_fast.report.facts import Check, Cost, ProblemFacts, RunSettings
@@ -73,6 +74,7 @@ class SavedReport:
     checks: tuple[Check, ...]
     options: RunSettings
     versions: dict[str, str]
+    precision: ProductPrecision | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as values of JSON; numbers come back bit for bit."""
@@ -140,7 +142,7 @@ def _check_memory(matrices: Sequence[BlockTridiagonal]) -> None:
 
 def _check_content(content: SavedReport) -> None:
     """Raise a CheckpointError for the first contradiction that shows without computing the spectrum."""
-    for sources in (_wrong_facts, _wrong_matrices, _wrong_settings, _wrong_type):
+    for sources in (_wrong_facts, _wrong_matrices, _wrong_precision, _wrong_settings, _wrong_type):
         for text in sources(content):
             raise CheckpointError(text)
 
@@ -202,6 +204,43 @@ def _wrong_matrices(content: SavedReport) -> Iterator[str]:
         if matrix.reorthogonalization not in REORTHOGONALIZATIONS:
             wanted = ", ".join(REORTHOGONALIZATIONS)
             yield f"{where}.reorthogonalization is {shown(matrix.reorthogonalization)}; wanted one of {wanted}"
+
+
+def _wrong_precision(content: SavedReport) -> Iterator[str]:
+    found = content.precision
+    error = None if found is None else found.error
+    for i, matrix in enumerate(content.tridiagonals):
+        if error != matrix.product_error:
+            yield f"precision.error is {error}, and that of tridiagonals[{i}] {matrix.product_error}"
+    if found is None:
+        return
+    facts = content.problem
+    if found.reference not in ("float64", "float32"):
+        yield f"precision.reference is {shown(found.reference)}; wanted float64 or float32"
+    if found.vectors < 1:
+        yield f"precision.vectors is {found.vectors}; wanted at least 1"
+    if not 1 <= found.batches <= facts.batches:
+        yield f"precision.batches is {found.batches}; wanted 1 to {facts.batches}"
+    if found.relative_error < 0.0:
+        yield f"precision.relative_error is {found.relative_error}; wanted at least 0"
+    if not _is_cosine(found.cosine):
+        yield f"precision.cosine is {found.cosine}; wanted a number from -1 to 1"
+    for name, numbers in (("cosines", found.cosines), ("relative_errors", found.relative_errors)):
+        if len(numbers) != len(facts.parameters):
+            wanted = len(facts.parameters)
+            yield f"precision.{name} has {len(numbers)} numbers; wanted {wanted}, one for each parameter"
+    for number in found.cosines:
+        if not _is_cosine(number):
+            yield f"precision.cosines holds {number}; wanted numbers from -1 to 1"
+    for number in found.relative_errors:
+        if number < 0.0:
+            yield f"precision.relative_errors holds {number}; wanted numbers from 0 on"
+    if found.worst not in facts.parameters:
+        yield f"precision.worst is {shown(found.worst)}, which is none of the parameters"
+
+
+def _is_cosine(number: float) -> bool:
+    return abs(number) <= 1.0 + ROUNDING
 
 
 def _wrong_settings(content: SavedReport) -> Iterator[str]:

@@ -13,6 +13,7 @@ from hesd_fast.lanczos.lanczos_run import LanczosRun
 from hesd_fast.methodology.comparability import check_reports
 from hesd_fast.methodology.generalization_criteria import Criteria
 from hesd_fast.methodology.hesd_type import HESDType, TypeEvidence
+from hesd_fast.operators.precision_check import ProductPrecision
 from hesd_fast.report.density_plot import Scale, plot_densities
 from hesd_fast.report.facts import Check, Cost, ProblemFacts, RunSettings
 from hesd_fast.report.json_files import SavedReport, read_file, write_file
@@ -54,6 +55,9 @@ class Report:
         How the spectrum was computed.
     versions : dict
         The software that made it.
+    precision : ProductPrecision or None
+        How far products are from those in a wider precision, parameter by parameter; None where there is none to
+        compare with, as for float64, or it was not to be had: then the check of precision says why.
     first_run : LanczosRun or None
         The first run with its vectors, if they were to be kept; what is loaded has none.
 
@@ -77,6 +81,7 @@ class Report:
     checks: tuple[Check, ...]
     settings: RunSettings
     versions: dict[str, str]
+    precision: ProductPrecision | None = None
     first_run: LanczosRun | None = field(default=None, repr=False)
 
     @property

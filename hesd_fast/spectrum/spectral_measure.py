@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hesd_fast.errors import ProblemError
-from hesd_fast.estimate import Estimate
+from hesd_fast.estimate import Estimate, ProductError
 from hesd_fast.lanczos.block_tridiagonal import ORTHOGONAL_MODES, RITZ_ROUNDING, Array, BlockTridiagonal
 from hesd_fast.lanczos.options import RANDOM_PROBES
 from hesd_fast.spectrum.converged_eigenvalues import ConvergedEigenvalues, none_converged, pooled
@@ -200,6 +200,8 @@ class SpectralMeasure:
         from the density of ``H`` is the sampling error, see `standard_error_bound`. The bounds are the tightest that
         the moments of each probe allow, widened by a rounding allowance. They are rigorous with full or partial
         reorthogonalization, and approximate with a window or with none. Of a bare measure both are its step function.
+        Where products have been compared with exact ones, each bound is that of the point moved outwards by `shift`, as
+        far as an eigenvalue may have moved.
 
         Shapes are that of ``x``. Costs one symmetric eigenproblem of order ``m + 1`` per point and probe.
 
@@ -210,8 +212,15 @@ class SpectralMeasure:
         points = _points(x)
         if not self.jacobi:
             return self._steps(points, "left"), self._steps(points, "right")
-        bounds = np.mean([cdf_bounds(jacobi, points.ravel()) for jacobi in self.jacobi], axis=0)
-        return bounds[0].reshape(points.shape), bounds[1].reshape(points.shape)
+        low, high = self._bounds_of_products(points.ravel() - self.shift.largest)
+        if self.shift.largest > 0.0:
+            high = self._bounds_of_products(points.ravel() + self.shift.largest)[1]
+        return low.reshape(points.shape), high.reshape(points.shape)
+
+    def _bounds_of_products(self, points: Array) -> tuple[Array, Array]:
+        """Return the bounds for the matrix that was multiplied."""
+        low, high = np.mean([cdf_bounds(jacobi, points) for jacobi in self.jacobi], axis=0)
+        return low, high
 
     def density(self, grid: npt.ArrayLike, sigma: float | None = None) -> Array:
         """Return the density of the measure smoothed with a Gaussian of standard deviation ``sigma``, on a grid.
@@ -291,7 +300,8 @@ class SpectralMeasure:
             "room that the moments leave for an eigenvalue the probes have missed" if self.random else "residual norm"
         )
         beyond = extremes[0] + self.runs[0].missed[0 if sign < 0.0 else 1]
-        return Estimate(value, value - self.noise, max(value, beyond) + self.noise, f"{method}, and noise")
+        noise = self.noise + self.shift.largest
+        return Estimate(value, value - noise, max(value, beyond) + noise, f"{method}, and noise")
 
     @property
     def trace(self) -> Estimate:
@@ -424,7 +434,13 @@ class SpectralMeasure:
         such a product.
         """
         noise = max([matrix.recurrence_error or 0.0 for matrix in self.tridiagonals], default=0.0)
-        return 2.0 * self.rounding * math.sqrt(self._second_moment) + noise
+        return 2.0 * self.rounding * math.sqrt(self._second_moment) + noise + self.shift.mean
+
+    @property
+    def shift(self) -> ProductError:
+        """How far eigenvalues may be from those that exact products would show, as far as this was measured."""
+        shifts = [(one.largest, one.average, one.mean) for one in (matrix.shift for matrix in self.tridiagonals)]
+        return ProductError(*(max(values) for values in zip(*shifts, (0.0, 0.0, 0.0), strict=True)))
 
     @property
     def mean_error(self) -> float:

@@ -17,7 +17,7 @@ from torch.nn import functional
 import hesd_fast as hesd
 from hesd_fast import losses
 from hesd_fast.errors import HESDWarning, OperatorError
-from hesd_fast.hvp import derivative_check
+from hesd_fast.hvp import wide_loss
 from hesd_fast.hvp.derivative_check import check_derivatives
 from hesd_fast.operators import HessianOperator
 from hesd_fast.problem.problem import Problem
@@ -228,7 +228,7 @@ def test_a_batch_that_sits_on_kinks_is_unclear_and_no_alarm(dtype):
 @pytest.mark.parametrize(("activation", "agreement"), [(nn.Tanh, True), (nn.ReLU, None)], ids=["smooth", "kinks"])
 def test_without_float64_only_smooth_losses_can_be_told(monkeypatch, activation, agreement):
     torch.manual_seed(0)
-    monkeypatch.setattr(derivative_check, "COPIES", 1e18)
+    monkeypatch.setattr(wide_loss, "COPIES", 1e18)
 
     model = nn.Sequential(nn.Linear(8, 64), activation(), nn.Linear(64, 3))
     assert agrees(Problem(model, CROSS_ENTROPY, [(x.float(), y) for x, y in vectors(64)])).agrees is agreement
@@ -237,7 +237,7 @@ def test_without_float64_only_smooth_losses_can_be_told(monkeypatch, activation,
 @pytest.mark.parametrize(("function", "agreement"), [(GraphlessCube.apply, False), (OnContext.apply, None)])
 def test_without_float64_a_derivative_that_is_lost_is_still_seen(monkeypatch, function, agreement):
     # A Function may have kinks, which average out to another curvature where there are many; not so a lost product.
-    monkeypatch.setattr(derivative_check, "COPIES", 1e18)
+    monkeypatch.setattr(wide_loss, "COPIES", 1e18)
     model = with_layer(Layer(function)).float()
     problem = Problem(model, CROSS_ENTROPY, [(x.float(), y) for x, y in vectors(12)], parameters="0.*")
     assert agrees(problem).agrees is agreement
