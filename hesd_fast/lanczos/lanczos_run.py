@@ -130,7 +130,7 @@ class LanczosRun:
             _name_non_finite(self.product, self._operator, error)
             raise
         self._check_scale()
-        _check_symmetry(self._engine.recurrence_error, self._engine.scale, self._epsilon)
+        check_symmetry(self._engine.recurrence_error, self._engine.scale, self._epsilon)
 
     def _check_scale(self) -> None:
         """Raise an OperatorError for products too small to be squared."""
@@ -167,7 +167,8 @@ class LanczosRun:
         )
 
 
-def _check_symmetry(error: float, scale: float, epsilon: float) -> None:
+def check_symmetry(error: float, scale: float, epsilon: float) -> None:
+    """Raise an OperatorError if products differ more from those of a symmetric matrix than rounding explains."""
     allowed = max(LARGEST_ASYMMETRY, 8.0 * epsilon) * scale
     if error > allowed:
         raise OperatorError(
