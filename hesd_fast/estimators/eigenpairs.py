@@ -66,10 +66,10 @@ class EigenResult:
     --------
     >>> import torch, hesd_fast as hesd
     >>> result = hesd.eigsh(torch.diag(torch.arange(50.0, dtype=torch.float64)), k=2)
-    >>> print(result)
-    2 eigenvalues (LA) by 50 products, none missed
-    49 [49, 49], residual norm 0e+00
-    48 [48, 48], residual norm 0e+00
+    >>> result.values.round(6), result.converged, result.complete
+    (array([49., 48.]), array([ True,  True]), True)
+    >>> print(result.bounds[0])
+    49 [49, 49]
     """
 
     which: str
@@ -110,9 +110,9 @@ class EigenResult:
         if self.layout is None:
             tensors, layout = {"vectors": rows.contiguous()}, None
         else:
+            names = layout = list(self.layout.parameters)
             parts = [self.layout.unflatten(row) for row in rows]
-            tensors = {name: torch.stack(part) for name, part in zip(self.layout.parameters, zip(*parts), strict=True)}
-            layout = list(self.layout.parameters)
+            tensors = {name: torch.stack(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
         numbers = {**_numbers(self), "layout": layout, "dtype": str(self.panel.dtype).removeprefix("torch.")}
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "result": json.dumps(numbers)}
         partial = f"{os.fspath(path)}.{uuid.uuid4().hex}.partial"
@@ -192,14 +192,11 @@ def _result(numbers: dict[str, Any], tensors: dict[str, Tensor]) -> EigenResult:
     names, values = numbers["layout"], np.array(numbers["values"], dtype=np.float64)
     dtype = {"float32": torch.float32, "float64": torch.float64}[numbers["dtype"]]
     if set(tensors) != set(names or ["vectors"]) or any(len(tensor) != len(values) for tensor in tensors.values()):
-        raise ValueError(
-            f"its tensors {sorted(tensors)} are not those of {len(values)} vectors of {names or 'vectors'}"
-        )
-    layout = None
-    panel = tensors.get("vectors") if names is None else None
-    if names is not None:
-        like = {name: torch.empty_like(tensors[name][0], device="meta") for name in names}
-        layout = layout_of({name: nn.Parameter(tensor) for name, tensor in like.items()})
+        raise ValueError(f"its tensors, {', '.join(sorted(tensors))}, are not those of {len(values)} vectors")
+    if names is None:
+        layout, panel = None, tensors["vectors"]
+    else:
+        layout = layout_of({name: nn.Parameter(tensors[name][0]) for name in names})
         parts = [as_real(tensors[name]).reshape(len(values), -1).to(dtype) for name in names]
         panel = torch.cat(parts, dim=1)
     bounds = zip(values.tolist(), numbers["bounds"], strict=True)
@@ -220,6 +217,5 @@ def _result(numbers: dict[str, Any], tensors: dict[str, Tensor]) -> EigenResult:
 
 def layout_of(parameters: Mapping[str, nn.Parameter]) -> ParameterLayout:
     """Return where parameters lie in a vector, without holding on to their values."""
-    return ParameterLayout(
-        {name: nn.Parameter(torch.empty_like(one, device="meta")) for name, one in parameters.items()}
-    )
+    like = {name: torch.empty_like(one, device="meta") for name, one in parameters.items()}
+    return ParameterLayout({name: nn.Parameter(one) for name, one in like.items()})

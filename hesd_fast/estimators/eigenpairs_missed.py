@@ -29,8 +29,8 @@ FAR = 0.1
 class HiddenMass:
     """How much of random vectors can lie in an eigenvector that a restarted Krylov space has not found.
 
-    Let ``u`` be a unit eigenvector with eigenvalue ``x``. From ``H V = T V + B R`` follows ``V u = (x - T)^{-1} B R u``,
-    so with the Ritz pairs ``T = S Theta S^T`` every row of V has a part in ``u`` that is a known linear function of
+    Let ``u`` be a unit eigenvector with eigenvalue ``x``. From ``H V = T V + B R`` follows
+    ``V u = (x - T)^{-1} B R u``, so with the Ritz pairs ``T = S Theta S^T`` every row of V has a part in ``u`` that is a known linear function of
     ``R u``. R is among the rows of V after a restart; so the part of the first rows, and of the random vectors ``Z = L
     R`` that the space was begun with, is ``Z u = F(x) R u``, where ``F`` is a product with a factor for each cycle.
     ``|V u|^2 + |R u|^2 <= 1`` bounds ``R u``, hence ``|Z u|^2 <= M(x)``, the squared norm of ``F (I + G^T G)^{-1/2}``
@@ -75,7 +75,7 @@ class HiddenMass:
             unit = np.broadcast_to(np.eye(factor.shape[2]), (len(factor), factor.shape[2], factor.shape[2]))
             couplings = ritz.couplings / (self._points[:, None] - ritz.values)[:, :, None]
         finite = np.isfinite(factor).all(axis=(1, 2)) & np.isfinite(couplings).all(axis=(1, 2))
-        triangle = np.linalg.qr(np.concatenate([unit[finite], couplings[finite]], axis=1), mode="r")
+        triangle: Array = np.asarray(np.linalg.qr(np.concatenate([unit[finite], couplings[finite]], axis=1), mode="r"))
         visible = np.linalg.solve(triangle.swapaxes(1, 2), factor[finite].swapaxes(1, 2))
         masses = np.full(len(factor), np.inf)
         with np.errstate(over="ignore"):

@@ -56,8 +56,8 @@ def eigsh(
     """Find eigenvalues at the ends of the spectrum and their eigenvectors by thick-restart block Lanczos.
 
     Then random vectors look for eigenvalues that were missed, such as copies of multiple ones, until there is none but
-    with a probability of 2.5 % at each end. Last, a product for each pair measures its residual. What has not converged,
-    or may be missed, is said in a HESDWarning and returned as it is.
+    with a probability of 2.5 % at each end. Last, a product for each pair measures its residual. What has not
+    converged, or may be missed, is said in a HESDWarning and returned as it is.
 
     Parameters
     ----------
@@ -168,8 +168,8 @@ def basis_rows(asked: Request, operator: CurvatureOperator, memory_limit: int | 
     if fit >= fewest:
         return min(wanted, fit)
     raise PlanError(
-        f"{k} eigenpairs of length {n} take {(fewest + 2 * b + k) * row / 2**30:.3g} GiB ({fewest} vectors of the basis, "
-        f"{2 * b} at work, {k} results), but {memory_limit / 2**30:.3g} GiB may be taken; "
+        f"{k} eigenpairs of length {n} take {(fewest + 2 * b + k) * row / 2**30:.3g} GiB ({fewest} vectors of the "
+        f"basis, {2 * b} at work, {k} results), but {memory_limit / 2**30:.3g} GiB may be taken; "
         f"{_what_fits(fit + k, asked)}"
     )
 
@@ -286,8 +286,8 @@ def _warn(result: EigenResult, search: Search, asked: Request) -> None:
             else "rounding and noise of the products allow no more: take a larger tol, or float64"
         )
         warnings.warn(
-            f"{missing} of {asked.k} eigenpairs have not converged: the largest residual norm is {worst:.2g}, asked for "
-            f"was {result.tolerance:.2g}; {remedy}",
+            f"{missing} of {asked.k} eigenpairs have not converged: the largest residual norm is {worst:.2g}, asked "
+            f"for was {result.tolerance:.2g}; {remedy}",
             HESDWarning,
             stacklevel=5,
         )

@@ -103,7 +103,7 @@ class KrylovSpace:
     @property
     def width(self) -> int:
         """Vectors of R; 0 where the space is invariant."""
-        return self.coupling.shape[1]
+        return int(self.coupling.shape[1])
 
     @property
     def end(self) -> int:
@@ -175,10 +175,9 @@ class KrylovSpace:
         tolerance = max(BREAKDOWN_MULTIPLE * self.epsilon * self.scale, negligible)
         self.matrix = np.block([[self.matrix, self.coupling], [self.coupling.T, np.zeros((width, width))]])
         coefficients = self._remove(self._panel[: self.end], products, self._first_coupled, tolerance)
-        # The coefficients of older rows are B again, but for noise and for what the products lack in symmetry.
-        self._note_asymmetry(
-            coefficients[self._first_coupled : end] - self.matrix[self._first_coupled - self.locked : -width, -width:]
-        )
+        # The coefficients of rows that H couples are B again, but for noise and what the products lack in symmetry.
+        coupled = coefficients[self._first_coupled : end]
+        self._note_asymmetry(coupled - self.matrix[self._first_coupled - self.locked : -width, -width:])
         diagonal = coefficients[end:]
         self._note_asymmetry(diagonal - diagonal.T)
         self.matrix[-width:, -width:] = (diagonal + diagonal.T) / 2
@@ -249,7 +248,7 @@ class KrylovSpace:
 
 
 def combine_in_place(transform: Array, panel: Tensor) -> None:
-    """Replace the first rows of a panel (k, n) by ``transform`` (r, k) times it, r <= k, a tile of columns at a time."""
+    """Replace the first rows of a panel (k, n) by ``transform`` (r, k) times it, r <= k, a tile at a time."""
     rows = len(transform)
     columns = max(TILE_BYTES // (max(rows, 1) * panel.element_size()) // 1024, 4) * 1024
     buffer = kernels.empty_panel(rows, min(columns, panel.shape[1]), panel.dtype, panel.device)
