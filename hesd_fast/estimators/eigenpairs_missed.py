@@ -30,12 +30,13 @@ class HiddenMass:
     """How much of random vectors can lie in an eigenvector that a restarted Krylov space has not found.
 
     Let ``u`` be a unit eigenvector with eigenvalue ``x``. From ``H V = T V + B R`` follows
-    ``V u = (x - T)^{-1} B R u``, so with the Ritz pairs ``T = S Theta S^T`` every row of V has a part in ``u`` that is a known linear function of
-    ``R u``. R is among the rows of V after a restart; so the part of the first rows, and of the random vectors ``Z = L
-    R`` that the space was begun with, is ``Z u = F(x) R u``, where ``F`` is a product with a factor for each cycle.
-    ``|V u|^2 + |R u|^2 <= 1`` bounds ``R u``, hence ``|Z u|^2 <= M(x)``, the squared norm of ``F (I + G^T G)^{-1/2}``
-    with ``G = (x - Theta)^{-1} S^T B`` of the last cycle. For one cycle it is the weight of the Gauss-Radau rule with
-    a node at ``x``, as in :func:`~hesd_fast.spectrum.extreme_eigenvalues.missed_eigenvalue_distance`.
+    ``V u = (x - T)^{-1} B R u``, so with the Ritz pairs ``T = S Theta S^T`` what ``u`` has in each row of V is a known
+    linear function of ``R u``. After a restart R is among the rows of V; so what it has in the first rows, and in the
+    random vectors ``Z = L R`` that the space was begun with, is ``Z u = F(x) R u``, where ``F`` is a product with a
+    factor for each cycle. ``|V u|^2 + |R u|^2 <= 1`` bounds ``R u``, hence ``|Z u|^2 <= M(x)``, the squared norm of
+    ``F (I + G^T G)^{-1/2}`` with ``G = (x - Theta)^{-1} S^T B`` of the last cycle. For one cycle it is the weight of
+    the Gauss-Radau rule with a node at ``x``, as in
+    :func:`~hesd_fast.spectrum.extreme_eigenvalues.missed_eigenvalue_distance`.
 
     Outside of the Ritz values ``M`` falls with the distance. Random vectors seldom see so little of a given ``u``:
     ``|Z u|^2`` of ``b`` Gaussian vectors has a chi-squared distribution with ``b`` degrees of freedom.

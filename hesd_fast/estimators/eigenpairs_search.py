@@ -180,12 +180,16 @@ class Search:
             self._expand(space, self._settings.kept)
 
     def _have_converged(self, ritz: RitzValues, chosen: Order) -> bool:
-        return bool((ritz.estimates[chosen] <= self._allowed(ritz)).all())
+        return bool((ritz.estimates[chosen] <= self._allowed()).all())
 
-    def _allowed(self, ritz: RitzValues) -> float:
-        """Return the residual norm at which a pair has converged."""
-        largest = float(np.abs(ritz.values).max(initial=0.0))
-        return max(self._tightness * self._settings.tolerance * largest, self.space.epsilon * self.space.scale)
+    @property
+    def tolerance(self) -> float:
+        """The residual norm at which a pair has converged."""
+        return self._settings.tolerance * self.space.largest
+
+    def _allowed(self) -> float:
+        """Return the estimate of it at which the search is content."""
+        return max(self._tightness * self.tolerance, self.space.epsilon * self.space.scale)
 
     def _expand(self, space: KrylovSpace, kept: int) -> None:
         """Take some blocks into a space, as many as it has room for at most."""
@@ -239,19 +243,18 @@ class Search:
         largest at the limit and small on the spectrum of the complement is Chebyshev's.
         """
         floor = self.space.epsilon * self.space.scale
-        if self._tightness * TIGHTER * self._settings.tolerance * self.space.scale < floor:
+        if self._tightness * TIGHTER * self.tolerance < floor:
             return False
-        steps = DEGREE * (2.0 * self.space.scale / margin) ** 0.5 if margin > 0.0 else np.inf
+        steps = DEGREE * (2.0 * self.space.largest / margin) ** 0.5 if margin > 0.0 else np.inf
         return steps > EFFORT * self.products + 10
 
     def _ends(self) -> list[End]:
         """Return what the basis, of Ritz vectors, says of the ends of the spectrum."""
         space, wanted = self.space, self._settings.wanted
         values = np.diagonal(space.matrix)
-        scale = float(np.abs(values).max())
-        slack = max(self._settings.tolerance * scale, space.noise)
+        slack = max(self.tolerance, space.noise)
         limits = wanted.limits(values[: wanted.count], slack)
-        return [End(side, limit, values, space.coupling, wanted.count, scale) for side, limit in limits]
+        return [End(side, limit, values, space.coupling, wanted.count, space.largest) for side, limit in limits]
 
     def _go_on(self, missed: int) -> None:
         """Take a step with vectors that were missed, or ask for vectors that are known better."""
@@ -263,7 +266,7 @@ class Search:
         if space.width == 0:
             self._random(space, self._settings.block_size)
         # What has converged in the complement has next to nothing left, which would make all later blocks wider.
-        space.expand(NEGLIGIBLE * self._allowed(space.ritz()) if missed else 0.0)
+        space.expand(NEGLIGIBLE * self._allowed() if missed else 0.0)
 
     def _explore(self, outside: KrylovSpace, look: Look, probes: int) -> tuple[Outcome, RitzValues]:
         """Go on in the complement until it is known whether anything is missed."""
@@ -273,7 +276,7 @@ class Search:
             ritz = outside.ritz()
             missed = look.beyond(ritz.values)
             over = self._exhausted or outside.width == 0
-            if len(missed) and (over or (ritz.estimates[missed] <= NEGLIGIBLE * self._allowed(ritz)).all()):
+            if len(missed) and (over or (ritz.estimates[missed] <= NEGLIGIBLE * self._allowed()).all()):
                 return Outcome.MISSED, ritz
             if len(missed) == 0 and outside.order and look.finds_nothing(ritz):
                 return Outcome.NOTHING, ritz

@@ -209,15 +209,13 @@ def solve(operator: CurvatureOperator, asked: Request, rows: int) -> EigenResult
     for row, source in enumerate(order.tolist()):
         vectors[row].copy_(panel[source])
     values, residuals = values[order], residuals[order]
-    scale = float(np.abs(search.space.matrix).max(initial=float(np.abs(values).max())))
-    tolerance = max(settings.tolerance * scale, 0.0)
     result = EigenResult(
         which=asked.which,
         values=values,
         residuals=residuals,
         bounds=intervals(values, residuals, search.space.noise, search.limits if search.complete else {}),
-        converged=residuals <= max(tolerance, search.space.epsilon * search.space.scale),
-        tolerance=tolerance,
+        converged=residuals <= max(search.tolerance, search.space.epsilon * search.space.scale),
+        tolerance=search.tolerance,
         limits=(search.limits.get(-1.0, -math.inf), search.limits.get(1.0, math.inf)),
         complete=search.complete,
         products=search.products + asked.k,

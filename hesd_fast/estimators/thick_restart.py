@@ -74,6 +74,8 @@ class KrylovSpace:
         Vectors multiplied so far.
     scale : float
         The largest norm of a product so far.
+    largest : float
+        The largest ``|Ritz value|`` so far.
     recurrence_error : float
         How far measured products ``Q H Q^T`` were from symmetric.
 
@@ -91,6 +93,7 @@ class KrylovSpace:
         self.coupling: Array = np.zeros((0, 0))
         self.products = 0
         self.scale = 0.0
+        self.largest = 0.0
         self.recurrence_error = 0.0
         self.epsilon = max(torch.finfo(operator.dtype).eps, getattr(operator, "epsilon", 0.0))
         self._first_coupled = locked  # rows before it couple with the next products by rounding alone
@@ -143,6 +146,7 @@ class KrylovSpace:
     def learn_from(self, other: KrylovSpace) -> None:
         """Take over what another space of the same operator has seen of its products."""
         self.scale = max(self.scale, other.scale)
+        self.largest = max(self.largest, other.largest)
         self.recurrence_error = max(self.recurrence_error, other.recurrence_error)
 
     def join(self, count: int) -> Array:
@@ -188,6 +192,7 @@ class KrylovSpace:
     def ritz(self) -> RitzValues:
         """Return the eigenpairs of T."""
         values, vectors = np.linalg.eigh(self.matrix)
+        self.largest = max(self.largest, float(np.abs(values).max(initial=0.0)))
         couplings = vectors.T @ self.coupling
         return RitzValues(values, vectors, couplings, np.linalg.norm(couplings, axis=1))
 
