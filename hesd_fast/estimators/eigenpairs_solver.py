@@ -19,7 +19,7 @@ from hesd_fast.errors import HESDWarning, PlanError, ProblemError
 from hesd_fast.estimate import Estimate
 from hesd_fast.estimators.eigenpairs import LINEAR, QUADRATIC, EigenResult, layout_of
 from hesd_fast.estimators.eigenpairs_search import ENDS, Search, SearchSettings, Wanted
-from hesd_fast.estimators.thick_restart import TILE_BYTES, Order
+from hesd_fast.estimators.thick_restart import TILE_BYTES, TILE_SHARE, Order
 from hesd_fast.lanczos.block_tridiagonal import Array
 from hesd_fast.lanczos.memory_budget import BASIS_SHARE
 from hesd_fast.operators import CurvatureOperator, HessianOperator, as_operator
@@ -34,6 +34,9 @@ FEWEST_ROWS = 6
 
 KEPT = 0.3
 """Part of these vectors that a restart keeps: products were fewest from 0.2 to 0.4."""
+
+LONGEST_GAP = 4608
+"""Bytes between two vectors of a panel at most."""
 
 PRODUCTS_PER_ROW = 100
 """Products at most by default, per vector of the basis."""
@@ -162,8 +165,8 @@ def basis_rows(asked: Request, operator: CurvatureOperator, memory_limit: int | 
         memory_limit = _whole("memory_limit", memory_limit, 1)
     if memory_limit is None:
         return wanted
-    row = kernels.empty_panel(2, 0, operator.dtype).element_size() * (n + 64)
-    fit = (memory_limit - min(TILE_BYTES, wanted * row)) // row - 2 * b - k
+    row = n * operator.dtype.itemsize + LONGEST_GAP
+    fit = (memory_limit - min(TILE_BYTES, int(TILE_SHARE * memory_limit))) // row - 2 * b - k
     fewest = min(k + FEWEST_ROWS * b, n) if asked.basis_size is None else wanted
     if fit >= fewest:
         return min(wanted, fit)

@@ -19,7 +19,9 @@ from hesd_fast.operators.base import CurvatureOperator
 Order = npt.NDArray[np.intp]
 
 TILE_BYTES = 2**24
-"""Memory for the part of the new basis that is made at a time, before it takes the place of the old one."""
+TILE_SHARE = 1 / 16
+"""Memory for the part of the new basis that is made at a time, before it takes the place of the old one: so many bytes
+at most, and so much of the basis."""
 
 ORTHOGONAL = 16.0
 """Overlap of a new vector with the basis that is let be, in machine epsilons of its norm."""
@@ -177,7 +179,10 @@ class KrylovSpace:
         block, products = self.residual_block, self._panel[end + width : end + 2 * width]
         self._multiply(block, products)
         tolerance = max(BREAKDOWN_MULTIPLE * self.epsilon * self.scale, negligible)
-        self.matrix = np.block([[self.matrix, self.coupling], [self.coupling.T, np.zeros((width, width))]])
+        order, before = self.order, self.matrix
+        self.matrix = np.zeros((order + width, order + width))
+        self.matrix[:order, :order] = before
+        self.matrix[:order, order:], self.matrix[order:, :order] = self.coupling, self.coupling.T
         coefficients = self._remove(self._panel[: self.end], products, self._first_coupled, tolerance)
         # The coefficients of rows that H couples are B again, but for noise and what the products lack in symmetry.
         coupled = coefficients[self._first_coupled : end]
@@ -186,7 +191,7 @@ class KrylovSpace:
         self._note_asymmetry(diagonal - diagonal.T)
         self.matrix[-width:, -width:] = (diagonal + diagonal.T) / 2
         factor = self._orthonormalize(products, tolerance)
-        self.coupling = np.concatenate([np.zeros((self.order - width, factor.shape[1])), factor])
+        self.coupling = np.concatenate([np.zeros((order, factor.shape[1])), factor])
         self._first_coupled = end
 
     def ritz(self) -> RitzValues:
@@ -255,7 +260,8 @@ class KrylovSpace:
 def combine_in_place(transform: Array, panel: Tensor) -> None:
     """Replace the first rows of a panel (k, n) by ``transform`` (r, k) times it, r <= k, a tile at a time."""
     rows = len(transform)
-    columns = max(TILE_BYTES // (max(rows, 1) * panel.element_size()) // 1024, 4) * 1024
+    size = min(TILE_BYTES, int(TILE_SHARE * panel.numel() * panel.element_size()))
+    columns = max(size // (max(rows, 1) * panel.element_size()) // 64, 1) * 64
     buffer = kernels.empty_panel(rows, min(columns, panel.shape[1]), panel.dtype, panel.device)
     for begin in range(0, panel.shape[1], columns):
         tile = panel[:, begin : begin + columns]
