@@ -56,30 +56,35 @@ class HiddenMass:
 
     def restarted(self, ritz: RitzValues, kept: Order) -> None:
         """Remember a cycle that ends with a restart, which leaves these Ritz vectors before R."""
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            self._factor = self._with_cycle(ritz)
+        self._factor = self._with_cycle(ritz, slice(None))
         self._first = len(kept)
 
-    def _with_cycle(self, ritz: RitzValues) -> Array:
-        """Return ``F`` at each point, for the R of now."""
-        rows = ritz.vectors[self._first : self._first + self._factor.shape[2]]
-        inverse = 1.0 / (self._points[:, None] - ritz.values)
-        return np.asarray(self._factor @ ((rows * inverse[:, None, :]) @ ritz.couplings))
-
-    def at_points(self, ritz: RitzValues) -> Array:
-        """Return ``M`` at each point; a point on a Ritz value has no limit to it.
-
-        Costs ``q k b p`` operations, and ``q`` factorizations of order ``p``.
-        """
+    def _with_cycle(self, ritz: RitzValues, chosen: slice) -> Array:
+        """Return ``F`` at some points, for the R of now."""
+        factor = self._factor[chosen]
+        rows = ritz.vectors[self._first : self._first + factor.shape[2]]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            factor = self._with_cycle(ritz)
-            unit = np.broadcast_to(np.eye(factor.shape[2]), (len(factor), factor.shape[2], factor.shape[2]))
-            couplings = ritz.couplings / (self._points[:, None] - ritz.values)[:, :, None]
-        finite = np.isfinite(factor).all(axis=(1, 2)) & np.isfinite(couplings).all(axis=(1, 2))
-        triangle: Array = np.asarray(np.linalg.qr(np.concatenate([unit[finite], couplings[finite]], axis=1), mode="r"))
-        visible = np.linalg.solve(triangle.swapaxes(1, 2), factor[finite].swapaxes(1, 2))
-        masses = np.full(len(factor), np.inf)
-        with np.errstate(over="ignore"):
+            inverse = 1.0 / (self._points[chosen, None] - ritz.values)
+            return np.asarray(factor @ ((rows * inverse[:, None, :]) @ ritz.couplings))
+
+    def at_points(self, ritz: RitzValues, chosen: slice = slice(None)) -> Array:
+        """Return ``M`` at some points; it is infinite at a point on a Ritz value, or where no R is in V yet.
+
+        Costs ``q k b p`` operations for q points, and ``q`` factorizations of order ``p``.
+        """
+        points = self._points[chosen]
+        if len(ritz.values) < self._first + self._factor.shape[2]:
+            return np.full(len(points), np.inf)
+        factor = self._with_cycle(ritz, chosen)
+        unit = np.broadcast_to(np.eye(factor.shape[2]), (len(factor), factor.shape[2], factor.shape[2]))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            couplings = ritz.couplings / (points[:, None] - ritz.values)[:, :, None]
+            finite = np.isfinite(factor).all(axis=(1, 2)) & np.isfinite(couplings).all(axis=(1, 2))
+            triangle: Array = np.asarray(
+                np.linalg.qr(np.concatenate([unit[finite], couplings[finite]], axis=1), mode="r")
+            )
+            visible = np.linalg.solve(triangle.swapaxes(1, 2), factor[finite].swapaxes(1, 2))
+            masses = np.full(len(factor), np.inf)
             masses[finite] = np.linalg.norm(visible, 2, axis=(1, 2)) ** 2
         return masses
 
@@ -213,7 +218,7 @@ class Look:
 
     def finds_nothing(self, ritz: RitzValues) -> bool:
         """Whether nothing lies beyond the limits but what was found, but for the risk."""
-        return all(bool(known[len(OUTER)]) for known in self._known(ritz))
+        return all(bool(known.all()) for known in self._known(ritz, slice(len(OUTER), len(OUTER) + 1)))
 
     def may_find_nothing(self, ritz: RitzValues) -> bool:
         """Whether going on may tell so, of a complement that has these Ritz values."""
@@ -225,14 +230,14 @@ class Look:
     def limits(self, ritz: RitzValues) -> dict[float, float]:
         """Return, for each end of the spectrum, the closest limit beyond which there is nothing but what was found."""
         limits = {}
-        for end, candidates, known in zip(self._ends, self._candidates, self._known(ritz), strict=True):
+        for end, candidates, known in zip(self._ends, self._candidates, self._known(ritz, slice(None)), strict=True):
             last = len(known) if known.all() else int(np.argmin(known))
             limits[end.side] = float(candidates[last - 1]) if last else end.side * float("inf")
         return limits
 
-    def _known(self, ritz: RitzValues) -> Iterator[npt.NDArray[np.bool_]]:
-        """Yield, for each end, which candidates nothing lies beyond but what was found, but for the risk."""
+    def _known(self, ritz: RitzValues, chosen: slice) -> Iterator[npt.NDArray[np.bool_]]:
+        """Yield, for each end, which of some candidates nothing lies beyond but what was found, but for the risk."""
         for end, reaches, mass in zip(self._ends, self._reaches, self._masses, strict=True):
-            ahead = end.side * (reaches - end.extreme(ritz.values))
+            ahead = end.side * (reaches[chosen] - end.extreme(ritz.values))
             invariant = ritz.couplings.shape[1] == 0
-            yield ahead >= 0.0 if invariant else (ahead > 0.0) & (mass.at_points(ritz) < self._least)
+            yield ahead >= 0.0 if invariant else (ahead > 0.0) & (mass.at_points(ritz, chosen) < self._least)

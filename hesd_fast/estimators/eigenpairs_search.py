@@ -23,8 +23,8 @@ NEGLIGIBLE = 0.5
 TIGHTER = 0.1
 """Factor of the tolerance where eigenvectors known better would help to find out what is missed."""
 
-CHECKS = 8
-"""How often in a cycle convergence is looked at."""
+CHECKS = 16
+"""How often in a cycle convergence is looked at, at most; it takes an eigenproblem of the order of the basis."""
 
 EFFORT = 0.5
 """Products of a look for missed eigenvalues, per product of the search, after which the search had better go on."""
@@ -153,7 +153,7 @@ class Search:
     def run(self) -> None:
         """Search until everything wanted is found and nothing is missed, or products are spent."""
         converged = self._converge()
-        for attempt in range(self._operator.size):
+        for attempt in range(ATTEMPTS + 1):
             if not converged or not self._settings.check_missed or self._look_for_missed(attempt):
                 return
             converged = self._converge()
@@ -172,7 +172,7 @@ class Search:
             chosen = order[: wanted.count]
             done = space.complete or (len(order) >= wanted.count and self._have_converged(ritz, chosen))
             if done or space.full or self._exhausted:
-                space.restart(ritz, order[: self._settings.kept])
+                space.restart(ritz, order if space.complete else order[: self._settings.kept])
             if done or self._exhausted:
                 return bool(done)
             if space.width == 0:

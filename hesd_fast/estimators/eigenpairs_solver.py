@@ -21,7 +21,7 @@ from hesd_fast.estimators.eigenpairs import LINEAR, QUADRATIC, EigenResult, layo
 from hesd_fast.estimators.eigenpairs_search import ENDS, Search, SearchSettings, Wanted
 from hesd_fast.estimators.thick_restart import TILE_BYTES, TILE_SHARE, Order
 from hesd_fast.lanczos.block_tridiagonal import Array
-from hesd_fast.lanczos.memory_budget import BASIS_SHARE
+from hesd_fast.lanczos.memory_budget import BASIS_SHARE, PRODUCTS_SHARE
 from hesd_fast.operators import CurvatureOperator, HessianOperator, as_operator
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.problem.problem import Problem
@@ -76,7 +76,7 @@ def eigsh(
         Vectors kept at most, by default ``max(4 k, k + 90)`` or as many as fit: more save products. Bytes for all
         vectors, by default three quarters of what can be had; ``basis_size + 2 block_size + k`` lie there.
     max_products : int, optional
-        Products before the residuals are measured; by default 100 per vector of the basis.
+        Products, but for a last block and those of the residuals; by default 100 per vector of the basis.
     check_missed : bool
         Whether to look for missed eigenvalues, mostly for 5 to 25 % more products.
 
@@ -95,10 +95,11 @@ def eigsh(
     >>> result.values.round(3), result.vectors[0]["weight"].abs().round(decimals=3)
     (array([4.]), tensor([[0., 1.]]))
     """
-    operator = as_operator(HessianOperator(operator, hvp="auto") if isinstance(operator, Problem) else operator)
-    kernels.require_device(operator.device)
-    asked = Request(k, which, tol, block_size, basis_size, max_products, check_missed, seed).checked(operator)
-    rows = basis_rows(asked, operator, memory_limit)
+    matrix = operator if isinstance(operator, Problem) else as_operator(operator)
+    kernels.require_device(matrix.device)
+    asked = Request(k, which, tol, block_size, basis_size, max_products, check_missed, seed).checked(matrix)
+    rows, left = basis_rows(asked, matrix, memory_limit)
+    operator = HessianOperator(matrix, hvp="auto", memory_limit=left) if isinstance(matrix, Problem) else matrix
     with _session(operator):
         return solve(operator, asked, rows)
 
@@ -116,9 +117,9 @@ class Request:
     check_missed: bool
     seed: int
 
-    def checked(self, operator: CurvatureOperator) -> Request:
+    def checked(self, matrix: CurvatureOperator | Problem) -> Request:
         """Return the same in Python's own numbers, with the default tolerance; a ProblemError for what cannot be."""
-        n = operator.size
+        n = matrix.size
         if not is_one_of(self.which, ENDS):
             raise ProblemError(f"which is {self.which!r}; wanted one of {', '.join(map(repr, ENDS))}")
         k = _whole("k", self.k, 1, n, "the size of the matrix")
@@ -127,7 +128,7 @@ class Request:
         return replace(
             self,
             k=k,
-            tol=self._tolerance(operator),
+            tol=self._tolerance(matrix),
             block_size=_whole("block_size", self.block_size, 1, n, "the size of the matrix"),
             basis_size=None if basis is None else min(_whole("basis_size", basis, fewest), n),
             max_products=None if self.max_products is None else _whole("max_products", self.max_products, k),
@@ -135,9 +136,9 @@ class Request:
             seed=_whole("seed", self.seed, 0, 2**64 - 1),
         )
 
-    def _tolerance(self, operator: CurvatureOperator) -> float:
+    def _tolerance(self, matrix: CurvatureOperator | Problem) -> float:
         if self.tol is None:
-            epsilon = max(torch.finfo(operator.dtype).eps, getattr(operator, "epsilon", 0.0))
+            epsilon = max(torch.finfo(matrix.dtype).eps, getattr(matrix, "epsilon", 0.0))
             return float(epsilon ** (2.0 / 3.0))
         if isinstance(self.tol, bool) or not isinstance(self.tol, (int, float)) or not 0.0 < self.tol < 1.0:
             raise ProblemError(f"tol is {self.tol!r}; wanted a number between 0 and 1, or None for the default")
@@ -153,23 +154,23 @@ def _whole(name: str, value: Any, least: int, most: int | None = None, what: str
     return int(value)
 
 
-def basis_rows(asked: Request, operator: CurvatureOperator, memory_limit: int | None) -> int:
-    """Return how many vectors the basis may have; a PlanError if too few fit."""
-    n, k, b = operator.size, asked.k, asked.block_size
-    wanted = asked.basis_size or max(4 * k, k + MORE_ROWS)
-    wanted = min(max(wanted, k + FEWEST_ROWS * b), n)
-    if memory_limit is None:
-        available = available_memory(operator.device)
-        memory_limit = None if available is None else int(BASIS_SHARE * available)
-    else:
+def basis_rows(asked: Request, matrix: CurvatureOperator | Problem, memory_limit: int | None) -> tuple[int, int | None]:
+    """Return how many vectors the basis may have, and how many bytes products may keep; a PlanError if too few fit."""
+    n, k, b = matrix.size, asked.k, asked.block_size
+    wanted = min(max(asked.basis_size or max(4 * k, k + MORE_ROWS), k + FEWEST_ROWS * b), n)
+    available = available_memory(matrix.device)
+    if memory_limit is not None:
         memory_limit = _whole("memory_limit", memory_limit, 1)
-    if memory_limit is None:
-        return wanted
-    row = n * operator.dtype.itemsize + LONGEST_GAP
+    elif available is None:
+        return wanted, None
+    else:
+        memory_limit = int(BASIS_SHARE * available)
+    row = n * matrix.dtype.itemsize + LONGEST_GAP
     fit = (memory_limit - min(TILE_BYTES, int(TILE_SHARE * memory_limit))) // row - 2 * b - k
     fewest = min(k + FEWEST_ROWS * b, n) if asked.basis_size is None else wanted
     if fit >= fewest:
-        return min(wanted, fit)
+        taken = (min(wanted, fit) + 2 * b + k) * row
+        return min(wanted, fit), None if available is None else int(PRODUCTS_SHARE * max(available - taken, 0))
     raise PlanError(
         f"{k} eigenpairs of length {n} take {(fewest + 2 * b + k) * row / 2**30:.3g} GiB ({fewest} vectors of the "
         f"basis, {2 * b} at work, {k} results), but {memory_limit / 2**30:.3g} GiB may be taken; "
@@ -212,14 +213,17 @@ def solve(operator: CurvatureOperator, asked: Request, rows: int) -> EigenResult
     for row, source in enumerate(order.tolist()):
         vectors[row].copy_(panel[source])
     values, residuals = values[order], residuals[order]
+    # What was computed belongs to a matrix that is as far from H as noise and rounding.
+    noise = search.space.noise
+    limits = {side: limit + side * noise for side, limit in search.limits.items()}
     result = EigenResult(
         which=asked.which,
         values=values,
         residuals=residuals,
-        bounds=intervals(values, residuals, search.space.noise, search.limits if search.complete else {}),
+        bounds=intervals(values, residuals, noise, limits if search.complete else {}),
         converged=residuals <= max(search.tolerance, search.space.epsilon * search.space.scale),
         tolerance=search.tolerance,
-        limits=(search.limits.get(-1.0, -math.inf), search.limits.get(1.0, math.inf)),
+        limits=(limits.get(-1.0, -math.inf), limits.get(1.0, math.inf)),
         complete=search.complete,
         products=search.products + asked.k,
         panel=vectors,
