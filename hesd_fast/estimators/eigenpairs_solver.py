@@ -288,7 +288,8 @@ def _warn(result: EigenResult, search: Search, asked: Request) -> None:
         remedy = (
             f"give max_products of more than {search.most_products}, a larger basis_size, or a larger tol"
             if spent
-            else "rounding and noise of the products allow no more: take a larger tol, or float64"
+            else "rounding and noise of the products allow no more: take a larger tol"
+            + (", or float64" if result.panel.dtype == torch.float32 else "")
         )
         warnings.warn(
             f"{missing} of {asked.k} eigenpairs have not converged: the largest residual norm is {worst:.2g}, asked "
