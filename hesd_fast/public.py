@@ -23,6 +23,8 @@ from hesd_fast.errors import (
     ToleranceWarning,
 )
 from hesd_fast.estimate import Estimate
+from hesd_fast.estimators.eigenpairs import EigenResult, load_eigenpairs
+from hesd_fast.estimators.eigenpairs_solver import eigsh
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
 from hesd_fast.lanczos.drive import LanczosProgress, block_lanczos
 from hesd_fast.methodology.assessment import Assessment, Verdict, compare
@@ -61,6 +63,7 @@ __all__ = [
     "CheckpointError",
     "Criteria",
     "CurvatureOperator",
+    "EigenResult",
     "EmpiricalFisherOperator",
     "EngineError",
     "Estimate",
@@ -91,8 +94,10 @@ __all__ = [
     "classify",
     "compare",
     "criteria",
+    "eigsh",
     "errors",
     "kernels",
+    "load_eigenpairs",
     "load_report",
     "losses",
     "plan",

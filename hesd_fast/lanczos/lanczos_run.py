@@ -130,7 +130,7 @@ class LanczosRun:
             _name_non_finite(self.product, self._operator, error)
             raise
         self._check_scale()
-        _check_symmetry(self._engine.recurrence_error, self._engine.scale, self._epsilon)
+        check_symmetry(self._engine.recurrence_error, self._engine.scale, self._epsilon)
 
     def _check_scale(self) -> None:
         """Raise an OperatorError for products too small to be squared."""
@@ -180,7 +180,8 @@ def fill_probes(work: Tensor, settings: LanczosSettings) -> None:
         work.mul_((work.shape[1] / squares).sqrt().to(work.device, work.dtype)[:, None])
 
 
-def _check_symmetry(error: float, scale: float, epsilon: float) -> None:
+def check_symmetry(error: float, scale: float, epsilon: float) -> None:
+    """Raise an OperatorError if products differ more from those of a symmetric matrix than rounding explains."""
     allowed = max(LARGEST_ASYMMETRY, 8.0 * epsilon) * scale
     if error > allowed:
         raise OperatorError(

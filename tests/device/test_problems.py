@@ -218,6 +218,25 @@ def test_report_plan_and_scipy(device, tmp_path):
     assert abs(product - wanted).max() <= 16 * EPSILON * abs(wanted).max()
 
 
+@pytest.mark.parametrize("which", ["LA", "BE"])
+def test_eigenpairs(device, which, tmp_path):
+    model, batches = model_and_data()
+    wanted = hesd.eigsh(hesd.Problem(model, LOSS, batches), 3, which)
+    assert used_the_cuda_kernels() is not True
+    found = hesd.eigsh(hesd.Problem(move(model), LOSS, batches), 3, which)
+    assert used_the_cuda_kernels() is not False
+    assert found.panel.device.type == TYPE
+    assert found.converged.all()
+    assert found.complete
+    scale = abs(wanted.values).max()
+    assert abs(found.values - wanted.values).max() <= 64 * EPSILON * scale
+    assert (found.residuals <= found.tolerance).all()
+    found.save(tmp_path / "pairs")
+    again = hesd.load_eigenpairs(tmp_path / "pairs")
+    assert torch.equal(again.panel, found.panel.cpu())
+    assert list(again.vectors[0]) == list(found.vectors[0]) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
 def test_large_cross_entropies(device, monkeypatch):
     monkeypatch.setattr(softmax_cross_entropy, "CUDA_CHUNK", 7 * 6)  # several chunks
     assert len(softmax_cross_entropy._chunks(torch.zeros(20, 7, device=device))) == 4
