@@ -17,6 +17,20 @@ constexpr double kNegligibleSquare = 0x1p-900;
 // For one eigenvalue; two are usual.
 constexpr int kMostSweeps = 100;
 
+// Steps of rotations below which threads, which wait for work by spinning, cost more than they save.
+constexpr std::int64_t kWorthThreads = std::int64_t{1} << 21;
+
+template <typename Body>
+void for_each_piece(std::int64_t pieces, std::int64_t work, const Body& body) {
+    if (pieces > 1 && work >= kWorthThreads) {
+        parallel_for(pieces, [&](std::int64_t piece, int) { body(piece); });
+    } else {
+        for (std::int64_t piece = 0; piece < pieces; ++piece) {
+            body(piece);
+        }
+    }
+}
+
 // In four parts, so that the sums need not wait for each other; the same order everywhere.
 double dot(const double* x, const double* y, std::int64_t n) {
     double sums[4] = {0.0, 0.0, 0.0, 0.0};
@@ -313,7 +327,7 @@ void tridiagonalize_band(std::int64_t n, std::int64_t w, const double* band, std
 void tridiagonal_eigenvalues(std::int64_t count, std::int64_t n, std::int64_t r, double* diagonal, double* offdiagonal,
                              double* rows) {
     std::vector<char> converged(static_cast<std::size_t>(count));
-    parallel_for(count, [&](std::int64_t matrix, int) {
+    for_each_piece(count, count * n * n, [&](std::int64_t matrix) {
         double* d = diagonal + matrix * n;
         double* e = offdiagonal + matrix * n;
         e[n - 1] = 0.0;
@@ -334,7 +348,7 @@ void jacobi_matrices(std::int64_t k, const double* nodes, std::int64_t b, const 
                      const double* couplings, std::int64_t steps, double* diagonal, double* offdiagonal) {
     const std::int64_t kept = std::min(steps + 1, k);  // one more has the last coupling within
     std::vector<GrowingJacobi> probes(static_cast<std::size_t>(b), GrowingJacobi(kept, p));
-    parallel_for(b, [&](std::int64_t probe, int) {
+    for_each_piece(b, b * k * kept, [&](std::int64_t probe) {
         GrowingJacobi& jacobi = probes[static_cast<std::size_t>(probe)];
         for (std::int64_t i = 0; i < k; ++i) {
             jacobi.take(nodes[i], weights[probe * k + i], couplings + i * p);

@@ -54,8 +54,12 @@ def missed_eigenvalue_distance(ritz: RitzPairs, side: float) -> float:
         # ||M|| <= ||F||^2
         return float((seen**2).sum()) >= needed and mass_norm(seen, couplings * inverse[:, None]) >= needed
 
+    # ||F|| is at most the sum of the norms of what it sums
+    parts = np.linalg.norm(ritz.seen, axis=0) * np.linalg.norm(couplings, axis=1)
+    largest = (parts / np.abs(offsets - side * DISTANCES[:, None])).sum(axis=1)
+    possible = np.flatnonzero(largest**2 >= needed)
     # from far away, where there is no room: nearer by, room may come and go
-    last = next((at for at in reversed(range(DISTANCES.size)) if has_room(float(DISTANCES[at]))), -1)
+    last = next((int(at) for at in possible[::-1] if has_room(float(DISTANCES[at]))), -1)
     if last < 0:
         return 0.0
     if last + 1 == DISTANCES.size:

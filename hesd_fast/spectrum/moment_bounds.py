@@ -59,7 +59,7 @@ class HingeFamily:
         most = math.log(10.0) * (2.0 + DECADES / (values.size - 1))
         heights = np.exp(np.arange(-math.log(10.0) * DECADES, most, STEP))
         inverse = 1.0 / (distances - 1j * heights[:, None])
-        corner, cross = inverse @ (last**2), inverse @ (first * last)
+        corner, cross = np.einsum("ys,es->ey", inverse, np.stack((last**2, first * last)))
         self.centres = 1j * heights + squared_coupling * corner
         added = (STEP / math.pi) * squared_coupling * cross**2 * heights
         self.factors = np.stack((1j * heights * added, -(heights**2) * added))
@@ -68,7 +68,9 @@ class HingeFamily:
 
     def integrals(self, gammas: Array) -> Array:
         """Return the two integrals, in units of ``self.unit`` and its square, by rules: shape (2, rules)."""
-        return np.asarray(self.gauss[:, None] + (self.factors @ (1.0 / (gammas - self.centres[:, None]))).real)
+        # a matrix product would have the threads of BLAS spin for it
+        added = np.einsum("py,yr->pr", self.factors, 1.0 / (gammas - self.centres[:, None]))
+        return np.asarray(self.gauss[:, None] + added.real)
 
     def greatest(self, power: int) -> float:
         """Return the greatest integral of ``max(x - t, 0)^power`` in the family, in units of the eigenvalues.
