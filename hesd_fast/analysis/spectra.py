@@ -148,7 +148,8 @@ def _report_of(
     problem = operator.problem
     facts = _facts_of(problem)
     earlier = goal.earlier
-    precision = compared.precision.precision if compared is not None else earlier and earlier.precision
+    of_earlier = None if earlier is None else earlier.precision
+    precision = of_earlier if compared is None else compared.precision.precision
     done = with_error(runs.done, precision)
     measure = SpectralMeasure.from_tridiagonal(*done)
     found = criteria(measure)

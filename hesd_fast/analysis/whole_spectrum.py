@@ -60,7 +60,7 @@ def analyze(
 ) -> Report:
     """Compute the Hessian eigenvalue spectral density of a model, its type and its criteria.
 
-    Costs at most m b Hessian-vector products over all of the data, and two that check the operator.
+    Costs at most m b Hessian products over all the data, two that check the operator, and a few in a wider precision.
 
     Parameters
     ----------
@@ -69,25 +69,19 @@ def analyze(
     operator : {"hessian", "gauss_newton", "empirical_fisher"}
         The matrix; the others are :class:`~hesd_fast.GaussNewtonOperator`, :class:`~hesd_fast.EmpiricalFisherOperator`.
     block_size, max_steps, seed : int
-        Probes b of a run, 4 by default (where b = n, unit vectors take the place of random ones); block steps m of all
-        runs together at most, 100 by default; what chooses the probes.
+        Probes b, by default 4 (unit vectors where b = n), block steps m of all runs, by default 100; chooses the probes.
     tolerance : float, mapping of str to float, "auto" or None
-        How wide intervals may be: see :func:`~hesd_fast.analysis.stopping.tolerances`. The run stops when all are met;
-        where probes are what is missing, runs with fresh ones follow the first. What is not met within ``max_steps``
-        gives a :class:`~hesd_fast.ToleranceWarning` and a line of the report. "auto" is 0.02 without the warning, and
-        None in a protocol. None: one run of ``max_steps``, fewer only when the Krylov space becomes invariant.
-    reorthogonalization, basis, basis_dtype
-        As in :func:`~hesd_fast.block_lanczos`; "full" by default.
-    hvp : str
-        How products with the Hessian are made, one of ``hesd_fast.hvp.ALL_STRATEGIES``. "auto" takes the fastest exact
-        one that fits, found within 5 % of the predicted run: the last bits of the result then depend on the machine.
+        The run stops when intervals are as narrow as :func:`~hesd_fast.analysis.stopping.tolerances` says; where probes
+        are what is missing, runs with fresh ones follow. What is not met gives a :class:`~hesd_fast.ToleranceWarning`
+        and a line of the report. "auto": 0.02 without the warning. None, as in a protocol: one run of ``max_steps``.
+    reorthogonalization, basis, basis_dtype, hvp : str
+        As in :func:`~hesd_fast.block_lanczos`; how products are made, one of ``hesd_fast.hvp.ALL_STRATEGIES``. "auto"
+        takes the fastest exact one, as tried within 5 % of the run: the last bits then depend on the machine.
     protocol : {"lla"}, optional
         Published settings, for numbers that compare with those of Loss Landscape Analysis.
-    keep_run : bool
-        Keep the Lanczos vectors of the first run in memory, as part of the report, so that it can go on.
-    continue_from : Report, optional
-        A report of the same problem, of which no product is done again: its first run goes on if it was kept (up to the
-        ``max_steps`` that it began with), and runs with fresh probes follow. ``max_steps`` counts the steps of all.
+    keep_run, continue_from : bool, Report
+        Keep the vectors of the first run in the report. Go on from a report of the same problem with no product done
+        again: its first run, if it was kept, up to the ``max_steps`` that it began with; then with fresh probes.
 
     Raises
     ------
@@ -103,14 +97,27 @@ def analyze(
     ('MP', 1.0)
     """
     problem = as_problem(model, loss, data, parameters, mode, count)
-    _check_operator(operator, hvp)
     options = RunOptions(block_size, max_steps, reorthogonalization, protocol, seed, tolerance)
-    if continue_from is not None:
-        options = continued(options, continue_from, problem, operator)
-    run = plan_run(problem, options.settings(problem.size), [problem.size], basis, basis_dtype)
-    goal = Goal(options.wanted(), tolerance != "auto", keep_run, continue_from)
-    matrix, started = _operator_of(problem, operator, hvp, run), time.perf_counter()
-    names = Names(operator, hvp, protocol)
+    return _analyze(
+        problem, Names(operator, hvp, protocol), options, (basis, basis_dtype), keep_run, continue_from, progress
+    )
+
+
+def _analyze(
+    problem: Problem,
+    names: Names,
+    options: RunOptions,
+    basis: tuple[str | os.PathLike[str], str | torch.dtype],
+    keep_run: bool,
+    earlier: Report | None,
+    progress: bool,
+) -> Report:
+    _check_operator(names.operator, names.hvp)
+    if earlier is not None:
+        options = continued(options, earlier, problem, names.operator)
+    run = plan_run(problem, options.settings(problem.size), [problem.size], *basis)
+    goal = Goal(options.wanted(), options.tolerance != "auto", keep_run, earlier)
+    matrix, started = _operator_of(problem, names.operator, names.hvp, run), time.perf_counter()
     return spectra_of(problem, {WHOLE: matrix}, multiply_by(matrix), run, names, goal, progress, started)[WHOLE]
 
 

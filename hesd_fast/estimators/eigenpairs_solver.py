@@ -78,7 +78,7 @@ def eigsh(
     max_products : int, optional
         Products, but for a last block and those of the residuals; by default 100 per vector of the basis.
     check_missed : bool
-        Whether to look for missed eigenvalues, mostly for 5 to 25 % more products.
+        Whether to look for missed eigenvalues, for 5 to 80 % more products.
 
     Raises
     ------

@@ -98,7 +98,8 @@ def criteria(
 ) -> Criteria:
     """Return the criteria of a spectral measure; `Criteria` says what their intervals cover.
 
-    Costs about 320 symmetric eigenproblems of order ``m + 1`` per probe, and 3 of at most order ``k``.
+    Costs some tridiagonal eigenproblems of order ``m + 1`` per probe, and for K_Hn three of at most order ``k``. An
+    exponent of the mass other than 1 takes about 160 more of order ``m + 1`` per probe.
 
     Parameters
     ----------
@@ -111,7 +112,7 @@ def criteria(
         for a kink, and ``E_plus - E_minus`` is the mean eigenvalue, which the quadrature gives exactly.
     resolution : float, optional
         Magnitude below which the Hessian product is noise, in units of the eigenvalues. The noise floor,
-        ``16 * roundoff * max|Ritz value|``, is used when it is larger, or when nothing is passed.
+        `BlockTridiagonal.noise`, is used when it is larger, or when nothing is passed.
 
     Raises
     ------

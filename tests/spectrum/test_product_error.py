@@ -59,7 +59,7 @@ def test_intervals_hold_the_numbers_of_the_exact_matrix(kind, size):
             (found.balance, (plus - minus) / (plus + minus)),
         ]
         missed += sum(not estimate.low <= true <= estimate.high for estimate, true in truth)
-        largest = measure.tridiagonal.top(1)[0]
+        largest = measure.tridiagonals[0].top(1)[0]
         missed += not (np.abs(values - largest.value) <= largest.high - largest.value).any()
     assert missed <= 1  # of 42, most of which are certain
 
