@@ -69,7 +69,7 @@ def analyze(
     operator : {"hessian", "gauss_newton", "empirical_fisher"}
         The matrix; the others are :class:`~hesd_fast.GaussNewtonOperator`, :class:`~hesd_fast.EmpiricalFisherOperator`.
     block_size, max_steps, seed : int
-        Probes b, by default 4 (unit vectors where b = n), block steps m of all runs, by default 100; chooses the probes.
+        Probes b, by default 4 (unit vectors where b = n), block steps m of all runs, by default 100; picks the probes.
     tolerance : float, mapping of str to float, "auto" or None
         The run stops when intervals are as narrow as :func:`~hesd_fast.analysis.stopping.tolerances` says; where probes
         are what is missing, runs with fresh ones follow. What is not met gives a :class:`~hesd_fast.ToleranceWarning`
