@@ -347,7 +347,8 @@ class SpectralMeasure:
             margin = sampled + self.converged.uncertainty(np.square) + rounding
         ends = (square, square - margin, square + margin)
         value, low, high = (math.sqrt(self.size * max(end, 0.0)) for end in ends)
-        return Estimate(value, low, high, self._sampled)
+        shift = math.sqrt(self.size) * self.shift.average
+        return Estimate(value, max(low - shift, 0.0), high + shift, self._sampled)
 
     def share_between(self, low: float, high: float) -> Estimate:
         """Return the share of the eigenvalues in ``[low, high]``; either end may be infinite.
@@ -384,7 +385,7 @@ class SpectralMeasure:
     def _converged_between(self, low: float, high: float, inside: tuple[float, float]) -> tuple[float, float, float]:
         """Return what converged eigenvalues add to the probes' share, what the variance is of, and the uncertainty."""
         known = self.converged
-        clear = np.minimum(np.abs(known.eigenvalues - low), np.abs(known.eigenvalues - high)) > self.noise
+        clear = np.minimum(np.abs(known.eigenvalues - low), np.abs(known.eigenvalues - high)) > self.noise + self.shift.largest
         within = (low < known.eigenvalues) & (known.eigenvalues < high)
         # The share and its complement are estimated alike; better is the one of which less is left to the probes.
         choices = []
@@ -411,7 +412,7 @@ class SpectralMeasure:
         point = float(_points(x))
         share = self.share_between(np.nextafter(point, np.inf), np.inf)
         certain = [
-            int(np.count_nonzero(run.ritz.values > point + self.noise))
+            int(np.count_nonzero(run.ritz.values > point + self.noise + self.shift.largest))
             for run in self.runs
             if run.tridiagonal.reorthogonalization in ORTHOGONAL_MODES
         ]
