@@ -22,6 +22,9 @@ from hesd_fast.errors import (
     ProblemError,
 )
 from hesd_fast.estimate import Estimate
+from hesd_fast.estimators.diagonal_estimation import DiagonalEstimate, diagonal
+from hesd_fast.estimators.sampled_estimate import SampledEstimate
+from hesd_fast.estimators.trace_estimation import frobenius_norm, trace
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
 from hesd_fast.lanczos.drive import LanczosProgress, block_lanczos
 from hesd_fast.methodology.assessment import Assessment, Verdict, compare
@@ -60,6 +63,7 @@ __all__ = [
     "CheckpointError",
     "Criteria",
     "CurvatureOperator",
+    "DiagonalEstimate",
     "EmpiricalFisherOperator",
     "EngineError",
     "Estimate",
@@ -78,6 +82,7 @@ __all__ = [
     "ProblemError",
     "Report",
     "RunPlan",
+    "SampledEstimate",
     "SpectralMeasure",
     "TypeEvidence",
     "TypeThresholds",
@@ -89,11 +94,14 @@ __all__ = [
     "classify",
     "compare",
     "criteria",
+    "diagonal",
     "errors",
+    "frobenius_norm",
     "kernels",
     "load_report",
     "losses",
     "plan",
     "plot_densities",
     "summary",
+    "trace",
 ]

@@ -1,0 +1,166 @@
+"""An orthonormal basis that takes large eigenvalues out of a matrix, so that random probes see the rest alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hesd_fast.engine import kernels
+from hesd_fast.errors import OperatorError
+from hesd_fast.lanczos.lanczos_run import LARGEST_ASYMMETRY
+from hesd_fast.operators.base import CurvatureOperator
+
+Array = npt.NDArray[np.float64]
+
+BLOCK = 4
+"""Directions that are added together: so many equal eigenvalues are found in one step."""
+
+DEPENDENT = 8.0
+"""A product adds no direction where what is new of it is at most this many machine epsilons of the product."""
+
+
+class Deflation:
+    """An orthonormal basis V (d, n) that grows by products of the matrix A with its last vectors, or by random ones.
+
+    Parameters
+    ----------
+    operator : CurvatureOperator
+        The matrix, n x n.
+    rows : int
+        The most vectors of the basis.
+    seed, first_probe : int
+        Where in the table of Gaussian numbers its random vectors begin.
+
+    Attributes
+    ----------
+    products : int
+        Vectors multiplied so far.
+    gain : float or None
+        By how much the last vectors lowered ``|(I - P) A (I - P)|_F^2``, for each of them; ``P = V^T V``. None where
+        they were random, which says nothing of what their products will gain.
+    """
+
+    def __init__(self, operator: CurvatureOperator, rows: int, seed: int, first_probe: int) -> None:
+        self.products = 0
+        self.gain: float | None = None
+        self._operator, self._seed, self._next_probe = operator, seed, first_probe
+        self._size = 0
+        self._basis = new_panel(operator, rows)
+        self._images = new_panel(operator, min(rows, BLOCK))
+        self._last = 0  # of the images, those that are products of the last vectors
+        self._epsilon = max(torch.finfo(operator.dtype).eps, getattr(operator, "epsilon", 0.0))
+
+    @property
+    def basis(self) -> Tensor:
+        """V, (d, n)."""
+        return self._basis[: self._size]
+
+    @property
+    def room(self) -> int:
+        """How many vectors more there is memory for."""
+        return len(self._basis) - self._size
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether products of the last vectors may have directions that the basis has not."""
+        return self._last > 0
+
+    def project(self, panel: Tensor) -> None:
+        """Take out of the vectors of a panel what lies in the space of V."""
+        if self._size:
+            inside = kernels.panel_gram(self.basis, panel)
+            again, _ = kernels.panel_project(panel, self.basis, inside, self_gram=False)
+            assert again is not None
+            kernels.panel_project(panel, self.basis, again, gram=False, self_gram=False)
+
+    def grow(self, width: int, *, at_random: bool) -> tuple[Tensor, Tensor]:
+        """Add up to ``width`` vectors and multiply them; return both (r, n), which the next call overwrites.
+
+        Parameters
+        ----------
+        width : int
+            At most `BLOCK`, and `room`.
+        at_random : bool
+            Random directions, for what the products of those before do not lead to; else the products of the last
+            vectors, as in block Lanczos.
+        """
+        width = width if at_random else min(width, self._last)
+        candidates = self._images[:width]
+        tolerance = None
+        if at_random:
+            kernels.fill_probes(candidates, self._seed, first_probe=self._next_probe, kind="gaussian")
+            self._next_probe += width
+        else:
+            candidates.div_(candidates.abs().max())  # so that it can be squared
+            longest = math.sqrt(float(as_array(kernels.panel_gram(candidates, candidates)).diagonal().max()))
+            tolerance = DEPENDENT * self._epsilon * longest
+        self.project(candidates)
+        free = self._basis[self._size : self._size + width]
+        self._last = kernels.panel_orthonormalize(candidates, free, tolerance=tolerance).rank
+        vectors, images = free[: self._last], self._images[: self._last]
+        self._size += self._last
+        if self._last:
+            multiply(self._operator, vectors, images)
+            self.products += self._last
+        gain = self._gain_of(images)
+        self.gain = None if at_random else gain
+        self._last = self._last if bool(images.any()) else 0
+        return vectors, images
+
+    def _gain_of(self, images: Tensor) -> float:
+        """Return what the last vectors have gained, which is exact, from their products."""
+        scale = float(images.abs().max()) if len(images) else 0.0
+        if scale == 0.0:
+            return 0.0
+        within = as_array(kernels.panel_gram(self.basis, images)) / scale
+        square = as_array(kernels.panel_gram(images, images)).diagonal().sum() / scale**2
+        new = within[-len(images) :]
+        check_symmetric(new * scale, math.sqrt(square) * scale, self._epsilon)
+        # Each direction takes out its row, its column, and where they cross only once.
+        lost = 2.0 * max(square - float((within**2).sum()), 0.0) + float((new**2).sum())
+        return float(lost) * scale**2 / len(images)
+
+
+def new_panel(operator: CurvatureOperator, rows: int) -> Tensor:
+    """Return an uninitialized panel for vectors of an operator."""
+    return kernels.empty_panel(rows, operator.size, operator.dtype, operator.device)
+
+
+def multiply(operator: CurvatureOperator, panel: Tensor, out: Tensor) -> None:
+    """Fill ``out`` with the products of a panel; an OperatorError where they are not finite."""
+    result = operator.matmat(panel, out=out)
+    if result is not out:  # an operator of the user's own may have made a panel of its own
+        out.copy_(result)
+    if bool(torch.isfinite(out.sum(dim=1)).all()):
+        return
+    places = (~torch.isfinite(out)).nonzero()
+    if not len(places):
+        return
+    row, column = places[0].tolist()
+    describe = getattr(operator, "describe", None)
+    where = describe(column) if callable(describe) else f"column {column}"
+    raise OperatorError(
+        f"the product of vector {row} is {float(out[row, column])} at {where}; wanted finite numbers. Check weights, "
+        "data and loss, or use float64"
+    )
+
+
+def check_symmetric(square: Array, scale: float, epsilon: float) -> None:
+    """Raise an OperatorError where ``u'Av`` (k, k) differs from ``v'Au`` by too much of products of norm ``scale``."""
+    difference = float(np.abs(square - square.T).max(initial=0.0))
+    allowed = max(LARGEST_ASYMMETRY, DEPENDENT * epsilon) * scale
+    if difference > allowed:
+        raise OperatorError(
+            f"the products are not those of one symmetric matrix: u'Av and v'Au differ by {difference:.3g}, at most "
+            f"{allowed:.3g} is allowed. Likely causes are rounding, where the loss is close to zero (use float64), or "
+            "a loss that changes from one product to the next; compare a few products with a dense Hessian"
+        )
+
+
+def as_array(matrix: object) -> Array:
+    """Return a matrix that a kernel gave as a NumPy array."""
+    return np.asarray(matrix, dtype=np.float64)
