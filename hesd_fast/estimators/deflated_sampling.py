@@ -10,15 +10,15 @@ spectrum gets plain Girard-Hutchinson estimation, and a few large eigenvalues ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hesd_fast.engine import kernels
-from hesd_fast.estimators.deflation import BLOCK, Array, Deflation, as_array, multiply, new_panel
+from hesd_fast.estimators.deflation import BLOCK, DEPENDENT, Array, Deflation, as_array, multiply, new_panel
 from hesd_fast.operators.base import CurvatureOperator
 
 WIDTH = 8
@@ -99,6 +99,7 @@ class DeflatedSampling:
         # Random directions of V come after all probes that there can be in the table of random numbers.
         self.deflation = Deflation(operator, budget.rows, seed, first_probe=budget.products)
         self.drawn = 0
+        self._noise = 0.0
         self.pending: Tensor | None = None
         self._vectors, self._products = (new_panel(operator, budget.width) for _ in range(2))
         self.inside: Array = np.zeros(0)
@@ -128,6 +129,9 @@ class DeflatedSampling:
         self.rounded = np.zeros_like(self.inside)
         self.samples = self._sampled(vectors, products)
         self.pending = products
+        # Below this, what seems to be left is rounding.
+        squares = torch.linalg.vector_norm(products, dim=1, dtype=torch.float64) ** 2
+        self._noise = (DEPENDENT * self.deflation.epsilon) ** 2 * float(squares.mean())
         while (factor := wanted()) > 1.0:
             growth = self._next_growth(vectors, products, factor)
             if growth is None:
@@ -188,33 +192,46 @@ class DeflatedSampling:
         width = min(BLOCK, self.deflation.room, self.left - 1)
         if width < 1 or len(vectors) < 2:
             return None
-        left, expected = _left_outside(self.deflation, vectors, products)
-        probes = self.drawn + min(self.left, math.ceil(self.drawn * (factor - 1.0)))
-        gain = expected if self.deflation.gain is None else self.deflation.gain
-        by_products = gain / MARGIN if self.deflation.goes_on else 0.0
-        # Random directions gain nothing yet, their products do: twice as many vectors.
-        at_random = expected / (2.0 * MARGIN_AT_RANDOM) if min(self.deflation.room, self.left - 1) >= 2 * width else 0.0
-        if max(by_products, at_random) * probes <= left:
+        rest = _Rest(self.deflation, vectors, products)
+        if rest.left <= self._noise:
+            return None
+        probes = self.drawn + min(self.left, self.drawn * (factor - 1.0))
+        gain = self.deflation.gain(rest.mean)
+        by_products = (rest.expected_gain if gain is None else gain) / MARGIN if self.deflation.goes_on else 0.0
+        # Random directions gain nothing yet, their products do: twice as many vectors, for which there has to be room.
+        can_follow = min(self.deflation.room, self.left - 1) >= 2 * width
+        at_random = rest.expected_gain / (2.0 * MARGIN_AT_RANDOM) if can_follow else 0.0
+        if max(by_products, at_random) * probes <= rest.left:
             return None
         return at_random > by_products
 
 
-def _left_outside(deflation: Deflation, vectors: Tensor, products: Tensor) -> tuple[float, float]:
-    """Return the square of the norm of what is left, but for its mean eigenvalue, and what a good direction takes off.
+class _Rest:
+    """What is left outside of V, from inner products of probes there and of products with them.
 
-    From inner products of different probes y, z outside of V: ``(y' A z)^2`` has the mean |A|_F^2, ``|A y|^2`` too, and
-    ``(A y . A z)^2`` that of tr A^4. A multiple of the identity is left out: it does not disturb the samples.
+    For different probes y, z, ``(y' A z)^2`` has the mean |A|_F^2, ``|A y|^2`` too, and ``(A y . A z)^2`` has tr A^4.
+    All are taken of A minus its mean eigenvalue, a multiple of the identity, which does not disturb samples.
+
+    Attributes
+    ----------
+    mean : float
+        The mean eigenvalue.
+    left : float
+        The square of the norm, which is half the variance of a sample.
+    expected_gain : float
+        What the product with a random direction would take off, being a direction itself.
     """
-    scale = float(products.abs().max()) or 1.0
-    apart = ~np.eye(len(vectors), dtype=bool)
-    gram = as_array(kernels.panel_gram(vectors, vectors))
-    forms = as_array(kernels.panel_gram(vectors, products)) / scale
-    mean = float(np.trace(forms) / np.trace(gram)) if np.trace(gram) else 0.0
-    left = float(((forms - mean * gram)[apart] ** 2).mean())
-    images = as_array(kernels.panel_gram(products, products)) / scale**2
-    if len(deflation.basis):
+
+    def __init__(self, deflation: Deflation, vectors: Tensor, products: Tensor) -> None:
+        scale = float(products.abs().max()) or 1.0  # so that fourth powers do not overflow
+        apart = ~np.eye(len(vectors), dtype=bool)
+        gram = as_array(kernels.panel_gram(vectors, vectors))
+        forms = as_array(kernels.panel_gram(vectors, products)) / scale
+        images = as_array(kernels.panel_gram(products, products)) / scale**2
         within = as_array(kernels.panel_gram(deflation.basis, products)) / scale
-        images -= within.T @ within
-    square = float(np.trace(images)) / len(images)
-    fourth = float((images[apart] ** 2).mean())
-    return left * scale**2, (2.0 * fourth / square if square > 0.0 else 0.0) * scale**2
+        mean = float(forms.trace() / gram.trace()) if gram.any() else 0.0
+        images = images - within.T @ within - mean * (forms + forms.T) + mean**2 * gram
+        square, fourth = float(images.trace()) / len(images), float((images[apart] ** 2).mean())
+        self.mean = mean * scale
+        self.left = float(((forms - mean * gram)[apart] ** 2).mean()) * scale**2
+        self.expected_gain = 2.0 * fourth / square * scale**2 if square > 0.0 else 0.0

@@ -39,20 +39,20 @@ class Deflation:
     ----------
     products : int
         Vectors multiplied so far.
-    gain : float or None
-        By how much the last vectors lowered ``|(I - P) A (I - P)|_F^2``, for each of them; ``P = V^T V``. None where
-        they were random, which says nothing of what their products will gain.
+    epsilon : float
+        Machine epsilon of the coarsest arithmetic that products work in.
     """
 
     def __init__(self, operator: CurvatureOperator, rows: int, seed: int, first_probe: int) -> None:
         self.products = 0
-        self.gain: float | None = None
+        self._crossing = 0.0
+        self._square: Array | None = None
         self._operator, self._seed, self._next_probe = operator, seed, first_probe
         self._size = 0
         self._basis = new_panel(operator, rows)
         self._images = new_panel(operator, min(rows, BLOCK))
         self._last = 0  # of the images, those that are products of the last vectors
-        self._epsilon = max(torch.finfo(operator.dtype).eps, getattr(operator, "epsilon", 0.0))
+        self.epsilon = max(torch.finfo(operator.dtype).eps, getattr(operator, "epsilon", 0.0))
 
     @property
     def basis(self) -> Tensor:
@@ -97,7 +97,7 @@ class Deflation:
         else:
             candidates.div_(candidates.abs().max())  # so that it can be squared
             longest = math.sqrt(float(as_array(kernels.panel_gram(candidates, candidates)).diagonal().max()))
-            tolerance = DEPENDENT * self._epsilon * longest
+            tolerance = DEPENDENT * self.epsilon * longest
         self.project(candidates)
         free = self._basis[self._size : self._size + width]
         self._last = kernels.panel_orthonormalize(candidates, free, tolerance=tolerance).rank
@@ -106,23 +106,32 @@ class Deflation:
         if self._last:
             multiply(self._operator, vectors, images)
             self.products += self._last
-        gain = self._gain_of(images)
-        self.gain = None if at_random else gain
+            self._measure(images)
+        if at_random or not self._last:
+            self._square = None
         self._last = self._last if bool(images.any()) else 0
         return vectors, images
 
-    def _gain_of(self, images: Tensor) -> float:
-        """Return what the last vectors have gained, which is exact, from their products."""
-        scale = float(images.abs().max()) if len(images) else 0.0
-        if scale == 0.0:
-            return 0.0
-        within = as_array(kernels.panel_gram(self.basis, images)) / scale
-        square = as_array(kernels.panel_gram(images, images)).diagonal().sum() / scale**2
-        new = within[-len(images) :]
-        check_symmetric(new * scale, math.sqrt(square) * scale, self._epsilon)
+    def gain(self, mean: float) -> float | None:
+        """Return by how much the last vectors lowered the square of the norm of what is left, for each of them.
+
+        None where they were random, which says nothing of what their products will gain. The norm is that of
+        ``(I - P) (A - mean) (I - P)``, with ``P = V^T V``.
+        """
+        if self._square is None:
+            return None
         # Each direction takes out its row, its column, and where they cross only once.
-        lost = 2.0 * max(square - float((within**2).sum()), 0.0) + float((new**2).sum())
-        return float(lost) * scale**2 / len(images)
+        within = self._square - mean * np.eye(len(self._square))
+        return (2.0 * self._crossing + float((within**2).sum())) / len(within)
+
+    def _measure(self, images: Tensor) -> None:
+        """Keep what the products of the last vectors say of what these have taken out."""
+        scale = float(images.abs().max()) or 1.0  # so that it can be squared
+        within = as_array(kernels.panel_gram(self.basis, images)) / scale
+        square = float(as_array(kernels.panel_gram(images, images)).trace()) / scale**2
+        self._square = within[-len(images) :] * scale
+        self._crossing = max(square - float((within**2).sum()), 0.0) * scale**2
+        check_symmetric(self._square, math.sqrt(square) * scale, self.epsilon)
 
 
 def new_panel(operator: CurvatureOperator, rows: int) -> Tensor:

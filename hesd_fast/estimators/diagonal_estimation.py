@@ -225,8 +225,7 @@ def _sampled(request: Request) -> DiagonalEstimate:
             return math.inf
         pending = sampling.pending
         seen = elements if pending is None else elements.with_pending(sampling.drawn - len(pending), pending)
-        factor = (seen.relative_error / request.tolerance) ** 2
-        return max(factor, 1.0 + torch.finfo(torch.float64).eps) if 1 < seen.count < FEWEST_SAMPLES else factor
+        return max((seen.relative_error / request.tolerance) ** 2, FEWEST_SAMPLES / seen.count)
 
     sampling.run(wanted)
     error = elements.relative_error

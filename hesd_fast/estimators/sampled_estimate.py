@@ -27,7 +27,7 @@ from hesd_fast.problem.problem import Problem
 RISK = 0.05
 """Of the truth being outside of an interval."""
 
-FEWEST_SAMPLES = 8
+FEWEST_SAMPLES = 16
 """Samples from which their spread is trusted to end a run."""
 
 ROUNDING = 8.0
@@ -238,14 +238,13 @@ def estimate_of(sampling: DeflatedSampling, epsilon: float, parts: slice | int =
 
 def samples_wanted(estimate: SampledEstimate, tolerance: float | None) -> float:
     """Return how many times as many samples would make an interval narrow enough; at most 1 where it is."""
-    half = (estimate.high - estimate.low) / 2.0
     if tolerance is None:
         return math.inf
-    if half <= tolerance * abs(estimate.value) and (estimate.samples >= FEWEST_SAMPLES or half == 0.0):
+    half, allowed = (estimate.high - estimate.low) / 2.0, tolerance * abs(estimate.value)
+    if half == 0.0:
         return 1.0
-    if estimate.value == 0.0 or math.isinf(half):
-        return math.inf
-    return max((half / (tolerance * abs(estimate.value))) ** 2, 1.0 + np.finfo(float).eps)
+    factor = (half / allowed) ** 2 if 0.0 < half / tolerance < math.inf and allowed > 0.0 else math.inf
+    return max(factor, FEWEST_SAMPLES / estimate.samples)
 
 
 def warn_of_width(what: str, error: float, factor: float, request: Request, sampling: DeflatedSampling) -> None:
