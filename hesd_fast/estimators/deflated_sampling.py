@@ -62,8 +62,9 @@ class DeflatedSampling:
     sums : callable
         The quadratic forms, from vectors and products with them.
     kind : {"gaussian", "rademacher"}
-        What probes are made of. Gaussian ones are taken to the sphere: their part outside of V has no direction, and
-        is set to the length that it has on average.
+        What probes z are made of. Of Gaussian ones the part outside of V has no direction, and is set to the length
+        that it has on average: sums are of ``(I - P) z`` times ``A (I - P) z``, ``P = V^T V``. Of Rademacher ones they
+        are of ``z`` times that, which on a diagonal matrix has no variance.
     seed : int
         What chooses them.
     on_probes : callable, optional
@@ -102,6 +103,7 @@ class DeflatedSampling:
         self._noise = 0.0
         self.pending: Tensor | None = None
         self._vectors, self._products = (new_panel(operator, budget.width) for _ in range(2))
+        self._raw = new_panel(operator, 0 if kind == "gaussian" else budget.width)
         self.inside: Array = np.zeros(0)
         self.rounded: Array = np.zeros(0)
         self.samples: Array = np.zeros((0, 0))
@@ -138,11 +140,9 @@ class DeflatedSampling:
                 break
             self._deflate(vectors, products, at_random=growth)
             self.samples = self._sampled(vectors, products)
-        self._settle(products)
+        self.samples = self._settled(vectors, products)
         while self.left > 0 and wanted() > 1.0:
-            vectors, products = self._draw()
-            self.samples = np.vstack([self.samples, self._sampled(vectors, products)])
-            self._settle(products)
+            self.samples = np.vstack([self.samples, self._settled(*self._draw())])
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Return fresh probes outside of V, and their products."""
@@ -154,18 +154,21 @@ class DeflatedSampling:
         self.drawn += width
         return vectors, products
 
-    def _settle(self, products: Tensor) -> None:
+    def _settled(self, vectors: Tensor, products: Tensor) -> Array:
+        """Return what probes say now that V stays as it is."""
         self.pending = None
         if self._on_probes is not None:
             self._on_probes(self.drawn - len(products), products)
+        return self._sampled(vectors, products)
 
     def _sampled(self, vectors: Tensor, products: Tensor) -> Array:
-        sums = self._sums(vectors, products)
         if self._kind != "gaussian":
-            return sums
+            kernels.fill_probes(self._raw[: len(vectors)], self._seed, first_probe=self.drawn - len(vectors))
+            return self._sums(self._raw[: len(vectors)], products)
         squares = as_array(kernels.panel_gram(vectors, vectors)).diagonal()
         outside = self.operator.size - len(self.deflation.basis)
-        return sums * np.divide(outside, squares, out=np.zeros_like(squares), where=squares > 0.0)[:, None]
+        lengths = np.divide(outside, squares, out=np.zeros_like(squares), where=squares > 0.0)
+        return self._sums(vectors, products) * lengths[:, None]
 
     def _deflate(self, vectors: Tensor, products: Tensor, *, at_random: bool) -> None:
         """Let V grow by a block, and take it out of the probes that were drawn before it."""

@@ -46,7 +46,8 @@ class Deflation:
     def __init__(self, operator: CurvatureOperator, rows: int, seed: int, first_probe: int) -> None:
         self.products = 0
         self._crossing = 0.0
-        self._square: Array | None = None
+        self._square: Array = np.zeros((0, 0))  # the matrix among the last vectors
+        self._is_random = True
         self._operator, self._seed, self._next_probe = operator, seed, first_probe
         self._size = 0
         self._basis = new_panel(operator, rows)
@@ -107,8 +108,7 @@ class Deflation:
             multiply(self._operator, vectors, images)
             self.products += self._last
             self._measure(images)
-        if at_random or not self._last:
-            self._square = None
+        self._is_random = at_random
         self._last = self._last if bool(images.any()) else 0
         return vectors, images
 
@@ -118,11 +118,11 @@ class Deflation:
         None where they were random, which says nothing of what their products will gain. The norm is that of
         ``(I - P) (A - mean) (I - P)``, with ``P = V^T V``.
         """
-        if self._square is None:
+        if self._is_random or not self._last:
             return None
         # Each direction takes out its row, its column, and where they cross only once.
-        within = self._square - mean * np.eye(len(self._square))
-        return (2.0 * self._crossing + float((within**2).sum())) / len(within)
+        square = self._square - mean * np.eye(self._last)
+        return (2.0 * self._crossing + float((square**2).sum())) / self._last
 
     def _measure(self, images: Tensor) -> None:
         """Keep what the products of the last vectors say of what these have taken out."""

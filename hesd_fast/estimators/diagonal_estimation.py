@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hesd_fast.engine import kernels
 from hesd_fast.engine.memory import one_look
-from hesd_fast.estimators.deflated_sampling import DeflatedSampling
+from hesd_fast.estimators.deflated_sampling import WIDTH, DeflatedSampling
 from hesd_fast.estimators.deflation import new_panel
 from hesd_fast.estimators.sampled_estimate import (
     FEWEST_SAMPLES,
@@ -27,8 +27,8 @@ from hesd_fast.estimators.sampled_estimate import (
 )
 from hesd_fast.operators.base import CurvatureOperator, ProblemOperator
 
-LONG_VECTORS = 6
-"""Vectors of float64 that are kept of the samples: what is certain, mean and spread, and copies of them."""
+LONG_VECTORS = 6 + WIDTH
+"""Vectors of at most float64 beside those of the trace: what is certain, mean and spread, copies, probes as drawn."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def diagonal(
     """Estimate the diagonal of a symmetric matrix, and the trace of each diagonal block.
 
     Costs as many products as the tolerance takes, at most ``max_products``; from n on, n products, for the exact
-    diagonal. Memory: as :func:`trace`, and 6 vectors of float64.
+    diagonal. Memory: as :func:`trace`, and 14 vectors of float64.
 
     Parameters
     ----------
@@ -127,7 +127,8 @@ def diagonal(
     -------
     DiagonalEstimate
         Elements and their standard errors. Large eigenvalues are taken out as in :func:`trace`, and Rademacher probes
-        estimate what they leave: ``z * (A (I - P) z)``, averaged, has the diagonal of ``A (I - P)`` as its mean.
+        estimate what they leave: ``z * (A (I - P) z)``, averaged, has the diagonal of ``A (I - P)`` as its mean. What is
+        zero in a row of zeros comes out as zero.
 
     Warns
     -----

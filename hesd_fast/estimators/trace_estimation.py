@@ -168,8 +168,15 @@ def _named(parts: Mapping[str, SampledEstimate]) -> dict[str, SampledEstimate]:
 
 
 def _root_of(square: SampledEstimate, certain: float) -> SampledEstimate:
-    """Return the estimate of a norm from that of its square, of which some is certain."""
-    value = math.sqrt(max(square.value, 0.0))
-    low = min(math.sqrt(max(square.low, certain, 0.0)), value)
+    """Return the estimate of a norm from that of its square, of which some is certain.
+
+    Squares are skewed: few probes have much of the largest eigenvalues. So the rest is between the same multiples of
+    the estimate, upward and downward, and not the same distances.
+    """
+    value, rest = math.sqrt(max(square.value, 0.0)), square.value - certain
+    low, high = max(square.low, certain, 0.0), max(square.high, 0.0)
+    if square.samples and rest > 0.0:
+        multiple = math.exp(min((square.high - square.value) / rest, 700.0))
+        low, high = certain + rest / multiple, certain + rest * multiple
     error = square.standard_error / (2.0 * value) if value else 0.0
-    return replace(square, value=value, low=low, high=math.sqrt(max(square.high, 0.0)), standard_error=error)
+    return replace(square, value=value, low=min(math.sqrt(low), value), high=math.sqrt(high), standard_error=error)
