@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,6 +68,8 @@ class DeflatedSampling:
         are of ``z`` times that, which on a diagonal matrix has no variance.
     seed : int
         What chooses them.
+    of_squares : bool
+        Whether the sums make up the trace of ``A^2`` and not that of A, for the choice of what pays.
     on_probes : callable, optional
         Told the number of the first probe of a panel, and its products, once V is as it stays.
     on_basis : callable, optional
@@ -91,12 +94,14 @@ class DeflatedSampling:
         sums: Sums,
         kind: str,
         seed: int,
+        *,
+        of_squares: bool = False,
         on_probes: Callable[[int, Tensor], None] | None = None,
         on_basis: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         self.operator, self.budget = operator, budget
         self._sums, self._kind, self._seed = sums, kind, seed
-        self._on_probes, self._on_basis = on_probes, on_basis
+        self._of_squares, self._on_probes, self._on_basis = of_squares, on_probes, on_basis
         # Random directions of V come after all probes that there can be in the table of random numbers.
         self.deflation = Deflation(operator, budget.rows, seed, first_probe=budget.products)
         self.drawn = 0
@@ -133,7 +138,9 @@ class DeflatedSampling:
         self.pending = products
         # Below this, what seems to be left is rounding.
         squares = torch.linalg.vector_norm(products, dim=1, dtype=torch.float64) ** 2
-        self._noise = (DEPENDENT * self.deflation.epsilon) ** 2 * float(squares.mean())
+        self._noise = (DEPENDENT * self.deflation.epsilon * float(squares.mean())) ** 2
+        if not self._of_squares:
+            self._noise /= float(squares.mean()) or 1.0
         while (factor := wanted()) > 1.0:
             growth = self._next_growth(vectors, products, factor)
             if growth is None:
@@ -195,12 +202,12 @@ class DeflatedSampling:
         width = min(BLOCK, self.deflation.room, self.left - 1)
         if width < 1 or len(vectors) < 2:
             return None
-        rest = _Rest(self.deflation, vectors, products)
+        rest = _rest_of(self.deflation, vectors, products, self._of_squares)
         if rest.left <= self._noise:
             return None
         probes = self.drawn + min(self.left, self.drawn * (factor - 1.0))
-        gain = self.deflation.gain(rest.mean)
-        by_products = (rest.expected_gain if gain is None else gain) / MARGIN if self.deflation.goes_on else 0.0
+        gain = rest.expected_gain if rest.gain is None else rest.gain
+        by_products = gain / MARGIN if self.deflation.goes_on else 0.0
         # Random directions gain nothing yet, their products do: twice as many vectors, for which there has to be room.
         can_follow = min(self.deflation.room, self.left - 1) >= 2 * width
         at_random = rest.expected_gain / (2.0 * MARGIN_AT_RANDOM) if can_follow else 0.0
@@ -209,32 +216,38 @@ class DeflatedSampling:
         return at_random > by_products
 
 
-class _Rest:
-    """What is left outside of V, from inner products of probes there and of products with them.
+class _Rest(NamedTuple):
+    """What is left outside of V of the matrix whose trace is wanted, but for its mean eigenvalue.
 
-    For different probes y, z, ``(y' A z)^2`` has the mean |A|_F^2, ``|A y|^2`` too, and ``(A y . A z)^2`` has tr A^4.
-    All are taken of A minus its mean eigenvalue, a multiple of the identity, which does not disturb samples.
-
-    Attributes
-    ----------
-    mean : float
-        The mean eigenvalue.
-    left : float
-        The square of the norm, which is half the variance of a sample.
-    expected_gain : float
-        What the product with a random direction would take off, being a direction itself.
+    The mean is a multiple of the identity, which does not disturb samples. ``left`` is the square of the norm, half
+    the variance of a sample; ``gain`` what each of the last vectors of V took off it, if that is known; and
+    ``expected_gain`` what the product with a random direction would take off, being a direction itself.
     """
 
-    def __init__(self, deflation: Deflation, vectors: Tensor, products: Tensor) -> None:
-        scale = float(products.abs().max()) or 1.0  # so that fourth powers do not overflow
-        apart = ~np.eye(len(vectors), dtype=bool)
-        gram = as_array(kernels.panel_gram(vectors, vectors))
-        forms = as_array(kernels.panel_gram(vectors, products)) / scale
-        images = as_array(kernels.panel_gram(products, products)) / scale**2
-        within = as_array(kernels.panel_gram(deflation.basis, products)) / scale
-        mean = float(forms.trace() / gram.trace()) if gram.any() else 0.0
-        images = images - within.T @ within - mean * (forms + forms.T) + mean**2 * gram
+    left: float
+    gain: float | None
+    expected_gain: float
+
+
+def _rest_of(deflation: Deflation, vectors: Tensor, products: Tensor, of_squares: bool) -> _Rest:
+    """Return what is left, from inner products of probes outside of V and of products with them.
+
+    For different probes y, z, ``(y' A z)^2`` has the mean |A|_F^2, ``|A y|^2`` too, and ``(A y . A z)^2`` has tr A^4.
+    """
+    scale = float(products.abs().max()) or 1.0  # so that high powers do not overflow
+    apart = ~np.eye(len(vectors), dtype=bool)
+    gram = as_array(kernels.panel_gram(vectors, vectors))
+    forms = as_array(kernels.panel_gram(vectors, products)) / scale
+    images = as_array(kernels.panel_gram(products, products)) / scale**2
+    wanted = images if of_squares else forms
+    mean = float(wanted.trace() / gram.trace()) if gram.any() else 0.0
+    left = float(((wanted - mean * gram)[apart] ** 2).mean())
+    if of_squares:
         square, fourth = float(images.trace()) / len(images), float((images[apart] ** 2).mean())
-        self.mean = mean * scale
-        self.left = float(((forms - mean * gram)[apart] ** 2).mean()) * scale**2
-        self.expected_gain = 2.0 * fourth / square * scale**2 if square > 0.0 else 0.0
+        expected = (fourth / square - mean) ** 2 if square > 0.0 else 0.0
+        return _Rest(left * scale**4, deflation.gain_of_square(mean * scale**2), expected * scale**4)
+    within = as_array(kernels.panel_gram(deflation.basis, products)) / scale
+    images = images - within.T @ within - mean * (forms + forms.T) + mean**2 * gram
+    square, fourth = float(images.trace()) / len(images), float((images[apart] ** 2).mean())
+    expected = 2.0 * fourth / square if square > 0.0 else 0.0
+    return _Rest(left * scale**2, deflation.gain(mean * scale), expected * scale**2)

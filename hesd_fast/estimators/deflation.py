@@ -45,6 +45,7 @@ class Deflation:
 
     def __init__(self, operator: CurvatureOperator, rows: int, seed: int, first_probe: int) -> None:
         self.products = 0
+        self._lengths: Array = np.zeros(0)  # of the products of the last vectors
         self._crossing = 0.0
         self._square: Array = np.zeros((0, 0))  # the matrix among the last vectors
         self._is_random = True
@@ -124,11 +125,19 @@ class Deflation:
         square = self._square - mean * np.eye(self._last)
         return (2.0 * self._crossing + float((square**2).sum())) / self._last
 
+    def gain_of_square(self, mean: float) -> float | None:
+        """Return the same of ``A^2 - mean``, at least: of it, only the forms ``v' A^2 v`` are known."""
+        if self._is_random or not self._last:
+            return None
+        return float(((self._lengths**2 - mean) ** 2).mean())
+
     def _measure(self, images: Tensor) -> None:
         """Keep what the products of the last vectors say of what these have taken out."""
         scale = float(images.abs().max()) or 1.0  # so that it can be squared
         within = as_array(kernels.panel_gram(self.basis, images)) / scale
-        square = float(as_array(kernels.panel_gram(images, images)).trace()) / scale**2
+        squares = as_array(kernels.panel_gram(images, images)).diagonal() / scale**2
+        square = float(squares.sum())
+        self._lengths = np.sqrt(squares) * scale
         self._square = within[-len(images) :] * scale
         self._crossing = max(square - float((within**2).sum()), 0.0) * scale**2
         check_symmetric(self._square, math.sqrt(square) * scale, self.epsilon)

@@ -127,8 +127,8 @@ def diagonal(
     -------
     DiagonalEstimate
         Elements and their standard errors. Large eigenvalues are taken out as in :func:`trace`, and Rademacher probes
-        estimate what they leave: ``z * (A (I - P) z)``, averaged, has the diagonal of ``A (I - P)`` as its mean. What is
-        zero in a row of zeros comes out as zero.
+        estimate what they leave: ``z * (A (I - P) z)``, averaged, has the diagonal of ``A (I - P)`` as its mean.
+        Rows of zeros come out as zero.
 
     Warns
     -----

@@ -236,7 +236,7 @@ def estimate_of(sampling: DeflatedSampling, epsilon: float, parts: slice | int =
     )
 
 
-def samples_wanted(estimate: SampledEstimate, tolerance: float | None) -> float:
+def samples_wanted(estimate: SampledEstimate, tolerance: float | None, fewest: int = FEWEST_SAMPLES) -> float:
     """Return how many times as many samples would make an interval narrow enough; at most 1 where it is."""
     if tolerance is None:
         return math.inf
@@ -244,7 +244,7 @@ def samples_wanted(estimate: SampledEstimate, tolerance: float | None) -> float:
     if half == 0.0:
         return 1.0
     factor = (half / allowed) ** 2 if 0.0 < half / tolerance < math.inf and allowed > 0.0 else math.inf
-    return max(factor, FEWEST_SAMPLES / estimate.samples)
+    return max(factor, fewest / estimate.samples)
 
 
 def warn_of_width(what: str, error: float, factor: float, request: Request, sampling: DeflatedSampling) -> None:

@@ -13,6 +13,7 @@ import torch
 from hesd_fast.engine.memory import one_look
 from hesd_fast.estimators.deflated_sampling import DeflatedSampling
 from hesd_fast.estimators.sampled_estimate import (
+    FEWEST_SAMPLES,
     MATRIX,
     ROUNDING,
     Request,
@@ -25,6 +26,13 @@ from hesd_fast.estimators.sampled_estimate import (
 
 Transform = Callable[[SampledEstimate, float], SampledEstimate]
 """Makes the estimate that was asked for of that of a sum; takes what of the sum is certain, too."""
+
+
+SKEWNESS = 1.25
+"""How much further up than down the interval of a sum of squares goes, on a logarithmic scale; so that it holds."""
+
+FEWEST_SAMPLES_OF_SQUARES = 32
+"""Samples from which the spread of squares is trusted to end a run."""
 
 
 @one_look()
@@ -129,15 +137,18 @@ def _estimated(what: str, request: Request, *, squares: bool, transform: Transfo
     with request.session():
         if request.is_exact:
             return _exact(request, squares=squares, transform=transform)
+        fewest = FEWEST_SAMPLES_OF_SQUARES if squares else FEWEST_SAMPLES
         sums = sums_by_part(request.parts, squares=squares)
-        sampling = DeflatedSampling(request.operator, request.budget(), sums, "gaussian", request.seed)
+        sampling = DeflatedSampling(
+            request.operator, request.budget(), sums, "gaussian", request.seed, of_squares=squares
+        )
 
         def estimate(part: slice | int = slice(None)) -> SampledEstimate:
             return transform(estimate_of(sampling, request.epsilon, part), float(np.sum(sampling.inside[part])))
 
-        sampling.run(lambda: samples_wanted(estimate(), request.tolerance))
+        sampling.run(lambda: samples_wanted(estimate(), request.tolerance, fewest))
     found, parts = estimate(), {name: estimate(i) for i, name in enumerate(request.parts)}
-    factor = samples_wanted(found, request.tolerance)
+    factor = samples_wanted(found, request.tolerance, fewest)
     if request.tolerance is not None and factor > 1.0:
         error = (found.high - found.low) / 2.0 / abs(found.value) if found.value else math.inf
         warn_of_width(what, error, factor, request, sampling)
@@ -170,13 +181,13 @@ def _named(parts: Mapping[str, SampledEstimate]) -> dict[str, SampledEstimate]:
 def _root_of(square: SampledEstimate, certain: float) -> SampledEstimate:
     """Return the estimate of a norm from that of its square, of which some is certain.
 
-    Squares are skewed: few probes have much of the largest eigenvalues. So the rest is between the same multiples of
-    the estimate, upward and downward, and not the same distances.
+    Squares are skewed: few probes have much of the largest eigenvalues, and those that have not are alike. So the rest
+    is between multiples of the estimate and not at distances from it, the upper one being raised to `SKEWNESS`.
     """
     value, rest = math.sqrt(max(square.value, 0.0)), square.value - certain
     low, high = max(square.low, certain, 0.0), max(square.high, 0.0)
     if square.samples and rest > 0.0:
-        multiple = math.exp(min((square.high - square.value) / rest, 700.0))
-        low, high = certain + rest / multiple, certain + rest * multiple
+        multiple = math.exp(min((square.high - square.value) / rest, 500.0))
+        low, high = certain + rest / multiple, certain + rest * multiple**SKEWNESS
     error = square.standard_error / (2.0 * value) if value else 0.0
     return replace(square, value=value, low=min(math.sqrt(low), value), high=math.sqrt(high), standard_error=error)
