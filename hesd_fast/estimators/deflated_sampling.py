@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hesd_fast.engine import kernels
-from hesd_fast.estimators.deflation import BLOCK, DEPENDENT, Array, Deflation, as_array, multiply, new_panel
+from hesd_fast.estimators.deflation import BLOCK, Array, Deflation, as_array, multiply, new_panel
 from hesd_fast.operators.base import CurvatureOperator
 
 WIDTH = 8
@@ -27,6 +27,9 @@ WIDTH = 8
 
 MARGIN, MARGIN_AT_RANDOM = 1.5, 2.0
 """How much better than probes deflation has to be; what random directions lead to is only expected."""
+
+NOISE = 8.0
+"""What is left is rounding below the square of this many machine epsilons of what there was."""
 
 Sums = Callable[[Tensor, Tensor], Array]
 """Takes vectors (k, n) and products with them; returns (k, s) sums for each vector, quadratic in it."""
@@ -138,7 +141,7 @@ class DeflatedSampling:
         self.pending = products
         # Below this, what seems to be left is rounding.
         squares = torch.linalg.vector_norm(products, dim=1, dtype=torch.float64) ** 2
-        self._noise = (DEPENDENT * self.deflation.epsilon * float(squares.mean())) ** 2
+        self._noise = (NOISE * self.deflation.epsilon * float(squares.mean())) ** 2
         if not self._of_squares:
             self._noise /= float(squares.mean()) or 1.0
         while (factor := wanted()) > 1.0:

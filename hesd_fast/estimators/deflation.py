@@ -19,8 +19,14 @@ Array = npt.NDArray[np.float64]
 BLOCK = 4
 """Directions that are added together: so many equal eigenvalues are found in one step."""
 
-DEPENDENT = 8.0
-"""A product adds no direction where what is new of it is at most this many machine epsilons of the product."""
+DEPENDENT = 1024.0
+"""A product adds no direction where what is new of it is at most this many machine epsilons of the product.
+
+Rounding of products makes such directions, and what they could take out is the square of that.
+"""
+
+STILL_NEW = 0.5
+"""What is left of a unit vector outside of the others, or it is dropped as one of them."""
 
 
 class Deflation:
@@ -92,17 +98,13 @@ class Deflation:
         """
         width = width if at_random else min(width, self._last)
         candidates = self._images[:width]
-        tolerance = None
         if at_random:
             kernels.fill_probes(candidates, self._seed, first_probe=self._next_probe, kind="gaussian")
             self._next_probe += width
         else:
             candidates.div_(candidates.abs().max())  # so that it can be squared
-            longest = math.sqrt(float(as_array(kernels.panel_gram(candidates, candidates)).diagonal().max()))
-            tolerance = DEPENDENT * self.epsilon * longest
-        self.project(candidates)
         free = self._basis[self._size : self._size + width]
-        self._last = kernels.panel_orthonormalize(candidates, free, tolerance=tolerance).rank
+        self._last = self._orthonormalized(candidates, free)
         vectors, images = free[: self._last], self._images[: self._last]
         self._size += self._last
         if self._last:
@@ -112,6 +114,18 @@ class Deflation:
         self._is_random = at_random
         self._last = self._last if bool(images.any()) else 0
         return vectors, images
+
+    def _orthonormalized(self, candidates: Tensor, out: Tensor) -> int:
+        """Fill the first vectors of ``out`` with what is new in the candidates, which are lost; return how many."""
+        longest = math.sqrt(float(as_array(kernels.panel_gram(candidates, candidates)).diagonal().max()))
+        self.project(candidates)
+        found = kernels.panel_orthonormalize(candidates, out, tolerance=DEPENDENT * self.epsilon * longest)
+        if found.rank and found.weakest < math.sqrt(self.epsilon) * longest:
+            # A weak direction has as much of V as rounding has left in a strong one of the same block.
+            weak = candidates[: found.rank].copy_(out[: found.rank])
+            self.project(weak)
+            found = kernels.panel_orthonormalize(weak, out[: found.rank], tolerance=STILL_NEW)
+        return found.rank
 
     def gain(self, mean: float) -> float | None:
         """Return by how much the last vectors lowered the square of the norm of what is left, for each of them.
@@ -170,7 +184,7 @@ def multiply(operator: CurvatureOperator, panel: Tensor, out: Tensor) -> None:
 def check_symmetric(square: Array, scale: float, epsilon: float) -> None:
     """Raise an OperatorError where ``u'Av`` (k, k) differs from ``v'Au`` by too much of products of norm ``scale``."""
     difference = float(np.abs(square - square.T).max(initial=0.0))
-    allowed = max(LARGEST_ASYMMETRY, DEPENDENT * epsilon) * scale
+    allowed = max(LARGEST_ASYMMETRY, 8.0 * epsilon) * scale
     if difference > allowed:
         raise OperatorError(
             f"the products are not those of one symmetric matrix: u'Av and v'Au differ by {difference:.3g}, at most "
