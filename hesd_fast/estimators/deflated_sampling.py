@@ -71,6 +71,8 @@ class DeflatedSampling:
         are of ``z`` times that, which on a diagonal matrix has no variance.
     seed : int
         What chooses them.
+    fewest : int
+        Probes from which their spread is trusted to end a run.
     of_squares : bool
         Whether the sums make up the trace of ``A^2`` and not that of A, for the choice of what pays.
     on_probes : callable, optional
@@ -98,12 +100,14 @@ class DeflatedSampling:
         kind: str,
         seed: int,
         *,
+        fewest: int,
         of_squares: bool = False,
         on_probes: Callable[[int, Tensor], None] | None = None,
         on_basis: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         self.operator, self.budget = operator, budget
         self._sums, self._kind, self._seed = sums, kind, seed
+        self._fewest = fewest
         self._of_squares, self._on_probes, self._on_basis = of_squares, on_probes, on_basis
         # Random directions of V come after all probes that there can be in the table of random numbers.
         self.deflation = Deflation(operator, budget.rows, seed, first_probe=budget.products)
@@ -132,7 +136,8 @@ class DeflatedSampling:
         Parameters
         ----------
         wanted : callable
-            Returns how many times as many samples as there are would suffice; at most 1 ends the run.
+            Returns how many times as many samples as there are would suffice; at most 1 ends the run, and the
+            deflation where the fewest samples will suffice.
         """
         vectors, products = self._draw()
         self.inside = np.zeros(self._sums(vectors[:1], products[:1]).shape[1])
@@ -144,14 +149,14 @@ class DeflatedSampling:
         self._noise = (NOISE * self.deflation.epsilon * float(squares.mean())) ** 2
         if not self._of_squares:
             self._noise /= float(squares.mean()) or 1.0
-        while (factor := wanted()) > 1.0:
+        while (factor := wanted()) * len(vectors) > self._fewest:
             growth = self._next_growth(vectors, products, factor)
             if growth is None:
                 break
             self._deflate(vectors, products, at_random=growth)
             self.samples = self._sampled(vectors, products)
         self.samples = self._settled(vectors, products)
-        while self.left > 0 and wanted() > 1.0:
+        while self.left > 0 and (len(self.samples) < self._fewest or wanted() > 1.0):
             self.samples = np.vstack([self.samples, self._settled(*self._draw())])
 
     def _draw(self) -> tuple[Tensor, Tensor]:

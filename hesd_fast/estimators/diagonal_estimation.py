@@ -217,6 +217,7 @@ def _sampled(request: Request) -> DiagonalEstimate:
         sums_by_part(request.parts),
         "rademacher",
         request.seed,
+        fewest=FEWEST_SAMPLES,
         on_probes=elements.add_probes,
         on_basis=elements.add_basis,
     )
@@ -226,7 +227,7 @@ def _sampled(request: Request) -> DiagonalEstimate:
             return math.inf
         pending = sampling.pending
         seen = elements if pending is None else elements.with_pending(sampling.drawn - len(pending), pending)
-        return max((seen.relative_error / request.tolerance) ** 2, FEWEST_SAMPLES / seen.count)
+        return (seen.relative_error / request.tolerance) ** 2
 
     sampling.run(wanted)
     error = elements.relative_error

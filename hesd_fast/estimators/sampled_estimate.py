@@ -236,15 +236,14 @@ def estimate_of(sampling: DeflatedSampling, epsilon: float, parts: slice | int =
     )
 
 
-def samples_wanted(estimate: SampledEstimate, tolerance: float | None, fewest: int = FEWEST_SAMPLES) -> float:
+def samples_wanted(estimate: SampledEstimate, tolerance: float | None) -> float:
     """Return how many times as many samples would make an interval narrow enough; at most 1 where it is."""
     if tolerance is None:
         return math.inf
     half, allowed = (estimate.high - estimate.low) / 2.0, tolerance * abs(estimate.value)
     if half == 0.0:
-        return 1.0
-    factor = (half / allowed) ** 2 if 0.0 < half / tolerance < math.inf and allowed > 0.0 else math.inf
-    return max(factor, fewest / estimate.samples)
+        return 0.0
+    return (half / allowed) ** 2 if allowed > 0.0 and half / allowed < math.inf else math.inf
 
 
 def warn_of_width(what: str, error: float, factor: float, request: Request, sampling: DeflatedSampling) -> None:

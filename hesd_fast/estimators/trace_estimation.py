@@ -140,15 +140,15 @@ def _estimated(what: str, request: Request, *, squares: bool, transform: Transfo
         fewest = FEWEST_SAMPLES_OF_SQUARES if squares else FEWEST_SAMPLES
         sums = sums_by_part(request.parts, squares=squares)
         sampling = DeflatedSampling(
-            request.operator, request.budget(), sums, "gaussian", request.seed, of_squares=squares
+            request.operator, request.budget(), sums, "gaussian", request.seed, fewest=fewest, of_squares=squares
         )
 
         def estimate(part: slice | int = slice(None)) -> SampledEstimate:
             return transform(estimate_of(sampling, request.epsilon, part), float(np.sum(sampling.inside[part])))
 
-        sampling.run(lambda: samples_wanted(estimate(), request.tolerance, fewest))
+        sampling.run(lambda: samples_wanted(estimate(), request.tolerance))
     found, parts = estimate(), {name: estimate(i) for i, name in enumerate(request.parts)}
-    factor = samples_wanted(found, request.tolerance, fewest)
+    factor = samples_wanted(found, request.tolerance)
     if request.tolerance is not None and factor > 1.0:
         error = (found.high - found.low) / 2.0 / abs(found.value) if found.value else math.inf
         warn_of_width(what, error, factor, request, sampling)
