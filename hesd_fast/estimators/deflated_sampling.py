@@ -28,6 +28,12 @@ WIDTH = 8
 MARGIN, MARGIN_AT_RANDOM = 1.5, 2.0
 """How much better than probes deflation has to be; what random directions lead to is only expected."""
 
+ENDS_DEFLATION = 0.01
+"""Part of the first samples that has to suffice for deflation to end there: a tenth of the width that is wanted.
+
+These samples are looked at after every step, and where they happen to agree the interval would be too narrow.
+"""
+
 NOISE = 8.0
 """What is left is rounding below the square of this many machine epsilons of what there was."""
 
@@ -136,8 +142,7 @@ class DeflatedSampling:
         Parameters
         ----------
         wanted : callable
-            Returns how many times as many samples as there are would suffice; at most 1 ends the run, and the
-            deflation where the fewest samples will suffice.
+            Returns how many times as many samples as there are would suffice; at most 1 ends the run.
         """
         vectors, products = self._draw()
         self.inside = np.zeros(self._sums(vectors[:1], products[:1]).shape[1])
@@ -149,7 +154,7 @@ class DeflatedSampling:
         self._noise = (NOISE * self.deflation.epsilon * float(squares.mean())) ** 2
         if not self._of_squares:
             self._noise /= float(squares.mean()) or 1.0
-        while (factor := wanted()) * len(vectors) > self._fewest:
+        while (factor := wanted()) > ENDS_DEFLATION:
             growth = self._next_growth(vectors, products, factor)
             if growth is None:
                 break
@@ -213,7 +218,7 @@ class DeflatedSampling:
         rest = _rest_of(self.deflation, vectors, products, self._of_squares)
         if rest.left <= self._noise:
             return None
-        probes = self.drawn + min(self.left, self.drawn * (factor - 1.0))
+        probes = self.drawn + min(self.left, self.drawn * max(factor - 1.0, 1.0))
         gain = rest.expected_gain if rest.gain is None else rest.gain
         by_products = gain / MARGIN if self.deflation.goes_on else 0.0
         # Random directions gain nothing yet, their products do: twice as many vectors, for which there has to be room.

@@ -24,8 +24,8 @@ from hesd_fast.operators import HessianOperator, as_operator
 from hesd_fast.operators.base import CurvatureOperator, ProblemOperator
 from hesd_fast.problem.problem import Problem
 
-RISK = 0.05
-"""Of the truth being outside of an interval."""
+RISK = 0.04
+"""Of the truth being outside of an interval of Student's t; ending where the spread is small takes it to 0.05."""
 
 FEWEST_SAMPLES = 16
 """Samples from which their spread is trusted to end a run."""
