@@ -23,8 +23,11 @@ from hesd_fast.errors import (
     ToleranceWarning,
 )
 from hesd_fast.estimate import Estimate
+from hesd_fast.estimators.diagonal_estimation import DiagonalEstimate, diagonal
 from hesd_fast.estimators.eigenpairs import EigenResult, load_eigenpairs
 from hesd_fast.estimators.eigenpairs_solver import eigsh
+from hesd_fast.estimators.sampled_estimate import SampledEstimate
+from hesd_fast.estimators.trace_estimation import frobenius_norm, trace
 from hesd_fast.lanczos.block_tridiagonal import BlockTridiagonal
 from hesd_fast.lanczos.drive import LanczosProgress, block_lanczos
 from hesd_fast.methodology.assessment import Assessment, Verdict, compare
@@ -63,6 +66,7 @@ __all__ = [
     "CheckpointError",
     "Criteria",
     "CurvatureOperator",
+    "DiagonalEstimate",
     "EigenResult",
     "EmpiricalFisherOperator",
     "EngineError",
@@ -82,6 +86,7 @@ __all__ = [
     "ProblemError",
     "Report",
     "RunPlan",
+    "SampledEstimate",
     "SpectralMeasure",
     "ToleranceWarning",
     "TypeEvidence",
@@ -94,8 +99,10 @@ __all__ = [
     "classify",
     "compare",
     "criteria",
+    "diagonal",
     "eigsh",
     "errors",
+    "frobenius_norm",
     "kernels",
     "load_eigenpairs",
     "load_report",
@@ -103,4 +110,5 @@ __all__ = [
     "plan",
     "plot_densities",
     "summary",
+    "trace",
 ]

@@ -385,7 +385,10 @@ class SpectralMeasure:
     def _converged_between(self, low: float, high: float, inside: tuple[float, float]) -> tuple[float, float, float]:
         """Return what converged eigenvalues add to the probes' share, what the variance is of, and the uncertainty."""
         known = self.converged
-        clear = np.minimum(np.abs(known.eigenvalues - low), np.abs(known.eigenvalues - high)) > self.noise + self.shift.largest
+        clear = (
+            np.minimum(np.abs(known.eigenvalues - low), np.abs(known.eigenvalues - high))
+            > self.noise + self.shift.largest
+        )
         within = (low < known.eigenvalues) & (known.eigenvalues < high)
         # The share and its complement are estimated alike; better is the one of which less is left to the probes.
         choices = []
