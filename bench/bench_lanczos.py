@@ -46,7 +46,7 @@ def engine_contestant(operator, steps, block, check):
     products = operator.matmat = Timed(operator.matmat)
 
     def run():
-        tridiagonal = hesd.block_lanczos(operator, steps, block, seed=SEED)
+        tridiagonal = hesd.block_lanczos(operator, steps, block, seed=SEED, probe_kind="rademacher")
         nodes, vectors, _ = tridiagonal.ritz()
         seen = tridiagonal.start @ vectors[: tridiagonal.start.shape[1]]
         return [(torch.from_numpy(nodes), torch.from_numpy(row**2 / tridiagonal.size)) for row in seen]

@@ -21,6 +21,8 @@ from torch import Tensor
 import hesd_fast as hesd
 from hesd_fast import kernels
 from hesd_fast.hvp import STRATEGIES
+from hesd_fast.lanczos.lanczos_run import fill_probes
+from hesd_fast.lanczos.options import LanczosSettings
 
 SEED = 7
 BLOCKS = [1, 4, 8]
@@ -258,7 +260,8 @@ def smoothed(measure):
     pad = 0.1 * (high - low)
     grid = torch.linspace(low - pad, high + pad, POINTS, dtype=torch.float64)
     rules = [(torch.tensor(x), torch.tensor(w)) for x, w in zip(measure.nodes, measure.weights, strict=True)]
-    return peers.Density(grid, torch.from_numpy(measure.density(grid.numpy())), rules)
+    density = measure.density(grid.numpy(), sigma=float(0.01 * (high - low)))
+    return peers.Density(grid, torch.from_numpy(density), rules)
 
 
 @pytest.mark.usefixtures("_peers_installed")
@@ -272,13 +275,14 @@ def test_density_with_the_same_products(hold, benchmark, sizes, case):
         problem = workload.problem()
         with problem.session():
             operator = hesd.HessianOperator(problem, hvp="auto", panels=steps)
-            tridiagonal = hesd.block_lanczos(operator, steps, count, seed=SEED)
+            tridiagonal = hesd.block_lanczos(operator, steps, count, seed=SEED, probe_kind="rademacher")
         used[:] = [operator.strategy.name]
         assert operator.products == count * steps
         return smoothed(hesd.SpectralMeasure.from_tridiagonal(tridiagonal))
 
     def analyze():
-        report = hesd.analyze(workload.problem(), block_size=count, max_steps=steps, seed=SEED, progress=False)
+        options = {"block_size": count, "max_steps": steps, "seed": SEED, "tolerance": None, "progress": False}
+        report = hesd.analyze(workload.problem(), **options)
         return smoothed(report.measure)
 
     nodes = torch.cat([nodes for nodes, _ in density().rules])
@@ -286,7 +290,10 @@ def test_density_with_the_same_products(hold, benchmark, sizes, case):
     panel = kernels.empty_panel(count, case.panel.shape[1])
     kernels.fill_probes(panel, SEED)
     check = density_check(workload, panel, steps, ENGINE_MULTIPLE)
-    competitors = [Contestant("hesd.analyze", analyze, check, ANALYZE)]
+    on_sphere = kernels.empty_panel(count, case.panel.shape[1])
+    fill_probes(on_sphere, LanczosSettings(count, steps, seed=SEED))
+    check_analysis = density_check(workload, on_sphere, steps, ENGINE_MULTIPLE)
+    competitors = [Contestant("hesd.analyze", analyze, check_analysis, ANALYZE)]
     for peer in peers.of(workload):
         if peer.wrong:
             continue
@@ -341,14 +348,16 @@ def test_density_of_equal_accuracy(hold, sizes, name):
         pytest.skip(peer.wrong)
 
     def ours(seed=0):
-        options = {"block_size": plan.probes, "max_steps": plan.steps, "progress": False}
+        wanted = dict.fromkeys(("r_e", "k_mass"), sizes.accuracy_margin)
+        options = {"block_size": plan.probes, "max_steps": plan.steps, "tolerance": wanted, "progress": False}
         return hesd.analyze(workload.problem(), seed=seed, **options)
 
     def theirs(seed=0):
         return peer.density(plan.peer_probes, plan.peer_steps, seed, POINTS, (0.0, 0.0))
 
     seeds = range(100, 100 * (sizes.accuracy_seeds + 1), 100)  # a peer's runs take consecutive ones
-    ours_error = fmean(ours(seed).measure.wasserstein1(truth) for seed in seeds)
+    reports = [ours(seed) for seed in seeds]
+    ours_error = fmean(report.measure.wasserstein1(truth) for report in reports)
     peer_error = fmean(measure_of(theirs(seed)).wasserstein1(truth) for seed in seeds)
     assert truth_error <= peer_error / 2, "the truth is not known well enough to compare"
     assert ours_error <= peer_error
@@ -367,7 +376,7 @@ def test_density_of_equal_accuracy(hold, sizes, name):
         [Contestant(f"{peer.name}, its density", theirs, check_theirs, PEER)],
         sizes.accuracy_rounds,
         about=f"{name}, n = {problem.size:,}, {len(workload.inputs)} samples of {workload.data}, float32; "
-        f"{plan.probes} probes of {plan.steps} products, against {plan.peer_probes} of {plan.peer_steps}, the peer's "
+        f"{reports[0].run_length}, when it stops, against {plan.peer_probes} probes of {plan.peer_steps}, the peer's "
         f"defaults; Wasserstein distance to the truth {ours_error:.2g} against {peer_error:.2g}, of the truth about "
         f"{truth_error:.1g}; intervals of r_e and k_mass within {sizes.accuracy_margin:.0%}",
         targets=[Target(f"ratio to {PEER}", EQUAL_ACCURACY_TARGET)],

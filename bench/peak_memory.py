@@ -43,7 +43,7 @@ def plan(name: str) -> None:
 
 def analyze(name: str) -> None:
     block, steps = RUNS[name]
-    hesd.analyze(problem(name), block_size=block, max_steps=steps, progress=False)
+    hesd.analyze(problem(name), block_size=block, max_steps=steps, tolerance=None, progress=False)
     print(peak_memory())
 
 

@@ -190,7 +190,7 @@ def measure_case(case: Case, block: int, modes: tuple, seeds: int) -> dict[tuple
     for seed in range(seeds):
         truth = case.truth(block, seed)
         with_double = hesd.SpectralMeasure.from_tridiagonal(
-            hesd.block_lanczos(case.in_double, STEPS, block, seed=seed, reorthogonalization="full")
+            hesd.block_lanczos(case.in_double, STEPS, block, seed=seed, probe_kind="rademacher")
         )
         right = hesd.criteria(with_double)
         for mode, dtype in modes:
@@ -200,6 +200,7 @@ def measure_case(case: Case, block: int, modes: tuple, seeds: int) -> dict[tuple
                     STEPS,
                     block,
                     seed=seed,
+                    probe_kind="rademacher",
                     reorthogonalization=mode,
                     window=10,
                     basis="memory",
@@ -290,7 +291,8 @@ def print_reads(cases: list[tuple[Case, int]]) -> None:
             operator = case.operator if dtype == "float32" else case.in_double
             with case.session():
                 full, partial = (
-                    hesd.block_lanczos(operator, steps, block, reorthogonalization=mode) for mode in ("full", "partial")
+                    hesd.block_lanczos(operator, steps, block, probe_kind="rademacher", reorthogonalization=mode)
+                    for mode in ("full", "partial")
                 )
             ratios.append(f"{full.basis_vectors_read / partial.basis_vectors_read:.1f}")
             if (steps, dtype) == (STEPS, "float32"):

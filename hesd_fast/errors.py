@@ -119,7 +119,7 @@ class HESDWarning(UserWarning):
 
 
 class ToleranceWarning(HESDWarning):
-    """A run has taken all the steps it may take, and an interval is wider than was asked for.
+    """All the products that may be taken are taken, and a number is less certain than was asked for.
 
     Examples
     --------

@@ -132,7 +132,7 @@ def diagonal(
 
     Warns
     -----
-    HESDWarning
+    ToleranceWarning
         Where ``max_products`` do not reach the tolerance.
 
     Raises

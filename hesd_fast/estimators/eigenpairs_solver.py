@@ -15,7 +15,7 @@ from torch import Tensor
 from hesd_fast.choices import is_one_of
 from hesd_fast.engine import kernels
 from hesd_fast.engine.memory import available_memory, one_look
-from hesd_fast.errors import HESDWarning, PlanError, ProblemError
+from hesd_fast.errors import PlanError, ProblemError, ToleranceWarning
 from hesd_fast.estimate import Estimate
 from hesd_fast.estimators.eigenpairs import LINEAR, QUADRATIC, EigenResult, layout_of
 from hesd_fast.estimators.eigenpairs_search import ENDS, Search, SearchSettings, Wanted
@@ -60,7 +60,7 @@ def eigsh(
 
     Then random vectors look for eigenvalues that were missed, such as copies of multiple ones, until there is none but
     with a probability of 2.5 % at each end. Last, a product for each pair measures its residual. What has not
-    converged, or may be missed, is said in a HESDWarning and returned as it is.
+    converged, or may be missed, is said in a ToleranceWarning and returned as it is.
 
     Parameters
     ----------
@@ -294,13 +294,13 @@ def _warn(result: EigenResult, search: Search, asked: Request) -> None:
         warnings.warn(
             f"{missing} of {asked.k} eigenpairs have not converged: the largest residual norm is {worst:.2g}, asked "
             f"for was {result.tolerance:.2g}; {remedy}",
-            HESDWarning,
+            ToleranceWarning,
             stacklevel=5,
         )
     elif asked.check_missed and not result.complete:
         warnings.warn(
             "the eigenpairs have converged, but some between them may be missed: what is known is in `limits`; give a "
             "larger basis_size or max_products, or a smaller tol",
-            HESDWarning,
+            ToleranceWarning,
             stacklevel=5,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hesd_fast.engine import kernels
 from hesd_fast.engine.memory import available_memory
-from hesd_fast.errors import HESDWarning, PlanError, ProblemError
+from hesd_fast.errors import PlanError, ProblemError, ToleranceWarning
 from hesd_fast.estimate import Estimate
 from hesd_fast.estimators.deflated_sampling import WIDTH, Budget, DeflatedSampling, Sums
 from hesd_fast.estimators.deflation import BLOCK, Array, multiply, new_panel
@@ -247,7 +247,7 @@ def samples_wanted(estimate: SampledEstimate, tolerance: float | None) -> float:
 
 
 def warn_of_width(what: str, error: float, factor: float, request: Request, sampling: DeflatedSampling) -> None:
-    """Give a HESDWarning that an interval is wider than was asked for, and say what it would take."""
+    """Give a ToleranceWarning that an interval is wider than was asked for, and say what it would take."""
     assert request.tolerance is not None
     needed = sampling.deflation.products + math.ceil(sampling.drawn * min(factor, 1e12))
     cure = f"about {needed} products would do" if factor < 1e6 else "more products would hardly help"
@@ -255,7 +255,7 @@ def warn_of_width(what: str, error: float, factor: float, request: Request, samp
         f"the {what} is known to {error:.2g} of its value after {sampling.products} products, wanted "
         f"{request.tolerance:.2g}; {cure}: give max_products, or a wider tolerance (parts of both signs that cancel "
         "leave a value that is small next to them)",
-        HESDWarning,
+        ToleranceWarning,
         stacklevel=5,
     )
 

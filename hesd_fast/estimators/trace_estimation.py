@@ -67,7 +67,7 @@ def trace(
 
     Warns
     -----
-    HESDWarning
+    ToleranceWarning
         Where ``max_products`` do not reach the tolerance.
 
     Raises

@@ -24,6 +24,9 @@ from hesd_fast.terminal import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NEAR_ZERO = 1e-3
+"""Magnitude, relative to the largest, up to which an eigenvalue counts as near zero."""
+
 OPERATOR_TITLES = {
     "hessian": "HESD",
     "gauss_newton": "Spectral density of the Gauss-Newton matrix",
@@ -115,6 +118,12 @@ class Report:
         return self.measure.outliers
 
     @property
+    def share_near_zero(self) -> Estimate:
+        """Share of the eigenvalues whose magnitude is at most a thousandth of the largest."""
+        limit = NEAR_ZERO * self.measure.largest_magnitude
+        return self.measure.share_between(-limit, limit)
+
+    @property
     def frobenius_norm(self) -> Estimate:
         """The Frobenius norm of the matrix."""
         return self.measure.frobenius_norm
@@ -192,7 +201,7 @@ class Report:
             ("k_mass", f"{found.k_mass}"),
             ("balance", f"{found.balance}"),
             ("outliers", f"{self.outliers}"),
-            ("near zero", f"{found.unresolved_mass}   of the eigenvalues, below the resolution {found.resolution:.2g}"),
+            ("near zero", f"{self.share_near_zero}   of the eigenvalues, below {NEAR_ZERO:g} of the largest"),
             ("cost", f"{self.run_length}, {cost.hvps} products in {cost.seconds:.1f} s, peak {peak:.0f} MiB"),
             *[("not yet", text) for text in cost.unmet],
             ("products", cost.strategy),
