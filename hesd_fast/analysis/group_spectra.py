@@ -14,7 +14,7 @@ from hesd_fast.analysis.run_plan import plan_run
 from hesd_fast.analysis.run_sequence import Goal
 from hesd_fast.analysis.settings import RunOptions, as_problem
 from hesd_fast.analysis.spectra import Names, spectra_of
-from hesd_fast.analysis.stopping import Tolerance
+from hesd_fast.analysis.stopping import Tolerance, is_default
 from hesd_fast.engine.memory import one_look
 from hesd_fast.errors import ProblemError
 from hesd_fast.operators.hessian_blocks import GroupedHessianOperator, Groups
@@ -80,7 +80,7 @@ def analyze_groups(
     problem = _problem(model, loss, data, groups, mode, count)
     started = time.perf_counter()
     options = RunOptions(block_size, max_steps, reorthogonalization, protocol, seed, tolerance)
-    settings, goal = options.settings(problem.size), Goal(options.wanted(), tolerance != "auto")
+    settings, goal = options.settings(problem.size), Goal(options.wanted(), not is_default(tolerance))
     operator = GroupedHessianOperator(problem, groups, hvp=hvp)
     run = plan_run(operator.problem, settings, [block.size for block in operator.blocks.values()], basis, basis_dtype)
     operator.strategy.memory_limit = run.memory.products_bytes

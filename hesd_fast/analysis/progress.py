@@ -8,8 +8,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from hesd_fast.lanczos.drive import LanczosProgress
-
 
 class _Rate(ProgressColumn):
     """Products per second."""
@@ -44,9 +42,9 @@ class ProductProgress:
         )
         self._task = self._progress.add_task("", total=total)
 
-    def update(self, progress: LanczosProgress) -> None:
-        """Take note of a finished step."""
-        self._progress.update(self._task, completed=progress.products)
+    def update(self, products: int) -> None:
+        """Take note of so many products in all."""
+        self._progress.update(self._task, completed=products)
 
     def __enter__(self) -> ProductProgress:
         self._progress.start()

@@ -63,6 +63,7 @@ class RunSequence:
         self._rule = StoppingRule(goal.wanted, self._settings, self._widest_run())
         earlier = goal.earlier
         self._done = [] if earlier is None else list(earlier.measure.tridiagonals)
+        self._superseded = 0 if earlier is None else earlier.cost.hvps - sum(run.products for run in self._done)
         self._first = None if earlier is None else earlier.first_run
         self._may_go_on = self._first is not None
         if self._first is not None and self._first.step > self._done[0].steps:  # the report was continued before
@@ -71,13 +72,15 @@ class RunSequence:
 
     @property
     def done(self) -> Sequence[BlockTridiagonal]:
-        """What each run has left, the first one first."""
+        """What each run has left, the first one first; that of the whole space alone, once a run has it."""
         return tuple(self._done)
 
     @property
     def products(self) -> int:
-        """Vectors multiplied, in all runs."""
-        return sum(run.products for run in self._done)
+        """Vectors multiplied so far, in all runs."""
+        done = self._done[1:] if self._first is not None and self._current is self._first else self._done
+        at_work = 0 if self._current is None else self._current.products
+        return self._superseded + sum(run.products for run in done) + at_work
 
     @property
     def first_run(self) -> LanczosRun | None:
@@ -109,11 +112,14 @@ class RunSequence:
         run, self._current = self._current, None
         if run is None:
             return
-        if run is not self._first:
+        if run is self._first:
+            self._done[:1] = [run.result()]
+            self._may_go_on = False
+        else:
             self._done.append(run.result())
-            return
-        self._done[:1] = [run.result()]
-        self._may_go_on = False
+        if self._done[-1].knows_all:
+            self._superseded += sum(one.products for one in self._done[:-1])
+            self._done[:-1] = []
         if not self._goal.keep_run:
             self._first = None
 
@@ -139,14 +145,12 @@ class RunSequence:
 
     def _new_run(self, settings: LanczosSettings) -> LanczosRun:
         size, memory = self._operator.size, self._plan.memory
-        probes = _probes_of_all(self._operator, settings.block_size)
+        probes = _unit_vectors(self._operator) if settings.block_size == size else None
         whole = replace(memory.basis, rows=settings.history_rows(size))
         basis = whole if self._group == WHOLE else memory.basis_of(settings, size)
         return LanczosRun(self._operator, settings, basis, probes)
 
 
-def _probes_of_all(operator: ProblemOperator, block_size: int) -> Tensor | None:
-    """Return unit vectors as long as random ones where there are not more than probes: so few signs often span less."""
-    if operator.size > block_size:
-        return None
+def _unit_vectors(operator: ProblemOperator) -> Tensor:
+    """Return as many as there are parameters, as long as random probes: so few random ones often span less."""
     return torch.eye(operator.size, dtype=operator.dtype, device=operator.device).mul_(operator.size**0.5)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from hesd_fast.analysis.stopping import Tolerance, tolerances
+from hesd_fast.analysis.stopping import Tolerance, is_default, tolerances
 from hesd_fast.choices import is_one_of
 from hesd_fast.errors import ProblemError
 from hesd_fast.lanczos.options import PROTOCOLS, RANDOM_PROBES, LanczosSettings
@@ -19,6 +20,9 @@ from hesd_fast.report.report import Report
 
 DEFAULT_BLOCK_SIZE = 4
 DEFAULT_MAX_STEPS = 100
+
+SAME_LOSS = 1e-4
+"""Relative difference up to which two losses are of one function; another machine rounds otherwise."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class RunOptions:
     def wanted(self) -> dict[str, float]:
         """Return the width that is asked for by the name of each number; a ProblemError for what none can have."""
         if self.protocol is not None:
-            if self.tolerance not in ("auto", None):
+            if not (self.tolerance is None or is_default(self.tolerance)):
                 raise ProblemError(
                     f"tolerance is {self.tolerance!r}, and protocol={self.protocol!r} takes all its steps; "
                     "leave one out"
@@ -95,6 +99,15 @@ def continued(options: RunOptions, report: Any, problem: Problem, operator: str)
     settings, remedy = report.settings, "give a report of the same problem and settings, or leave continue_from out"
     if report.problem.fingerprint != problem.fingerprint:
         raise ProblemError(f"continue_from is of other weights, parameters, mode or data than the problem; {remedy}")
+    facts = report.problem
+    same = (
+        math.isclose(facts.loss, problem.loss_value, rel_tol=SAME_LOSS) and facts.function == problem.loss_description
+    )
+    if not same:
+        raise ProblemError(
+            f"continue_from has a loss of {facts.loss:.10g}, {facts.function}, and the problem one of "
+            f"{problem.loss_value:.10g}, {problem.loss_description}: not the same function; {remedy}"
+        )
     given = {
         "operator": (operator, settings.operator),
         "protocol": (options.protocol, None),

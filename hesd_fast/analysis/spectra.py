@@ -70,7 +70,7 @@ def spectra_of(
                     runs,
                     multiply,
                     on_products=check,
-                    on_step=bar.update,
+                    on_step=lambda _: bar.update(sum(one.products for one in sequences.values())),
                     stop=lambda name, _: sequences[name].is_enough(),
                 )
                 del runs
@@ -120,11 +120,12 @@ def with_error(runs: Sequence[BlockTridiagonal], precision: ProductPrecision | N
 
 def _settings_of(plan: RunPlan, runs: Sequence[BlockTridiagonal], names: Names, goal: Goal, group: str) -> RunSettings:
     """Return the settings of the runs as reports keep them; of runs continued with fewer steps, those they have."""
-    tridiagonal, vectors = runs[0], sum(sum(run.block_sizes) for run in runs)
+    tridiagonal = runs[0]
+    steps = math.ceil(sum(sum(run.block_sizes) for run in runs) / tridiagonal.probes)
     return RunSettings(
         operator=names.operator,
         block_size=tridiagonal.probes,
-        max_steps=max(plan.settings.max_steps, math.ceil(vectors / tridiagonal.probes)),
+        max_steps=steps if goal.earlier is not None and not goal.wanted else max(plan.settings.max_steps, steps),
         reorthogonalization=plan.settings.reorthogonalization,
         basis=tridiagonal.basis_place,
         basis_dtype=tridiagonal.basis_dtype,

@@ -28,12 +28,18 @@ DEFAULT_NUMBERS = ("lambda_max", "lambda_min", "r_e", TYPE)
 SMALLEST_UNIT = 0.05
 """Magnitude of a ratio below which its tolerance is no longer relative to it, but to this."""
 
+SMALLEST_TRACE = 1e-3
+"""The same of a trace, relative to the largest that a matrix of its norm can have, ``sqrt(n) ||H||_F``."""
+
 FIRST_CHECK, GROWTH = 8, 1.25
 """Steps of a run before the intervals are looked at, and the factor from one look to the next."""
 
 
 MOST_PROBES = 16
 """Of one run: orthogonalization takes time that grows with the square of their number."""
+
+MARGIN = 1.1
+"""Of the number of missing probes, so that a few more do not make runs of their own."""
 
 NOISE_SHARE = 4.0
 """Part of the noise in a width from which on nothing narrows it but products of higher precision."""
@@ -68,7 +74,7 @@ class Number(NamedTuple):
         Takes Findings.
     unit : str
         What its tolerance is relative to: the "spectrum", the number "itself", itself or SMALLEST_UNIT as a "ratio" is,
-        or to nothing, "absolute".
+        or SMALLEST_TRACE as a "trace", or to nothing, "absolute".
     narrowed_by : str
         "steps", "probes", or "both" in the shares that the width of the balance has.
     needs_signs : bool
@@ -97,7 +103,7 @@ NUMBERS: dict[str, Number] = {
     "lambda_max": Number(lambda found: found.measure.lambda_max, "spectrum", "steps", needs_signs=False),
     "lambda_min": Number(lambda found: found.measure.lambda_min, "spectrum", "steps", needs_signs=False),
     "r_e": Number(_r_e, "ratio", "steps"),
-    "trace": Number(lambda found: found.measure.trace, "itself", "probes"),
+    "trace": Number(lambda found: found.measure.trace, "trace", "probes"),
     "frobenius_norm": Number(lambda found: found.measure.frobenius_norm, "itself", "probes"),
     "k_mass": Number(lambda found: _of_either_sign(found.criteria.k_mass), "ratio", "both"),
     "balance": Number(lambda found: found.criteria.balance, "absolute", "both"),
@@ -110,14 +116,15 @@ def tolerances(tolerance: Tolerance) -> dict[str, float]:
     """Return the width that is asked for by the name of each number; a ProblemError for what none can have.
 
     A width is the larger distance of a number from the ends of its interval: of lambda_max and lambda_min relative to
-    the largest magnitude of an eigenvalue; of trace and frobenius_norm relative to themselves; of r_e and k_mass (or
-    1/r_e and 1/k_mass, where they are above 1) relative to themselves, or to 0.05 if that is more; of the balance as it
-    is. "type" is the balance again, which may be as wide as leaves no doubt on which side of the type's thresholds it
-    lies. A number in place of a mapping is for lambda_max, lambda_min, r_e and the type; "auto" is 0.02.
+    the largest magnitude of an eigenvalue; of frobenius_norm relative to itself, as of the trace, or to 0.001 sqrt(n)
+    ``||H||_F`` if that is more; of r_e and k_mass (or 1/r_e and 1/k_mass, where they are above 1) relative to
+    themselves, or to 0.05 if that is more; of the balance as it is. "type" is the balance again, which may be as wide
+    as leaves no doubt on which side of the type's thresholds it lies. A number in place of a mapping is for lambda_max,
+    lambda_min, r_e and the type; "auto" is 0.02.
     """
     if tolerance is None:
         return {}
-    if tolerance == "auto":
+    if is_default(tolerance):
         tolerance = DEFAULT_TOLERANCE
     if not isinstance(tolerance, Mapping):
         return dict.fromkeys(DEFAULT_NUMBERS, _checked("tolerance", tolerance))
@@ -127,6 +134,11 @@ def tolerances(tolerance: Tolerance) -> dict[str, float]:
     if not tolerance:
         raise ProblemError("tolerance is an empty mapping; name a number, or give None for a run of all its steps")
     return {name: _checked(f"tolerance[{name!r}]", tolerance[name]) for name in NUMBERS if name in tolerance}
+
+
+def is_default(tolerance: Any) -> bool:
+    """Return whether the user has asked for no tolerance in particular."""
+    return isinstance(tolerance, str) and tolerance == "auto"
 
 
 def _checked(name: str, value: Any) -> float:
@@ -190,6 +202,9 @@ def widths(found: Findings, wanted: Mapping[str, float]) -> Iterator[Width]:
 
 
 def _unit(number: Number, found: Findings, value: float) -> float:
+    if number.unit == "trace":
+        largest = math.sqrt(found.measure.size or 0) * found.measure.frobenius_norm.value
+        return max(abs(value), SMALLEST_TRACE * largest)
     units = {"absolute": 1.0, "itself": abs(value), "ratio": max(abs(value), SMALLEST_UNIT)}
     return units.get(number.unit, found.measure.largest_magnitude)
 
@@ -206,7 +221,8 @@ class StoppingRule:
     as ``1/sqrt(N)`` with the number ``N`` of runs of ``s`` steps. A tolerance ``t`` is therefore met after ``s N = s
     (e / (t - q))^2`` steps in all. The first run goes on as long as this falls: while eigenvalues converge, each makes
     the variance of the probes smaller. Then runs of as many steps with probes of their own follow; but where they would
-    take as many products as the matrix has rows, the first goes on, for its space then holds the whole spectrum.
+    take as many products as the matrix has rows, the first goes on, for its space then holds the whole spectrum; or,
+    where it has come to its end before, all unit vectors are multiplied.
 
     The probes that are missing are put into as few runs as there is memory for: the space of a wide block holds more of
     the large eigenvalues, and what it holds has no sampling error.
@@ -249,12 +265,16 @@ class StoppingRule:
         steps, size = done[0].steps, done[0].size
         left = self._max_steps * self._block_size - sum(map(_products_of, done))
         most = min(left // steps, (self._max_steps + 1) * self._block_size // (steps + 1), self._widest, size)
-        if most < 1 or any(_products_of(one) == size for one in done):
+        if any(one.knows_all for one in done):
             return 0, 0
         if not self._wanted:
-            return min(self._block_size, most), steps
-        missing = (self.probes_needed(done) - 1.0) * sum(one.probes for one in done)
-        return (math.ceil(min(missing, most)), steps) if missing > 0.0 else (0, 0)
+            return (min(self._block_size, most), steps) if most >= 1 else (0, 0)
+        missing = self.probes_needed(done) - 1.0
+        if missing > 0.0 and missing * sum(map(_products_of, done)) >= size and left >= size:
+            return size, 1  # unit vectors: the whole matrix
+        if missing <= 0.0 or most < 1:
+            return 0, 0
+        return math.ceil(min(MARGIN * missing * sum(one.probes for one in done), most)), steps
 
     def probes_needed(self, done: Sequence[BlockTridiagonal]) -> float:
         """Return how many times the probes of these runs would be enough for all tolerances."""
@@ -288,8 +308,9 @@ def _what_is_missing(found: Findings, width: Width) -> str:
     if NOISE_SHARE * noise >= width.wanted:
         return f"{text}; the noise of the products is {noise:.2g} of the largest eigenvalue: use float64"
     if math.isfinite(width.probes_needed):
-        needed = math.ceil(width.probes_needed * probes)
-        return f"{text}; the sampling error of {probes} probes is what is left, about {needed} would do"
+        needed, size = math.ceil(width.probes_needed * probes), found.measure.size or 0
+        cure = f"about {needed} would do" if needed < size else f"it takes as many products as parameters, {size}"
+        return f"{text}; the sampling error of {probes} probes is what is left, {cure}"
     if width.of_probes > width.of_steps:
         return f"{text}; it takes more steps, and then more probes"
     return f"{text}; it takes more steps"

@@ -13,11 +13,11 @@ from hesd_fast.analysis.run_plan import RunPlan, plan_run
 from hesd_fast.analysis.run_sequence import WHOLE, Goal
 from hesd_fast.analysis.settings import RunOptions, as_problem, continued
 from hesd_fast.analysis.spectra import Names, spectra_of
-from hesd_fast.analysis.stopping import Tolerance
+from hesd_fast.analysis.stopping import Tolerance, is_default
 from hesd_fast.choices import is_one_of
 from hesd_fast.engine.memory import one_look
 from hesd_fast.errors import OperatorError
-from hesd_fast.lanczos.drive import multiply_by
+from hesd_fast.lanczos.drive import Multiply, multiply_by
 from hesd_fast.operators import EmpiricalFisherOperator, GaussNewtonOperator, HessianOperator
 from hesd_fast.operators.base import ProblemOperator
 from hesd_fast.operators.hessian import check_hvp
@@ -69,41 +69,37 @@ def analyze(
     operator : {"hessian", "gauss_newton", "empirical_fisher"}
         The matrix; the others are :class:`~hesd_fast.GaussNewtonOperator`, :class:`~hesd_fast.EmpiricalFisherOperator`.
     block_size, max_steps, seed : int
-        Probes b, by default 4 (unit vectors where b = n), block steps m of all runs, by default 100; picks the probes.
+        Probes b, by default 4 (unit vectors if b = n), block steps m of all runs, by default 100; picks the probes.
     tolerance : float, mapping of str to float, "auto" or None
-        The run stops when intervals are as narrow as :func:`~hesd_fast.analysis.stopping.tolerances` says; where probes
-        are what is missing, runs with fresh ones follow. What is not met gives a :class:`~hesd_fast.ToleranceWarning`
-        and a line of the report. "auto": 0.02 without the warning. None, as in a protocol: one run of ``max_steps``.
+        How narrow intervals are to be, see :func:`~hesd_fast.analysis.stopping.tolerances`; runs with fresh probes
+        follow as needed. Not met: a ToleranceWarning; "auto", 0.02, has none. None: one run of all its steps.
     reorthogonalization, basis, basis_dtype, hvp : str
-        As in :func:`~hesd_fast.block_lanczos`; how products are made, one of ``hesd_fast.hvp.ALL_STRATEGIES``. "auto"
-        takes the fastest exact one, as tried within 5 % of the run: the last bits then depend on the machine.
+        As in :func:`~hesd_fast.block_lanczos`; one of ``hesd_fast.hvp.ALL_STRATEGIES``, "auto" being the fastest exact.
     protocol : {"lla"}, optional
-        Published settings, for numbers that compare with those of Loss Landscape Analysis.
+        Published settings, those of Loss Landscape Analysis.
     keep_run, continue_from : bool, Report
-        Keep the vectors of the first run in the report. Go on from a report of the same problem with no product done
-        again: its first run, if it was kept, up to the ``max_steps`` that it began with; then with fresh probes.
+        Keep the vectors of the first run. Go on from a report: with its first run, if that was kept, up to the
+        ``max_steps`` that it began with, then with fresh probes; no product is done again.
 
     Raises
     ------
     ProblemError, OperatorError, PlanError, EngineError
-        Before any long work wherever the cause can be known by then. The model is as it was in every case.
+        Before any long work where it can; the model is as it was in every case.
 
     Examples
     --------
     >>> import torch, hesd_fast as hesd
     >>> loss = hesd.losses.supervised(torch.nn.MSELoss())
-    >>> report = hesd.analyze(torch.nn.Linear(2, 1, bias=False), loss, (torch.eye(2), torch.ones(2, 1)))
-    >>> report.hesd_type.name, round(report.lambda_max.value, 6)
-    ('MP', 1.0)
+    >>> print(hesd.analyze(torch.nn.Linear(2, 1, bias=False), loss, (torch.eye(2), torch.ones(2, 1))).lambda_max)
+    1 [1, 1]
     """
     problem = as_problem(model, loss, data, parameters, mode, count)
     options = RunOptions(block_size, max_steps, reorthogonalization, protocol, seed, tolerance)
-    return _analyze(
-        problem, Names(operator, hvp, protocol), options, (basis, basis_dtype), keep_run, continue_from, progress
-    )
+    names, goal = Names(operator, hvp, protocol), (keep_run, continue_from, progress)
+    return spectra_of(*_prepared(problem, names, options, (basis, basis_dtype), *goal))[WHOLE]
 
 
-def _analyze(
+def _prepared(
     problem: Problem,
     names: Names,
     options: RunOptions,
@@ -111,14 +107,15 @@ def _analyze(
     keep_run: bool,
     earlier: Report | None,
     progress: bool,
-) -> Report:
+) -> tuple[Problem, dict[str, ProblemOperator], Multiply, RunPlan, Names, Goal, bool, float]:
+    """Return what `spectra_of` takes: operator, plan and goal of a checked request."""
     _check_operator(names.operator, names.hvp)
     if earlier is not None:
         options = continued(options, earlier, problem, names.operator)
     run = plan_run(problem, options.settings(problem.size), [problem.size], *basis)
-    goal = Goal(options.wanted(), options.tolerance != "auto", keep_run, earlier)
+    goal = Goal(options.wanted(), not is_default(options.tolerance), keep_run, earlier)
     matrix, started = _operator_of(problem, names.operator, names.hvp, run), time.perf_counter()
-    return spectra_of(problem, {WHOLE: matrix}, multiply_by(matrix), run, names, goal, progress, started)[WHOLE]
+    return problem, {WHOLE: matrix}, multiply_by(matrix), run, names, goal, progress, started
 
 
 def _check_operator(operator: str, hvp: str) -> None:

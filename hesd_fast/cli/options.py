@@ -36,7 +36,11 @@ def tolerance_of(_context: click.Context, _option: click.Parameter, value: str) 
     try:
         if "=" not in value:
             return float(value)
-        return {name.strip(): float(width) for name, width in (part.split("=") for part in value.split(","))}
+        pairs = [part.split("=") for part in value.split(",")]
+        wanted = {name.strip(): float(width) for name, width in pairs}
+        if len(wanted) < len(pairs):
+            raise ValueError("a name was given twice")
+        return wanted
     except ValueError:
         raise click.BadParameter(
             f"{value!r} is no tolerance; wanted a number, NAME=NUMBER,NAME=NUMBER, auto or none"

@@ -185,6 +185,12 @@ class BlockTridiagonal:
         """The sizes ``p_0 ... p_{m-1}`` of the blocks that were taken."""
         return tuple(int(a.shape[0]) for a in self.diagonal)
 
+    @property
+    def knows_all(self) -> bool:
+        """Whether the basis is orthogonal and spans the whole space, so that the Ritz values are all eigenvalues."""
+        is_orthogonal = self.reorthogonalization in ORTHOGONAL_MODES or self.steps == 1
+        return is_orthogonal and sum(self.block_sizes) == self.size
+
     def matrix(self) -> Array:
         """Return the dense symmetric ``T``, shape ``(k, k)`` with ``k`` the sum of the block sizes."""
         ends = np.cumsum((0, *self.block_sizes))

@@ -175,7 +175,9 @@ class Report:
     @property
     def run_length(self) -> str:
         """Probes and steps of each run, in words."""
-        runs = [f"{one.probes} probes x {one.steps} steps" for one in self.measure.tridiagonals]
+        runs = [
+            f"{_number_of(one.probes, 'probe')} x {_number_of(one.steps, 'step')}" for one in self.measure.tridiagonals
+        ]
         return " and ".join(
             f"{runs.count(text)} times {text}" if runs.count(text) > 1 else text for text in dict.fromkeys(runs)
         )
@@ -213,6 +215,10 @@ class Report:
             f"loss {problem.loss:.4g}, mode {problem.mode}, {problem.precision}"
         )
         return "\n".join([printable(title), *[f"  {name:<12}{printable(text)}" for name, text in rows]])
+
+
+def _number_of(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def summary(reports: Mapping[str, Report]) -> str:

@@ -85,7 +85,7 @@ def find_converged(ritz: RitzPairs) -> ConvergedEigenvalues:
     """
     values, tridiagonal = ritz.values, ritz.tridiagonal
     orthogonal = tridiagonal.reorthogonalization in ORTHOGONAL_MODES
-    if orthogonal and ritz.random and values.size == tridiagonal.size:
+    if ritz.random and tridiagonal.knows_all:
         share = np.full(values.size, 1.0 / values.size)
         seen = ritz.weights.mean(axis=0)
         return ConvergedEigenvalues(np.ones(values.size, dtype=np.bool_), values, seen, np.zeros(values.size), share)

@@ -88,6 +88,7 @@ class RunSpectrum:
         """The mean fourth power, over n, of the eigenvalues that have not converged, as the probes see it."""
         rest = ~self.converged.mask
         fourth = float(self.ritz.weights.mean(axis=0)[rest] @ self.ritz.values[rest] ** 4)
-        if self.tridiagonal.steps >= FEWEST_STEPS:
+        if self.tridiagonal.steps >= FEWEST_STEPS or self.tridiagonal.breakdown:
             return fourth
-        return max(fourth, (self.largest_magnitude + max(self.missed)) ** 2 * self.second_moment)
+        left = max(self.second_moment - float(self.converged.eigenvalues**2 @ self.converged.seen), 0.0)
+        return max(fourth, (self.largest_magnitude + max(self.missed)) ** 2 * left)

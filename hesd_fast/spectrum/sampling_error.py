@@ -61,6 +61,6 @@ class SamplingError:
         rest = ~converged.mask
         left = max(square - float(converged.eigenvalues**2 @ converged.seen), 0.0)
         fourth = float(ritz.weights.mean(axis=0)[rest] @ ritz.values[rest] ** 4)
-        if ritz.tridiagonal.steps < FEWEST_STEPS:
+        if ritz.tridiagonal.steps < FEWEST_STEPS and not ritz.tridiagonal.breakdown:
             fourth = max(fourth, largest**2 * left)
         return left + 2.0 * self.bound(fourth)

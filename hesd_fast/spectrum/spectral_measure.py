@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,9 @@ from hesd_fast.spectrum.smoothing import atoms_of, smoothed_density
 ArrayFunction: TypeAlias = Callable[[Array], npt.ArrayLike]
 
 WEIGHT_SUM_TOLERANCE = 1e-6
+
+SHARE_ROUNDING = 8.0 * 2.0**-52
+"""Rounding of a share of the spectrum, for each node whose weight is summed."""
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -361,6 +364,7 @@ class SpectralMeasure:
         ProblemError
             If ``low`` is not below or at ``high``.
         """
+        low, high = _number("low", low), _number("high", high)
         if not low <= high:
             raise ProblemError(f"low is {low!r} and high is {high!r}; wanted low <= high")
         below, up_to = self._band(np.array([low, high]))
@@ -379,7 +383,8 @@ class SpectralMeasure:
         """Return `cdf_bounds` at points that may be infinite."""
         finite = np.isfinite(points)
         below, up_to = (np.where(points > 0.0, 1.0, 0.0) for _ in range(2))
-        below[finite], up_to[finite] = self.cdf_bounds(points[finite])
+        if finite.any():
+            below[finite], up_to[finite] = self.cdf_bounds(points[finite])
         return below, up_to
 
     def _converged_between(self, low: float, high: float, inside: tuple[float, float]) -> tuple[float, float, float]:
@@ -412,15 +417,16 @@ class SpectralMeasure:
         """
         if self.size is None:
             raise ProblemError("a number needs the order of the matrix, got size=None; pass size=n to SpectralMeasure")
-        point = float(_points(x))
-        share = self.share_between(np.nextafter(point, np.inf), np.inf)
+        point = float(_points(_number("x", x)))
+        share = self.share_between(math.nextafter(point, math.inf), math.inf)
+        rounding = self.size * SHARE_ROUNDING * max(nodes.size for nodes in self.nodes)
         certain = [
             int(np.count_nonzero(run.ritz.values > point + self.noise + self.shift.largest))
             for run in self.runs
             if run.tridiagonal.reorthogonalization in ORTHOGONAL_MODES
         ]
-        least = max([*certain, math.ceil(self.size * share.low * (1.0 - self.rounding))])
-        most = max(least, math.floor(self.size * share.high * (1.0 + self.rounding)))
+        least = max([0, *certain, math.ceil(self.size * share.low - rounding)])
+        most = max(least, math.floor(self.size * share.high + rounding))
         return Estimate(float(min(max(round(self.size * share.value), least), most)), least, most, share.method)
 
     @property
@@ -552,6 +558,13 @@ def _per_probe(values: Sequence[npt.ArrayLike] | npt.ArrayLike, name: str) -> li
     if not all(np.isfinite(a).all() for a in arrays):
         raise ProblemError(f"{name} hold a number that is not finite; check the Hessian products")
     return arrays
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ProblemError(f"{name} is {value!r}; wanted a number") from error
 
 
 def _points(x: npt.ArrayLike) -> Array:

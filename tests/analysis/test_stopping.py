@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import hesd_fast as hesd
+from hesd_fast.analysis.progress import ProductProgress
 from hesd_fast.analysis.stopping import DEFAULT_NUMBERS, NUMBERS, Findings, StoppingRule, tolerances, widths
 from hesd_fast.lanczos.drive import drive, multiply_by, start_run
 from hesd_fast.lanczos.options import LanczosSettings
@@ -162,7 +163,9 @@ def test_a_protocol_takes_its_steps(problem):
         analyze(problem, protocol="lla", tolerance=0.1)
 
 
-@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf"), True, "fine", [0.1], {}, {"r_e": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [0.0, -1.0, float("nan"), float("inf"), True, "fine", [0.1], np.ones(2), {}, {"r_e": 0.0}]
+)
 def test_a_tolerance_that_none_can_have_is_refused(problem, wrong):
     with pytest.raises(hesd.ProblemError, match="tolerance"):
         analyze(problem, tolerance=wrong)
@@ -294,3 +297,74 @@ def test_definite_and_zero_matrices_meet_every_tolerance(sign):
     report = analyze(zero, tolerance=wanted)
     assert report.cost.hvps == 4
     assert report.cost.unmet == ()
+
+
+def diagonal_problem(eigenvalues):
+    return hesd.Problem(
+        Diagonal(len(eigenvalues)), lambda m, b: m(b), torch.as_tensor(eigenvalues, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("size", [3, 8, 12, 17, 40])
+@pytest.mark.parametrize("block_size", [1, 2, "auto"])
+def test_two_eigenvalues_of_high_multiplicity_are_found_by_all_unit_vectors(size, block_size):
+    # Krylov spaces end after two steps, and probes never agree: only the whole matrix decides.
+    eigenvalues = [(-1.0) ** i for i in range(size)]
+    report = analyze(diagonal_problem(eigenvalues), block_size=block_size, tolerance={"trace": 0.01, "balance": 0.01})
+    assert report.cost.unmet == ()
+    assert report.trace.value == pytest.approx(sum(eigenvalues), abs=1e-9)
+    assert report.cost.hvps <= 3 * size + 8
+
+
+def test_fewer_samples_than_inputs_cost_no_more_than_the_whole_matrix(tmp_path):
+    torch.manual_seed(0)
+    data = torch.randn(6, 30).double(), torch.randn(6, 4).double()
+    problem = hesd.Problem(nn.Linear(30, 4).double(), hesd.losses.supervised(nn.MSELoss()), data)
+    report = analyze(problem, tolerance={"trace": 0.05})
+    assert report.cost.unmet == ()
+    assert report.cost.hvps < 2 * 124
+    report.save(tmp_path / "report.json")
+    assert hesd.load_report(tmp_path / "report.json").trace == report.trace
+
+
+def test_continued_reports_can_be_saved(problem, tmp_path):
+    path = tmp_path / "report.json"
+    for first, second in (
+        ({"max_steps": 9}, {"max_steps": 10, "tolerance": None}),
+        ({"max_steps": 9, "keep_run": True}, {"max_steps": 10, "tolerance": None}),
+        ({"max_steps": 20, "tolerance": None}, {"max_steps": 8, "tolerance": None}),
+        ({"max_steps": 20}, {"max_steps": 100, "tolerance": {"trace": 0.2}, "basis": "disk"}),
+        ({"max_steps": 20}, {"max_steps": 100, "tolerance": {"trace": 0.2}, "basis_dtype": "float32"}),
+    ):
+        report = analyze(problem, continue_from=analyze(problem, **first), **second)
+        report.save(path)
+        assert hesd.load_report(path).criteria == report.criteria
+
+
+def test_another_function_is_not_continued(problem):
+    report = analyze(problem, tolerance={"lambda_max": 0.5})
+    other = hesd.Problem(problem.model, lambda m, b: 3 * nn.functional.cross_entropy(m(b[0]), b[1]), problem.data)
+    with pytest.raises(hesd.ProblemError, match=r"continue_from has a loss of .*: not the same function"):
+        analyze(other, continue_from=report)
+
+
+def test_warnings_name_the_line_of_the_call(problem):
+    for call in (hesd.analyze, lambda *args, **options: hesd.analyze_groups(*args, groups="modules", **options)):
+        with pytest.warns(hesd.ToleranceWarning) as caught:
+            call(problem, tolerance={"k_mass": 1e-9}, max_steps=2, progress=False)
+        assert {one.filename for one in caught} == {__file__}
+
+
+def test_the_norm_after_a_breakdown_is_known():
+    report = analyze(diagonal_problem([0.0] * 59 + [3.0]), tolerance={"frobenius_norm": 0.05}, max_steps=30)
+    assert report.cost.unmet == ()
+    assert report.frobenius_norm.value == pytest.approx(3.0)
+    assert report.cost.hvps <= 60
+
+
+def test_products_are_counted_up(problem, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ProductProgress, "update", lambda self, products: seen.append(products))
+    report = analyze(problem, tolerance={"trace": 0.02}, max_steps=60)
+    assert seen == sorted(seen)
+    assert seen[-1] == report.cost.hvps

@@ -102,7 +102,7 @@ def test_the_measure_is_that_of_full_reorthogonalization(spectrum, dtype, block)
             quadrature(block_lanczos(matrix, STEPS[block], block, seed=seed, reorthogonalization=mode))
             for mode in ("full", "partial")
         )
-        assert distance(full, partial) <= 32 * torch.finfo(dtype).eps * scale, seed
+        assert distance(full, partial) <= 64 * torch.finfo(dtype).eps * scale, seed
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float64, 1.5), (torch.float32, 1.0)])

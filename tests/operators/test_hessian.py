@@ -485,7 +485,8 @@ def test_a_linear_operator_is_as_precise_as_its_products(kind: str, narrow: bool
     truth = np.linalg.eigvalsh(matrix)
     for found, wanted in ((measure.lambda_max, truth[-1]), (measure.lambda_min, truth[0])):
         assert found.low <= wanted <= found.high
-        assert found.high - found.low <= 64 * (2.0**-23 if narrow else 2.0**-52) * np.abs(truth).max()
+        assert found.high - found.low <= 4 * measure.rounding * np.abs(truth).max()
+    assert measure.rounding <= 64 * operator.epsilon
 
 
 def test_our_own_operator_in_scipys_clothes_is_itself() -> None:

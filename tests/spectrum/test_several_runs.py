@@ -150,3 +150,24 @@ def test_probes_on_the_sphere_have_its_radius():
         sums = (result.start**2).sum(axis=1) / 1000
         np.testing.assert_allclose(sums, 1.0, rtol=0, atol=16 * torch.finfo(dtype).eps)
         assert start.shape == (3, 1000)
+
+
+def test_nothing_is_counted_where_nothing_is():
+    # sums of weights round, and what rounds to 1e-16 is no eigenvalue
+    for size in (5, 20, 60):
+        for seed in range(20):
+            matrix = torch.diag(torch.linspace(-2.0, -1.0, size)).double()
+            measure = measure_of(hesd.block_lanczos(matrix, size, 2, seed=seed))
+            assert measure.count_above(0.0).high == 0.0
+            assert measure.count_above(-3.0).low == size
+
+
+def test_ends_that_are_infinite_or_no_numbers():
+    measure = measure_of(run(8, 2, 0))
+    assert measure.share_between(-np.inf, np.inf).value == 1.0
+    assert measure.share_between(np.inf, np.inf).value == 0.0
+    assert measure.count_above(1.7976931348623157e308).value == 0.0
+    for wrong in ("a", None, [0.0, 1.0], 1j):
+        for call in (measure.count_above, lambda x: measure.share_between(x, np.inf)):
+            with pytest.raises(hesd.ProblemError, match="wanted a number"):
+                call(wrong)
