@@ -69,7 +69,7 @@ def analyze(
     operator : {"hessian", "gauss_newton", "empirical_fisher"}
         The matrix; the others are :class:`~hesd_fast.GaussNewtonOperator`, :class:`~hesd_fast.EmpiricalFisherOperator`.
     block_size, max_steps, seed : int
-        Probes b, by default 4 (unit vectors if b = n), block steps m of all runs, by default 100; picks the probes.
+        Probes b, 4 by default (unit vectors if b = n), block steps m of all runs, 100 by default; picks the probes.
     tolerance : float, mapping of str to float, "auto" or None
         How narrow intervals are to be, see :func:`~hesd_fast.analysis.stopping.tolerances`; runs with fresh probes
         follow as needed. Not met: a ToleranceWarning; "auto", 0.02, has none. None: one run of all its steps.
@@ -78,8 +78,7 @@ def analyze(
     protocol : {"lla"}, optional
         Published settings, those of Loss Landscape Analysis.
     keep_run, continue_from : bool, Report
-        Keep the vectors of the first run. Go on from a report: with its first run, if that was kept, up to the
-        ``max_steps`` that it began with, then with fresh probes; no product is done again.
+        Keep the first run's vectors. Go on from a report: its first run, if kept, to its ``max_steps``; then new probes.
 
     Raises
     ------
