@@ -21,7 +21,7 @@ WRITTEN = pytest.StashKey[str]()
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A contest at equal accuracy: our probes and most steps, the peer's, and those of each half of the truth."""
+    """A contest at equal accuracy: our probes and steps, the peer's, and those of each half of the truth."""
 
     probes: int
     steps: int
@@ -74,7 +74,7 @@ SIZES = {
         strategies_of=("mlp", "lenet", "resnet20", "gpt-s"),
         density_probes=4,
         density_steps=10,
-        accuracy={"mlp": Accuracy(8, 60, 10, 80, 20, 40), "lenet": Accuracy(16, 60, 10, 80, 20, 40)},
+        accuracy={"mlp": Accuracy(8, 20, 10, 80, 20, 40), "lenet": Accuracy(16, 20, 10, 80, 20, 40)},
         accuracy_margin=0.05,
         accuracy_seeds=2,
         accuracy_rounds=2,
@@ -101,7 +101,7 @@ SIZES = {
         strategies_of=("mlp", "lenet"),  # tracing takes its time however small the others are
         density_probes=2,
         density_steps=4,
-        accuracy={"mlp": Accuracy(8, 12, 2, 10, 16, 12), "lenet": Accuracy(8, 12, 2, 10, 16, 12)},
+        accuracy={"mlp": Accuracy(8, 10, 2, 10, 16, 12), "lenet": Accuracy(8, 10, 2, 10, 16, 12)},
         accuracy_margin=1e9,
         accuracy_seeds=2,
         accuracy_rounds=1,
