@@ -78,7 +78,7 @@ def analyze(
     protocol : {"lla"}, optional
         Published settings, those of Loss Landscape Analysis.
     keep_run, continue_from : bool, Report
-        Keep the first run's vectors. Go on from a report: its first run, if kept, to its ``max_steps``; then new probes.
+        Keep the first run's vectors. Go on from a report: its first run, if kept, to its ``max_steps``; new probes.
 
     Raises
     ------
